@@ -1,0 +1,269 @@
+//! Flags and environment, read and checked whole before anything is opened.
+
+mod values;
+
+use std::{ffi::OsString, net::SocketAddr, time::Duration};
+
+use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
+use coalmine_proto::names::{Arm, check_name};
+
+use crate::tenant::Rule;
+pub use values::Target;
+use values::{aggregator, bytes, duration};
+
+/// What `--version` without a value stands for.
+const PRINT_VERSION: &str = "\0print";
+
+/// The sidecar of Coalmine: relays the bytes of your application unchanged, observes how each request
+/// ends, and streams counts per tenant to the aggregator.
+#[derive(Debug, Parser)]
+#[command(name = "coalmine-agent", disable_version_flag = true)]
+struct Flags {
+    /// Address on which clients are accepted
+    #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_LISTEN", default_value = "0.0.0.0:15080")]
+    listen: SocketAddr,
+
+    /// Address of the application
+    #[arg(long, value_name = "HOST:PORT", env = "COALMINE_AGENT_UPSTREAM", default_value = "127.0.0.1:8080")]
+    upstream: Target,
+
+    /// Address of /livez, /readyz and /metrics
+    #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_ADMIN", default_value = "127.0.0.1:15090")]
+    admin: SocketAddr,
+
+    /// Where windows are sent, as in http://coalmine-aggregator:7443
+    #[arg(long, value_name = "URL", env = "COALMINE_AGENT_AGGREGATOR", value_parser = aggregator)]
+    aggregator: Option<String>,
+
+    /// Name of the service that is measured
+    #[arg(long, value_name = "NAME", env = "COALMINE_AGENT_SERVICE", value_parser = name)]
+    service: Option<String>,
+
+    /// Version of the service that is measured; without a value, print the agent's own version
+    #[arg(long, value_name = "V", env = "COALMINE_AGENT_VERSION", num_args = 0..=1,
+          default_missing_value = PRINT_VERSION, value_parser = name_or_print)]
+    version: Option<String>,
+
+    /// Whether this pod has the new version (canary) or the one that users have today (baseline)
+    #[arg(long, value_name = "canary|baseline", env = "COALMINE_AGENT_ARM")]
+    arm: Option<Arm>,
+
+    /// Identity of this agent that survives a restart [default: $POD_UID, or HOSTNAME:PORT of --listen]
+    #[arg(long, value_name = "NAME", env = "COALMINE_AGENT_INSTANCE", value_parser = name)]
+    instance: Option<String>,
+
+    /// Where a request's tenant stands: header:NAME, host:{tenant}.example.com, path:/t/{tenant}/ or
+    /// fixed:NAME; the first that applies decides (repeatable, or separated by commas)
+    #[arg(long, value_name = "RULE", env = "COALMINE_AGENT_TENANT", value_delimiter = ',')]
+    tenant: Vec<Rule>,
+
+    /// Length of a window
+    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_WINDOW", default_value = "1s", value_parser = window)]
+    window: Duration,
+
+    /// Memory for windows that the aggregator does not have yet
+    #[arg(long, value_name = "BYTES", env = "COALMINE_AGENT_RING", default_value = "8MiB", value_parser = bytes)]
+    ring: usize,
+
+    /// Most tenants that are told apart at a time; the rest is counted as __overflow__
+    #[arg(long, value_name = "N", env = "COALMINE_AGENT_MAX_TENANTS", default_value_t = 20_000,
+          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    max_tenants: u32,
+
+    /// Most client connections at a time; further ones wait to be accepted
+    #[arg(long, value_name = "N", env = "COALMINE_AGENT_MAX_CONNECTIONS", default_value_t = 10_000,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    max_connections: u32,
+
+    /// Longest wait for a connection to the application
+    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_CONNECT_TIMEOUT", default_value = "1s", value_parser = duration)]
+    connect_timeout: Duration,
+
+    /// Longest wait, after SIGTERM, for requests to end
+    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_DRAIN", default_value = "30s", value_parser = duration)]
+    drain: Duration,
+
+    /// Format of the log on standard error; RUST_LOG sets what is logged
+    #[arg(long, value_name = "text|json", env = "COALMINE_AGENT_LOG", default_value = "text")]
+    log: LogFormat,
+
+    /// Print the agent's own version
+    #[arg(short = 'V', long = "agent-version")]
+    agent_version: bool,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Everything that an agent is told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Address on which clients are accepted.
+    pub listen: SocketAddr,
+    /// Address of the application.
+    pub upstream: Target,
+    /// Address of the admin server.
+    pub admin: SocketAddr,
+    /// URL of the aggregator.
+    pub aggregator: String,
+    /// The measured service.
+    pub service: String,
+    /// Its version.
+    pub version: String,
+    /// Its arm.
+    pub arm: Arm,
+    /// Identity of the agent.
+    pub instance: String,
+    /// Rules that find tenants.
+    pub tenant: Vec<Rule>,
+    /// Length of a window.
+    pub window: Duration,
+    /// Limit of the ring.
+    pub ring_bytes: usize,
+    /// Limit of distinct tenants.
+    pub max_tenants: usize,
+    /// Limit of client connections.
+    pub max_connections: usize,
+    /// Longest wait for a connection to the application.
+    pub connect_timeout: Duration,
+    /// Longest wait for requests to end when stopping.
+    pub drain: Duration,
+    /// Format of the log.
+    pub log: LogFormat,
+}
+
+/// What the command line asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// Run with this configuration.
+    Run(Box<Config>),
+    /// Print this text and exit.
+    Print(String),
+}
+
+/// Why the configuration is refused: one line that says what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}; see coalmine-agent --help")]
+pub struct UsageError(String);
+
+impl Command {
+    /// Reads the process' arguments (the first is the program) and environment.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        let flags = Flags::command().try_get_matches_from(args);
+        let flags = match flags.and_then(|matches| Flags::from_arg_matches(&matches)) {
+            Ok(flags) => flags,
+            Err(error) if error.kind() == clap::error::ErrorKind::DisplayHelp => {
+                return Ok(Self::Print(error.to_string()));
+            }
+            Err(error) => return Err(UsageError(first_line(&error.to_string()))),
+        };
+        if flags.agent_version || flags.version.as_deref() == Some(PRINT_VERSION) {
+            let version = env!("CARGO_PKG_VERSION");
+            return Ok(Self::Print(format!("coalmine-agent {version}\n")));
+        }
+        Config::from_flags(flags).map(|config| Self::Run(Box::new(config)))
+    }
+}
+
+impl Config {
+    fn from_flags(flags: Flags) -> Result<Self, UsageError> {
+        let instance = match flags.instance {
+            Some(instance) => instance,
+            None => default_instance(flags.listen)?,
+        };
+        let tenant = flags.tenant;
+        if let Some(at) = tenant.iter().position(|rule| matches!(rule, Rule::Fixed(_)))
+            && at + 1 < tenant.len()
+        {
+            let text = "no --tenant rule can follow fixed:NAME, which always applies";
+            return Err(UsageError(text.to_owned()));
+        }
+        if flags.listen == flags.admin && flags.listen.port() != 0 {
+            let text = format!("--listen and --admin are both {}", flags.listen);
+            return Err(UsageError(text));
+        }
+        if flags.upstream.is(flags.listen) {
+            let text = format!("--upstream is {}, the agent's own --listen", flags.listen);
+            return Err(UsageError(text));
+        }
+        Ok(Self {
+            listen: flags.listen,
+            upstream: flags.upstream,
+            admin: flags.admin,
+            aggregator: required(flags.aggregator, "aggregator", "http://HOST:7443")?,
+            service: required(flags.service, "service", "the service's name")?,
+            version: required(flags.version, "version", "the version of the service")?,
+            arm: required(flags.arm, "arm", "canary or baseline")?,
+            instance,
+            tenant,
+            window: flags.window,
+            ring_bytes: flags.ring,
+            max_tenants: flags.max_tenants as usize,
+            max_connections: flags.max_connections as usize,
+            connect_timeout: flags.connect_timeout,
+            drain: flags.drain,
+            log: flags.log,
+        })
+    }
+}
+
+fn required<T>(value: Option<T>, flag: &str, what: &str) -> Result<T, UsageError> {
+    let variable = flag.to_ascii_uppercase();
+    value.ok_or_else(|| {
+        UsageError(format!("--{flag} is missing: give {what}, or set COALMINE_AGENT_{variable}"))
+    })
+}
+
+/// An identity that is the same after a restart of the process in the same place.
+fn default_instance(listen: SocketAddr) -> Result<String, UsageError> {
+    let given = std::env::var("POD_UID").ok().filter(|uid| !uid.is_empty());
+    let instance = given.unwrap_or_else(|| format!("{}:{}", hostname(), listen.port()));
+    match check_name(instance.as_bytes()) {
+        Ok(_) => Ok(instance),
+        Err(why) => Err(UsageError(format!(
+            "the default --instance {instance:?} {why}; give another"
+        ))),
+    }
+}
+
+fn hostname() -> String {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+    let name = kernel.or_else(|| std::env::var("HOSTNAME").ok());
+    let name = name.map(|name| name.trim().to_owned());
+    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".to_owned())
+}
+
+fn name(text: &str) -> Result<String, String> {
+    match check_name(text.as_bytes()) {
+        Ok(name) => Ok(name.to_owned()),
+        Err(why) => Err(why.to_string()),
+    }
+}
+
+fn name_or_print(text: &str) -> Result<String, String> {
+    if text == PRINT_VERSION { Ok(text.to_owned()) } else { name(text) }
+}
+
+fn window(text: &str) -> Result<Duration, String> {
+    let window = duration(text)?;
+    let ms = window.as_millis();
+    if !(10..=60_000).contains(&ms) || window.subsec_nanos() % 1_000_000 != 0 {
+        return Err("a window has 10ms to 60s".to_owned());
+    }
+    Ok(window)
+}
+
+/// Clap's errors have several lines; the first says what is wrong.
+fn first_line(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    text.lines().next().unwrap_or(text).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,324 @@
+//! Follows HTTP/1.0 and HTTP/1.1.
+
+use std::collections::VecDeque;
+
+use coalmine_proto::names::Outcome;
+
+use super::{
+    MAX_PIPELINED, Opaque, Sink, TenantId,
+    body::{Body, Progress},
+    head::{Incomplete, Method, Request, Response, no_headers},
+};
+
+/// The observer of one client connection that speaks HTTP/1.
+#[derive(Debug)]
+pub struct Http1 {
+    request: Side,
+    response: Side,
+    request_head: Incomplete,
+    response_head: Incomplete,
+    pending: VecDeque<Pending>,
+    /// When the first byte of the request that is being read came.
+    started_ns: u64,
+    /// Whether the last whole exchange left the connection open for another.
+    reusable: bool,
+    client_gone: bool,
+}
+
+/// What the next byte of a direction belongs to.
+#[derive(Debug)]
+enum Side {
+    /// Nothing yet: the message before is complete.
+    Idle,
+    Head,
+    Body(Body),
+    /// Nobody knows.
+    Opaque,
+}
+
+/// A request whose answer is not complete.
+#[derive(Debug)]
+struct Pending {
+    tenant: TenantId,
+    started_ns: u64,
+    method: Method,
+    persistent: bool,
+    /// Status of the answer, once its head is complete.
+    status: u16,
+}
+
+impl Default for Http1 {
+    fn default() -> Self {
+        Self {
+            request: Side::Idle,
+            response: Side::Idle,
+            request_head: Incomplete::default(),
+            response_head: Incomplete::default(),
+            pending: VecDeque::new(),
+            started_ns: 0,
+            reusable: false,
+            client_gone: false,
+        }
+    }
+}
+
+impl Http1 {
+    /// An observer of a connection on which nothing was sent.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether at least one exchange is complete, none has begun, and another may follow.
+    pub fn is_between_requests(&self) -> bool {
+        self.reusable && self.is_quiet() && !self.client_gone
+    }
+
+    /// Whether no message has begun that is not complete.
+    pub fn is_quiet(&self) -> bool {
+        let idle = matches!((&self.request, &self.response), (Side::Idle, Side::Idle));
+        idle && self.pending.is_empty()
+    }
+
+    /// Requests whose answers are not complete.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Bytes of the client that were passed on.
+    pub fn on_request(&mut self, mut bytes: &[u8], now_ns: u64, sink: &mut impl Sink) {
+        while !bytes.is_empty() {
+            let taken = match &mut self.request {
+                Side::Opaque => return,
+                Side::Idle => {
+                    // Empty lines before a request are allowed, and are not its first byte.
+                    let blank = |b: &&u8| matches!(**b, b'\r' | b'\n');
+                    let skipped = bytes.iter().take_while(blank).count();
+                    if skipped < bytes.len() {
+                        self.request = Side::Head;
+                        self.started_ns = now_ns;
+                    }
+                    Ok(skipped)
+                }
+                Side::Head => self.on_request_head(bytes, sink),
+                Side::Body(body) => match body.advance(bytes) {
+                    Ok(Progress::More) => Ok(bytes.len()),
+                    Ok(Progress::Ended(end)) => {
+                        self.request = Side::Idle;
+                        Ok(end)
+                    }
+                    Err(why) => Err(why),
+                },
+            };
+            match taken {
+                Ok(taken) => bytes = bytes.get(taken..).unwrap_or_default(),
+                Err(why) => return self.lose_request(why, sink),
+            }
+        }
+    }
+
+    /// Bytes of the application that were passed on.
+    pub fn on_response(&mut self, mut bytes: &[u8], now_ns: u64, sink: &mut impl Sink) {
+        while !bytes.is_empty() {
+            let taken = match &mut self.response {
+                Side::Opaque => return,
+                Side::Idle if self.pending.is_empty() => {
+                    if matches!(self.request, Side::Opaque) {
+                        self.response = Side::Opaque;
+                        return;
+                    }
+                    Err(Opaque::Unsolicited)
+                }
+                Side::Idle => {
+                    self.response = Side::Head;
+                    Ok(0)
+                }
+                Side::Head => self.on_response_head(bytes, now_ns, sink),
+                Side::Body(body) => match body.advance(bytes) {
+                    Ok(Progress::More) => Ok(bytes.len()),
+                    Ok(Progress::Ended(end)) => {
+                        self.answered(now_ns, sink);
+                        Ok(end)
+                    }
+                    Err(why) => Err(why),
+                },
+            };
+            match taken {
+                Ok(taken) => bytes = bytes.get(taken..).unwrap_or_default(),
+                Err(why) => return self.lose(why, sink),
+            }
+        }
+    }
+
+    /// The client closed its direction. Most often it is gone altogether, so that an answer which is
+    /// not completed after this is the client's doing; if it does want the answer, it will count.
+    pub fn client_closed(&mut self) {
+        self.client_gone = true;
+    }
+
+    /// The client reset the connection, or cannot be written to.
+    pub fn client_reset(&mut self, now_ns: u64, sink: &mut impl Sink) {
+        self.client_gone = true;
+        self.end_all(Outcome::ClientAbort, now_ns, sink);
+    }
+
+    /// The application closed its direction.
+    pub fn upstream_closed(&mut self, now_ns: u64, sink: &mut impl Sink) {
+        if matches!(self.response, Side::Body(Body::UntilClose)) {
+            self.answered(now_ns, sink);
+        }
+        self.upstream_reset(now_ns, sink);
+    }
+
+    /// The application reset the connection, or cannot be written to.
+    pub fn upstream_reset(&mut self, now_ns: u64, sink: &mut impl Sink) {
+        let outcome = if self.client_gone {
+            Outcome::ClientAbort
+        } else {
+            Outcome::UpstreamReset
+        };
+        self.end_all(outcome, now_ns, sink);
+    }
+
+    /// All requests that are pending end in this way, and no more will come.
+    pub fn end_all(&mut self, outcome: Outcome, now_ns: u64, sink: &mut impl Sink) {
+        for request in std::mem::take(&mut self.pending) {
+            sink.end(request.tenant, outcome, now_ns.saturating_sub(request.started_ns));
+        }
+        self.reusable = false;
+        self.request = Side::Opaque;
+        self.response = Side::Opaque;
+    }
+
+    fn on_request_head(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Result<usize, Opaque> {
+        if self.request_head.is_empty() {
+            let mut room = no_headers();
+            if let Some((head, length)) = Request::parse(bytes, &mut room)? {
+                let next = begin(&head, self.started_ns, &mut self.pending, sink)?;
+                self.request = next;
+                return Ok(length);
+            }
+        }
+        let (taken, complete) = self.request_head.extend(bytes)?;
+        if complete {
+            let whole = self.request_head.bytes();
+            let mut room = no_headers();
+            self.request = match Request::parse(whole, &mut room)? {
+                Some((head, length)) if length == whole.len() => {
+                    begin(&head, self.started_ns, &mut self.pending, sink)?
+                }
+                _ => return Err(Opaque::NotHttp),
+            };
+            self.request_head.clear();
+        }
+        Ok(taken)
+    }
+
+    fn on_response_head(
+        &mut self,
+        bytes: &[u8],
+        now_ns: u64,
+        sink: &mut impl Sink,
+    ) -> Result<usize, Opaque> {
+        if self.response_head.is_empty() {
+            if let Some((head, length)) = Response::parse(bytes)? {
+                self.begin_response(head, now_ns, sink)?;
+                return Ok(length);
+            }
+        }
+        let (taken, complete) = self.response_head.extend(bytes)?;
+        if complete {
+            let whole = self.response_head.bytes();
+            match Response::parse(whole)? {
+                Some((head, length)) if length == whole.len() => {
+                    self.response_head.clear();
+                    self.begin_response(head, now_ns, sink)?;
+                }
+                _ => return Err(Opaque::BadResponse),
+            }
+        }
+        Ok(taken)
+    }
+
+    fn begin_response(
+        &mut self,
+        head: Response,
+        now_ns: u64,
+        sink: &mut impl Sink,
+    ) -> Result<(), Opaque> {
+        let Some(request) = self.pending.front_mut() else {
+            return Err(Opaque::Unsolicited);
+        };
+        let (status, method) = (head.status, request.method);
+        request.status = status;
+        if status == 101 {
+            self.answered(now_ns, sink);
+            return Err(Opaque::Upgrade);
+        }
+        if status < 200 {
+            self.response = Side::Idle;
+            return Ok(());
+        }
+        request.persistent &= head.persistent;
+        if method == Method::Connect && status < 300 {
+            self.answered(now_ns, sink);
+            return Err(Opaque::Connect);
+        }
+        let body = head.body(method);
+        if body.is_empty() {
+            self.answered(now_ns, sink);
+        } else {
+            self.response = Side::Body(body);
+        }
+        Ok(())
+    }
+
+    /// The answer to the oldest request is complete.
+    fn answered(&mut self, now_ns: u64, sink: &mut impl Sink) {
+        self.response = Side::Idle;
+        if let Some(request) = self.pending.pop_front() {
+            self.reusable = request.persistent;
+            let outcome = Outcome::of_http_status(request.status);
+            sink.end(request.tenant, outcome, now_ns.saturating_sub(request.started_ns));
+        }
+    }
+
+    /// The requests that were understood are still followed to their answers.
+    fn lose_request(&mut self, why: Opaque, sink: &mut impl Sink) {
+        self.request = Side::Opaque;
+        self.request_head.clear();
+        sink.opaque(why);
+    }
+
+    fn lose(&mut self, why: Opaque, sink: &mut impl Sink) {
+        for request in std::mem::take(&mut self.pending) {
+            sink.forget(request.tenant);
+        }
+        // A connection is opaque for one reason, the first.
+        if !matches!(self.request, Side::Opaque) {
+            self.lose_request(why, sink);
+        }
+        self.response_head.clear();
+        self.response = Side::Opaque;
+    }
+}
+
+/// Notes the request; gives what follows its head.
+fn begin(
+    head: &Request<'_, '_>,
+    started_ns: u64,
+    pending: &mut VecDeque<Pending>,
+    sink: &mut impl Sink,
+) -> Result<Side, Opaque> {
+    let body = head.body()?;
+    if pending.len() >= MAX_PIPELINED {
+        return Err(Opaque::Pipelined);
+    }
+    pending.push_back(Pending {
+        tenant: sink.begin(head),
+        started_ns,
+        method: head.method(),
+        persistent: head.is_persistent(),
+        status: 0,
+    });
+    Ok(if body.is_empty() { Side::Idle } else { Side::Body(body) })
+}

@@ -1,0 +1,104 @@
+//! Evidence on one metric of one unit, against its budget.
+
+use super::{explain::Arms, outcome::State};
+use crate::{
+    eprocess::{Evidence, GRID, Onset, cap},
+    fixed::{Bits, OutOfRange},
+};
+
+/// Evidence of harm on one metric, and what was seen since it began to grow.
+#[derive(Debug, Clone)]
+pub(super) struct Track {
+    evidence: Evidence,
+    budget: Bits,
+    cap: Bits,
+    /// The evidence at which the track was found in breach; the finding stays.
+    breached_at: Option<Bits>,
+    failed: bool,
+    /// What was counted since the evidence last began anew.
+    episode: Arms,
+}
+
+impl Track {
+    pub(super) fn new(budget: Bits) -> Result<Self, OutOfRange> {
+        Ok(Self {
+            evidence: Evidence::default(),
+            budget,
+            cap: cap(budget)?,
+            breached_at: None,
+            failed: false,
+            episode: Arms::default(),
+        })
+    }
+
+    /// Adds a block.
+    pub(super) fn take(
+        &mut self,
+        bits: Result<[Bits; GRID], OutOfRange>,
+        seen: Arms,
+        onset: Onset,
+    ) -> Result<(), OutOfRange> {
+        let begins = bits
+            .and_then(|bits| self.evidence.add(bits, onset, self.cap))
+            .inspect_err(|_| self.failed = true)?;
+        if begins {
+            self.episode = Arms::default();
+        }
+        self.episode.add(seen);
+        Ok(())
+    }
+
+    /// Adds a block; a failure is kept and reported.
+    pub(super) fn take_or_fail(&mut self, bits: Result<[Bits; GRID], OutOfRange>, seen: Arms, onset: Onset) {
+        if self.take(bits, seen, onset).is_err() {
+            self.failed = true;
+        }
+    }
+
+    pub(super) fn fail(&mut self) {
+        self.failed = true;
+    }
+
+    pub(super) fn blocks(&self) -> u32 {
+        self.evidence.blocks()
+    }
+
+    pub(super) fn budget(&self) -> Bits {
+        self.budget
+    }
+
+    pub(super) fn episode(&self) -> Arms {
+        self.episode
+    }
+
+    /// The evidence now; after a breach never less than it was then.
+    pub(super) fn bits(&self) -> Result<Bits, OutOfRange> {
+        let now = self.evidence.bits()?;
+        Ok(self.breached_at.map_or(now, |then| then.max(now)))
+    }
+
+    /// The track's state. With `excused` a breach is one that the baseline shares, and is not kept.
+    pub(super) fn state(&mut self, excused: bool) -> State {
+        let Ok(bits) = self.bits() else {
+            return State::Error;
+        };
+        if self.failed {
+            return State::Error;
+        }
+        if self.breached_at.is_some() {
+            return State::Breach;
+        }
+        if bits > self.budget {
+            if excused {
+                return State::Shared;
+            }
+            self.breached_at = Some(bits);
+            return State::Breach;
+        }
+        if bits >= self.budget / 2 {
+            State::Suspect
+        } else {
+            State::Clear
+        }
+    }
+}
