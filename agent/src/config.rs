@@ -9,7 +9,7 @@ use coalmine_proto::names::{Arm, check_name};
 
 use crate::tenant::Rule;
 pub use values::Target;
-use values::{aggregator, bytes, duration};
+use values::{address, aggregator, bytes, duration};
 
 /// What `--version` without a value stands for.
 const PRINT_VERSION: &str = "\0print";
@@ -20,7 +20,7 @@ const PRINT_VERSION: &str = "\0print";
 #[command(name = "coalmine-agent", disable_version_flag = true)]
 struct Flags {
     /// Address on which clients are accepted
-    #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_LISTEN", default_value = "0.0.0.0:15080")]
+    #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_LISTEN", default_value = "0.0.0.0:15080", value_parser = address)]
     listen: SocketAddr,
 
     /// Address of the application
@@ -28,7 +28,7 @@ struct Flags {
     upstream: Target,
 
     /// Address of /livez, /readyz and /metrics
-    #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_ADMIN", default_value = "127.0.0.1:15090")]
+    #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_ADMIN", default_value = "127.0.0.1:15090", value_parser = address)]
     admin: SocketAddr,
 
     /// Where windows are sent, as in http://coalmine-aggregator:7443

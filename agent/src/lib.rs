@@ -1,9 +1,25 @@
 //! The sidecar that relays bytes, observes requests and streams windows to the aggregator.
+//!
+//! Read in this order: [`config`] (what it is told), [`run`] (two threads and what is between them);
+//! on the data thread `proxy` (accept and stop), `relay` (bytes), [`observer`] (what they mean),
+//! [`tenant`] (whose they are), [`recorder`] (counts), `sealer` (windows); on the control thread
+//! `session` (the aggregator), [`ring`] (what it does not have yet), [`metrics`] and `admin`.
 
-pub mod backoff;
 pub mod config;
+pub mod run;
+
+pub mod gate;
+mod http2;
 pub mod observer;
+mod proxy;
 pub mod recorder;
-pub mod ring;
+mod relay;
+mod sealer;
 pub mod tenant;
 pub mod window;
+
+mod admin;
+pub mod backoff;
+pub mod metrics;
+pub mod ring;
+mod session;

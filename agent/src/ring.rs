@@ -269,8 +269,9 @@ fn rows_that_fit(window: &Window, max_bytes: usize) -> usize {
     // Gap, totals and host context are below this together.
     let mut left = max_bytes.saturating_sub(256);
     let fits = window.rows.iter().take_while(|row| {
-        let fits = row.bytes() <= left;
-        left = left.saturating_sub(row.bytes());
+        let bytes = row.wire_bytes();
+        let fits = bytes <= left;
+        left = left.saturating_sub(bytes);
         fits
     });
     fits.count().max(1)

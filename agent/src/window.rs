@@ -95,9 +95,18 @@ impl Window {
 // === impl Row ===
 
 impl Row {
-    /// What the row takes of the ring, in bytes; also an upper bound of its size in a message.
+    /// What the row takes of the ring, in bytes.
     pub fn bytes(&self) -> usize {
         size_of::<Self>() + self.tenant.as_str().len() + self.latency.counts.len()
+    }
+
+    /// Upper bound of its size in a message, with the tenant's name.
+    pub fn wire_bytes(&self) -> usize {
+        // Tags, lengths and the tenant's number are below this together; other numbers have ten bytes at most.
+        const FRAME: usize = 64;
+        let numbers = [self.limit_us, self.over_limit].into_iter().chain(self.outcomes.0);
+        let numbers: usize = numbers.map(prost::encoding::encoded_len_varint).sum();
+        FRAME + numbers + self.tenant.as_str().len() + self.latency.encoded_len()
     }
 
     /// The row as it is sent, with the number that the tenant has in the session.

@@ -19,12 +19,11 @@
 //! number is at most a bound exactly when it is at most the bound rounded down. The index is found with
 //! integers alone (`histogram/index.rs`: a table and one compare), so that it is the same on every machine.
 //!
-//! Why **scale 4**: a quantile is then known within 2.17 % (below), a fifth of the smallest regression
-//! worth halting for, at about 100 bytes a window; scale 3 doubles the error and 5 the bytes. Why
-//! **seconds**: the bounds are powers of two in the unit that they are counted in, and `log2(10^9)` is no
-//! multiple of 1/16, so that a histogram in nanoseconds could not become OpenTelemetry's or Prometheus',
-//! which are in seconds, without guessing. Why the scale is **fixed**: all windows stay comparable, and
-//! merging never changes the resolution.
+//! Why **scale 4**: it knows a quantile within 2.17 % (below) for some 70 to 90 bytes of counts in a window
+//! of 100 to 1000 requests; scale 3 doubles the error, and 5 the bytes. Why **seconds**: OpenTelemetry and
+//! Prometheus count in seconds, and `log2(10^9)` is no multiple of 1/16, so that bounds which were powers of
+//! the ratio in nanoseconds would not be bounds there, and no conversion could be exact. Why the scale is
+//! **fixed**: all windows stay comparable, and merging never changes the resolution.
 //!
 //! # Error
 //!

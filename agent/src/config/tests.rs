@@ -73,7 +73,7 @@ fn errors_are_one_line_that_says_what_to_do() {
         ("", &["--max-tenants=0"], "--max-tenants"),
         ("", &["--tenant=cookie:x"], "is not a rule"),
         ("", &["--tenant=fixed:a", "--tenant=header:x"], "no --tenant rule can follow"),
-        ("", &["--listen=here"], "--listen"),
+        ("", &["--listen=here"], "give an IP address and a port"),
         ("", &["--upstream=8080"], "is not HOST:PORT"),
         ("", &["--listen=127.0.0.1:1", "--upstream=127.0.0.1:1"], "the agent's own --listen"),
         ("", &["--listen=127.0.0.1:1", "--admin=127.0.0.1:1"], "are both"),

@@ -103,3 +103,9 @@ pub(super) fn aggregator(text: &str) -> Result<String, String> {
         _ => Err(format!("{text:?} is not a URL, as in http://HOST:7443")),
     }
 }
+
+/// An address to listen on.
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    let bad = |_| "give an IP address and a port, as in 127.0.0.1:15080".to_owned();
+    text.parse().map_err(bad)
+}

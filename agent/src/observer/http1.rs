@@ -79,6 +79,11 @@ impl Http1 {
         idle && self.pending.is_empty()
     }
 
+    /// Whether the client's bytes are not followed any more.
+    pub fn is_request_opaque(&self) -> bool {
+        matches!(self.request, Side::Opaque)
+    }
+
     /// Requests whose answers are not complete.
     pub fn pending(&self) -> usize {
         self.pending.len()

@@ -120,7 +120,7 @@ fn large_windows_are_sent_in_parts() {
     let rows: Vec<Row> = (0..20).map(|n| row(&format!("t{n}"), 1, 0, 0)).collect();
     let mut ring = Ring::new(1 << 20);
     ring.push(window(0, rows));
-    let max_bytes = 256 + 3 * row("t19", 1, 0, 0).bytes();
+    let max_bytes = 256 + 3 * row("t19", 1, 0, 0).wire_bytes();
     let batches: Vec<Batch> = std::iter::from_fn(|| ring.next(max_bytes).cloned()).collect();
     assert_eq!(batches.len(), 7);
     conserves(&batches);

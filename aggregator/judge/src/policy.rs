@@ -408,7 +408,7 @@ impl Policy {
             );
         }
         let window = self.defaults.judge_window.micros;
-        if window % 1_000 != 0 || !(1_000_000..=600_000_000).contains(&window) {
+        if !window.is_multiple_of(1_000) || !(1_000_000..=600_000_000).contains(&window) {
             return fail(
                 "judge_window",
                 "judge_window must be whole milliseconds from 1s to 10m".into(),
@@ -466,8 +466,8 @@ impl PolicyError {
             None => text,
         };
         Self {
-            line: u64::from(line),
-            column: u64::from(column),
+            line,
+            column,
             message,
         }
     }

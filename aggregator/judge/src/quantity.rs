@@ -243,7 +243,7 @@ pub fn micros(value: u64) -> String {
         return format!("{value} {unit}");
     }
     let tenths = (value * 10 + scale / 2) / scale;
-    if tenths % 10 == 0 {
+    if tenths.is_multiple_of(10) {
         format!("{} {unit}", tenths / 10)
     } else {
         format!("{}.{} {unit}", tenths / 10, tenths % 10)

@@ -296,6 +296,8 @@ pub struct Decision {
     pub judge: String,
     /// The program.
     pub build: String,
+    /// Whether it was acted on before it could be recorded, because the log could not be written.
+    pub late: bool,
     /// What was done, in order. Times are here and not in the outcome.
     pub steps: Vec<Step>,
 }

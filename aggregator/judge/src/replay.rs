@@ -36,7 +36,16 @@ pub enum Replayed {
 /// Replays a log, record by record, in order.
 #[derive(Debug, Default)]
 pub struct Replay {
-    rollouts: BTreeMap<String, Result<Judge, String>>,
+    rollouts: BTreeMap<String, Result<Judged, String>>,
+}
+
+/// A rollout as it stands after the records taken so far.
+#[derive(Debug)]
+pub struct Judged {
+    /// Its judge.
+    pub judge: Judge,
+    /// What the judge said last.
+    pub outcome: Option<Outcome>,
 }
 
 /// A judge for a rollout, from its record and its policy's text.
@@ -62,6 +71,7 @@ impl Replay {
                     .text(&start.policy)
                     .map_err(|error| format!("its policy {} {error}", start.policy))
                     .and_then(|policy| judge_for(start, &policy));
+                let judge = judge.map(|judge| Judged { judge, outcome: None });
                 let replayed = match &judge {
                     Ok(_) => Replayed::Other,
                     Err(problem) => Replayed::Different {
@@ -86,18 +96,18 @@ impl Replay {
         }
     }
 
-    /// The judge of a rollout as it stands after the records taken so far.
-    pub fn judge_of(&self, rollout: &str) -> Option<&Judge> {
+    /// A rollout as it stands after the records taken so far.
+    pub fn judged(&self, rollout: &str) -> Option<&Judged> {
         self.rollouts.get(rollout)?.as_ref().ok()
     }
 
-    /// Gives up the judge of a rollout, to be continued live.
-    pub fn into_judges(self) -> BTreeMap<String, Result<Judge, String>> {
-        self.rollouts
+    /// Takes a rollout out, to be continued live.
+    pub fn remove(&mut self, rollout: &str) -> Option<Judged> {
+        self.rollouts.remove(rollout)?.ok()
     }
 
     fn judge(&mut self, decision: &Decision, blobs: &dyn Blobs) -> Result<(), String> {
-        let judge = match self.rollouts.get_mut(&decision.rollout) {
+        let judged = match self.rollouts.get_mut(&decision.rollout) {
             None => {
                 return Err(format!(
                     "belongs to rollout {}, which no record begins",
@@ -105,15 +115,17 @@ impl Replay {
                 ));
             }
             Some(Err(problem)) => return Err(format!("rollout {}: {problem}", decision.rollout)),
-            Some(Ok(judge)) => judge,
+            Some(Ok(judged)) => judged,
         };
         let evidence = blobs
             .text(&decision.evidence)
             .map_err(|error| format!("its evidence {} {error}", decision.evidence))?;
         let window =
             Window::from_json(&evidence).map_err(|error| format!("its evidence is refused: {error}"))?;
-        let outcome = judge.step(&window).map_err(|error| error.to_string())?;
-        compare(decision, &outcome)
+        let outcome = judged.judge.step(&window).map_err(|error| error.to_string())?;
+        let same = compare(decision, &outcome);
+        judged.outcome = Some(outcome);
+        same
     }
 }
 

@@ -1,5 +1,11 @@
 //! The judge on scripted rollouts, and its golden vectors.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test may panic and read its golden file"
+)]
+
 use std::fmt::Write as _;
 
 use coalmine_judge::{

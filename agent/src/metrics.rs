@@ -1,0 +1,249 @@
+//! What Prometheus scrapes, under `coalmine_agent_`.
+//!
+//! Requests are counted from closed windows, so that a request costs nothing here; the numbers are at
+//! most one window old. They are those of the pod: the agent exposes no tenant's name.
+
+use std::sync::{Arc, Mutex, PoisonError, atomic::AtomicU64};
+
+use coalmine_proto::{histogram::Histogram, names::Outcome};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet, text},
+    metrics::{
+        MetricType, TypedMetric, counter::Counter, family::Family, gauge::Gauge, info::Info,
+    },
+    registry::Registry,
+};
+
+use crate::{config::Config, observer::Opaque, recorder::Sealed, ring::Ring};
+
+/// All metrics of the agent. Cloning gives another handle to the same ones.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    requests: Family<OutcomeLabel, Counter>,
+    durations: Durations,
+    connections: Gauge,
+    connections_total: Counter,
+    opaque: Family<ReasonLabel, Counter>,
+    in_flight: Gauge,
+    tenants: Gauge,
+    tenant_overflow: Counter,
+    tenant_rejected: Counter,
+    windows: Counter,
+    ring_bytes: Gauge<u64, AtomicU64>,
+    ring_merged: Counter,
+    gap_requests: Counter,
+    connected: Gauge,
+    reconnects: Counter,
+    durable_seq: Gauge<u64, AtomicU64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabel {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// Latency of all answered requests, as a classic histogram.
+#[derive(Debug, Clone, Default)]
+struct Durations(Arc<Mutex<Histogram>>);
+
+/// The classic bounds, as powers of two in seconds: 244 us to 64 s. They are bounds of the histogram
+/// too, so that the counts are exact.
+const EXPONENTS: std::ops::RangeInclusive<i32> = -12..=6;
+
+impl Metrics {
+    /// Metrics of an agent with this configuration, all at zero.
+    pub fn new(config: &Config) -> Self {
+        let mut new = Self {
+            registry: Arc::default(),
+            requests: Family::default(),
+            durations: Durations::default(),
+            connections: Gauge::default(),
+            connections_total: Counter::default(),
+            opaque: Family::default(),
+            in_flight: Gauge::default(),
+            tenants: Gauge::default(),
+            tenant_overflow: Counter::default(),
+            tenant_rejected: Counter::default(),
+            windows: Counter::default(),
+            ring_bytes: Gauge::default(),
+            ring_merged: Counter::default(),
+            gap_requests: Counter::default(),
+            connected: Gauge::default(),
+            reconnects: Counter::default(),
+            durable_seq: Gauge::default(),
+        };
+        for outcome in Outcome::ALL {
+            drop(new.requests.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }));
+        }
+        new.registry = Arc::new(new.register(config));
+        new
+    }
+
+    fn register(&self, config: &Config) -> Registry {
+        let mut registry = Registry::with_prefix("coalmine_agent");
+        let r = &mut registry;
+        r.register("requests", "Requests that ended, by outcome", self.requests.clone());
+        r.register(
+            "request_duration_seconds",
+            "From the first byte of the request to the last of the answer",
+            self.durations.clone(),
+        );
+        r.register("connections", "Client connections that are open", self.connections.clone());
+        r.register("connections", "Client connections that were accepted", self.connections_total.clone());
+        r.register(
+            "opaque_connections",
+            "Connections that could not be followed, by reason; their requests are not counted",
+            self.opaque.clone(),
+        );
+        r.register("in_flight_requests", "Requests that have not ended", self.in_flight.clone());
+        r.register("tenants", "Tenants that are told apart", self.tenants.clone());
+        r.register(
+            "tenant_overflow_requests",
+            "Requests counted as __overflow__ because of --max-tenants",
+            self.tenant_overflow.clone(),
+        );
+        r.register(
+            "tenant_rejected",
+            "Requests whose tenant had a name that is not allowed",
+            self.tenant_rejected.clone(),
+        );
+        r.register("windows_sealed", "Windows that were closed", self.windows.clone());
+        r.register("ring_bytes", "Windows that the aggregator does not have on disk", self.ring_bytes.clone());
+        r.register("ring_merged_windows", "Windows merged because the ring was full", self.ring_merged.clone());
+        r.register("gap_requests", "Requests in windows that were dropped", self.gap_requests.clone());
+        r.register("session_connected", "Whether the aggregator is connected", self.connected.clone());
+        r.register("session_reconnects", "Sessions after the first", self.reconnects.clone());
+        r.register("durable_seq", "Last batch that the aggregator has on disk", self.durable_seq.clone());
+        let build = vec![
+            ("agent_version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("service", config.service.clone()),
+            ("version", config.version.clone()),
+            ("arm", config.arm.to_string()),
+        ];
+        r.register("build", "What runs and what it measures", Info::new(build));
+        registry
+    }
+
+    /// A window was closed.
+    pub fn sealed(&self, sealed: &Sealed) {
+        let totals = &sealed.totals;
+        for outcome in Outcome::ALL {
+            let counter = self.requests.get_or_create(&OutcomeLabel { outcome: outcome.as_str() });
+            raise(&counter, totals.outcomes.get(outcome));
+        }
+        for reason in Opaque::ALL {
+            let counter = self.opaque.get_or_create(&ReasonLabel { reason: reason.as_str() });
+            raise(&counter, totals.opaque[reason as usize]);
+        }
+        let mut durations = self.durations.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for row in &sealed.window.rows {
+            if let Err(error) = durations.merge_wire(&row.latency) {
+                tracing::error!(%error, "a window's latencies cannot be read");
+            }
+        }
+        self.connections.set(sealed.window.host.connections.into());
+        self.in_flight.set(sealed.window.host.in_flight.into());
+        raise(&self.connections_total, totals.connections);
+        self.tenants.set(i64::try_from(sealed.tenants).unwrap_or(i64::MAX));
+        raise(&self.tenant_overflow, totals.overflow_requests);
+        raise(&self.tenant_rejected, totals.rejected_names);
+        raise(&self.windows, totals.windows);
+    }
+
+    /// The ring changed.
+    pub fn ring(&self, ring: &Ring) {
+        self.ring_bytes.set(ring.bytes() as u64);
+        raise(&self.ring_merged, ring.stats().merged_windows);
+        raise(&self.gap_requests, ring.stats().gap_requests);
+        self.durable_seq.set(ring.durable());
+    }
+
+    /// A session began or ended.
+    pub fn connected(&self, is_connected: bool) {
+        self.connected.set(is_connected.into());
+    }
+
+    /// A session began, and it is not the first.
+    pub fn reconnected(&self) {
+        self.reconnects.inc();
+    }
+
+    /// The text that is scraped.
+    pub fn text(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        text::encode(&mut text, &self.registry)?;
+        Ok(classic(&text))
+    }
+}
+
+/// Turns OpenMetrics' text into Prometheus' older one, in which a family has its samples' name. In the
+/// newer one the gauge `connections` and the counter `connections_total` would be one family.
+fn classic(text: &str) -> String {
+    let mut classic = String::with_capacity(text.len());
+    let mut help = "";
+    for line in text.lines() {
+        let Some(about) = line.strip_prefix("# TYPE ") else {
+            match line.strip_prefix("# HELP ") {
+                Some(about) => help = about,
+                None if line == "# EOF" => {}
+                None => {
+                    classic.push_str(line);
+                    classic.push('\n');
+                }
+            }
+            continue;
+        };
+        let (name, kind) = about.rsplit_once(' ').unwrap_or((about, "untyped"));
+        let (suffix, kind) = match kind {
+            "counter" => ("_total", kind),
+            "info" => ("_info", "gauge"),
+            _ => ("", kind),
+        };
+        let help = help.strip_prefix(name).unwrap_or(help).trim_start();
+        classic.push_str(&format!("# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}\n"));
+    }
+    classic
+}
+
+/// Raises a counter to a sum that is kept elsewhere.
+fn raise(counter: &Counter, sum: u64) {
+    counter.inc_by(sum.saturating_sub(counter.get()));
+}
+
+// === impl Durations ===
+
+impl EncodeMetric for Durations {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let durations = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut buckets, mut below) = (Vec::new(), 0);
+        for exponent in EXPONENTS {
+            // floor(2^exponent * 10^9): whole nanoseconds are at most the bound if they are at most this.
+            let bound_ns = if exponent < 0 {
+                1_000_000_000_u64 >> exponent.unsigned_abs()
+            } else {
+                1_000_000_000_u64 << exponent.unsigned_abs()
+            };
+            let above = durations.count_above(bound_ns).at_least;
+            let up_to = durations.count() - above;
+            buckets.push((f64::from(exponent).exp2(), up_to - below));
+            below = up_to;
+        }
+        buckets.push((f64::INFINITY, durations.count() - below));
+        let sum = std::time::Duration::from_nanos(durations.sum_ns()).as_secs_f64();
+        encoder.encode_histogram::<NoLabelSet>(sum, durations.count(), &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
+}
+
+impl TypedMetric for Durations {
+    const TYPE: MetricType = MetricType::Histogram;
+}

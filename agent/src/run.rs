@@ -1,0 +1,168 @@
+//! Puts the agent together: two threads, each with its own runtime, and the channels between them.
+//!
+//! ```text
+//!   data thread (the caller's)                      control thread
+//!   accept, relay, observe, close windows  --windows-->  ring, gRPC session
+//!                                          <--limits---
+//!                                          --draining->  /livez /readyz /metrics
+//! ```
+
+use std::{io, net::SocketAddr, thread};
+
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, LocalOptions, LocalRuntime},
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+
+use crate::{
+    admin,
+    config::Config,
+    metrics::Metrics,
+    proxy::{self, Channels},
+    recorder::Limits,
+    session::Session,
+};
+
+/// Closed windows that wait for the control thread; when it takes none, windows become longer.
+const WAITING_WINDOWS: usize = 64;
+
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 4096;
+
+/// Why the agent does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {why}; {remedy} {flag}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What is wrong with it.
+        why: String,
+        /// What to do.
+        remedy: &'static str,
+        /// The flag that gave it.
+        flag: &'static str,
+    },
+    /// The system refuses something that every process needs.
+    #[error("cannot start: {0}")]
+    System(#[from] io::Error),
+}
+
+/// An agent that has its addresses and serves nobody yet.
+#[derive(Debug)]
+pub struct Bound {
+    config: Config,
+    listener: std::net::TcpListener,
+    admin: std::net::TcpListener,
+}
+
+impl Bound {
+    /// Takes both addresses.
+    pub fn new(config: Config) -> Result<Self, StartError> {
+        let listener = bind(config.listen, "--listen")?;
+        let admin = bind(config.admin, "--admin")?;
+        Ok(Self { config, listener, admin })
+    }
+
+    /// Where clients are accepted.
+    pub fn listen_address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Where the admin server is.
+    pub fn admin_address(&self) -> io::Result<SocketAddr> {
+        self.admin.local_addr()
+    }
+
+    /// Serves until told to stop, and then until everything is delivered or time is up. Told once more,
+    /// it does not wait for requests under way.
+    pub fn run(self, stop: mpsc::Receiver<()>) -> Result<(), StartError> {
+        self.serve(&data_runtime()?, stop)
+    }
+
+    /// Serves until SIGTERM or SIGINT.
+    pub fn run_until_signal(self) -> Result<(), StartError> {
+        let data = data_runtime()?;
+        let stop = data.block_on(async { signals() })?;
+        self.serve(&data, stop)
+    }
+
+    fn serve(self, data: &LocalRuntime, stop: mpsc::Receiver<()>) -> Result<(), StartError> {
+        let Self { config, listener, admin } = self;
+        let (windows, sealed) = mpsc::channel(WAITING_WINDOWS);
+        let (set_limits, limits) = watch::channel(Limits::default());
+        let (draining, is_draining) = watch::channel(false);
+        let channels = Channels { windows, limits, draining };
+        let metrics = Metrics::new(&config);
+        let control = Builder::new_current_thread().enable_all().build()?;
+        let admin = control.block_on(async { TcpListener::from_std(admin) })?;
+        let listener = data.block_on(async { TcpListener::from_std(listener) })?;
+        thread::scope(|scope| {
+            let config = &config;
+            let controlled = thread::Builder::new().name("control".to_owned());
+            controlled.spawn_scoped(scope, move || {
+                let session = Session::new(config, sealed, set_limits, metrics.clone());
+                control.block_on(async {
+                    tokio::select! {
+                        () = session.run() => {}
+                        () = admin::serve(admin, metrics, is_draining) => {}
+                    }
+                });
+                // A look-up of a name that hangs must not keep the process.
+                control.shutdown_background();
+            })?;
+            data.block_on(proxy::run(config, listener, channels, stop));
+            Ok(())
+        })
+    }
+}
+
+fn data_runtime() -> io::Result<LocalRuntime> {
+    Builder::new_current_thread().enable_all().build_local(LocalOptions::default())
+}
+
+/// Says each time that the process is asked to stop.
+fn signals() -> io::Result<mpsc::Receiver<()>> {
+    let (asked, stop) = mpsc::channel(2);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::task::spawn_local(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if asked.send(()).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(stop)
+}
+
+fn bind(address: SocketAddr, flag: &'static str) -> Result<std::net::TcpListener, StartError> {
+    let bound = std::net::TcpListener::bind(address).and_then(|listener| {
+        // The standard library's backlog is too short for a burst of clients.
+        rustix::net::listen(&listener, BACKLOG)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    bound.map_err(|error| {
+        let (why, remedy) = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                ("address in use".to_owned(), "stop the other process or choose another")
+            }
+            io::ErrorKind::AddrNotAvailable => {
+                ("this machine does not have the address".to_owned(), "choose another")
+            }
+            io::ErrorKind::PermissionDenied => {
+                ("not permitted".to_owned(), "choose a port above 1023 in")
+            }
+            _ => (error.to_string(), "choose another"),
+        };
+        StartError::Listen { address, why, remedy, flag }
+    })
+}

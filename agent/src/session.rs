@@ -1,0 +1,174 @@
+//! Sends windows to the aggregator: the control thread's owner task.
+//!
+//! One session after the other, each a bidirectional stream (proto/coalmine/v1/telemetry.proto says
+//! what is on it). A batch stays in the ring until the aggregator has it on disk; after a broken
+//! session it is sent again, with the same number, so that it is applied once. Whatever happens here,
+//! proxying goes on.
+
+mod link;
+mod stream;
+
+use std::{
+    hash::{BuildHasher, Hasher, RandomState},
+    pin::pin,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    backoff,
+    config::Config,
+    metrics::Metrics,
+    recorder::{Limits, Sealed},
+    ring::Ring,
+    window::Sums,
+};
+use link::Link;
+
+/// How long the last windows may take to become durable when the agent stops.
+const FLUSH: Duration = Duration::from_secs(5);
+
+/// The owner of everything that is on its way to the aggregator.
+pub(crate) struct Session<'c> {
+    config: &'c Config,
+    /// Names this life of the process.
+    epoch: u64,
+    ring: Ring,
+    /// Sums of all windows that were taken: the ring must conserve them.
+    taken: Sums,
+    windows: mpsc::Receiver<Sealed>,
+    limits: watch::Sender<Limits>,
+    /// Version of the limits under which the open window is recorded.
+    config_version: u64,
+    metrics: Metrics,
+    /// Set when the last window was taken: until then it may take.
+    deadline: Option<Instant>,
+    link: Link,
+}
+
+/// Why a session ended.
+#[derive(Debug)]
+enum Ended {
+    /// There was none, or it broke.
+    Lost(String),
+    /// The aggregator refuses the agent.
+    Rejected {
+        reason: String,
+        retry_after: Option<Duration>,
+    },
+    /// It ended in order, and another may begin.
+    Again,
+    /// Everything is durable, and no more will come.
+    Finished,
+    /// Not everything became durable in time.
+    TooLate,
+}
+
+impl<'c> Session<'c> {
+    pub(crate) fn new(
+        config: &'c Config,
+        windows: mpsc::Receiver<Sealed>,
+        limits: watch::Sender<Limits>,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            config,
+            // The standard library's hash keys are random: that is all the randomness needed here.
+            epoch: RandomState::new().build_hasher().finish().max(1),
+            ring: Ring::new(config.ring_bytes),
+            taken: Sums::default(),
+            windows,
+            limits,
+            config_version: 0,
+            link: Link::new(config.aggregator.clone(), metrics.clone()),
+            metrics,
+            deadline: None,
+        }
+    }
+
+    /// Sends windows until the last is durable, or cannot be sent in time.
+    pub(crate) async fn run(mut self) {
+        let mut attempt = 0;
+        loop {
+            let before = self.link.sessions();
+            let ended = self.connect().await;
+            if self.link.sessions() > before {
+                attempt = 0;
+            }
+            let backoff = backoff::delay(&self.config.instance, attempt);
+            let wait = match ended {
+                Ended::Finished => return,
+                Ended::TooLate => break,
+                Ended::Again => backoff,
+                Ended::Lost(error) => {
+                    self.link.lost(&error);
+                    backoff
+                }
+                Ended::Rejected { reason, retry_after } => {
+                    self.link.rejected(&reason);
+                    retry_after.unwrap_or(backoff::LONGEST).max(backoff)
+                }
+            };
+            attempt = attempt.saturating_add(1);
+            if self.pause(wait).await.is_none() {
+                break;
+            }
+        }
+        tracing::warn!(
+            requests = self.ring.requests(),
+            batches = self.ring.len(),
+            "the aggregator does not have the last windows; their requests are lost to it"
+        );
+    }
+
+    /// Waits for the next attempt, but less when the agent stops.
+    async fn pause(&mut self, wait: Duration) -> Option<()> {
+        let until = Instant::now() + wait;
+        let was_stopping = self.deadline.is_some();
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return Some(()),
+                sealed = self.windows.recv(), if self.deadline.is_none() => self.take(sealed),
+                () = sleep_until(self.deadline.unwrap_or(until)), if self.deadline.is_some() => return None,
+            }
+            if !was_stopping && self.deadline.is_some() {
+                return Some(());
+            }
+        }
+    }
+
+    /// Takes windows while something else goes on; none if the agent stops and time is up.
+    async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = pin!(work);
+        loop {
+            let deadline = self.deadline;
+            tokio::select! {
+                done = &mut work => return Some(done),
+                sealed = self.windows.recv(), if deadline.is_none() => self.take(sealed),
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => return None,
+            }
+        }
+    }
+
+    /// A window was closed; none when that was the last.
+    fn take(&mut self, sealed: Option<Sealed>) {
+        let Some(sealed) = sealed else {
+            self.deadline = Some(Instant::now() + FLUSH);
+            return;
+        };
+        self.metrics.sealed(&sealed);
+        self.config_version = sealed.next_config_version;
+        self.taken = self.taken.plus(sealed.window.sums());
+        debug_assert_eq!(
+            self.taken.requests,
+            sealed.totals.outcomes.seen(),
+            "each request is in one window"
+        );
+        self.ring.push(sealed.window);
+        self.metrics.ring(&self.ring);
+    }
+}

@@ -1,0 +1,126 @@
+//! Files that must not lie: appended with group commit, synced before anybody is answered.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    sync::mpsc::Receiver,
+};
+
+/// Most jobs that share one sync.
+const MAX_GROUP: usize = 1_024;
+
+/// Why a data directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The system refused.
+    #[error("cannot {what} {}: {source}; {remedy}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Another process has the directory.
+    #[error("{} is in use by another aggregator; stop it or choose another --data directory", .0.display())]
+    InUse(PathBuf),
+    /// The content is not what was written.
+    #[error("{}: {problem}; restore it from a backup, or keep it aside and start with an empty --data directory", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        problem: String,
+    },
+}
+
+impl DiskError {
+    pub(crate) fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
+        let remedy = match source.kind() {
+            io::ErrorKind::PermissionDenied => "check who owns it",
+            io::ErrorKind::StorageFull => "free some space",
+            io::ErrorKind::NotFound => "check the path",
+            _ => "check the disk",
+        };
+        Self::Io {
+            what,
+            path: path.to_owned(),
+            source,
+            remedy,
+        }
+    }
+}
+
+/// Creates a directory and its parents.
+pub(crate) fn create_dir(path: &Path) -> Result<(), DiskError> {
+    std::fs::create_dir_all(path).map_err(|error| DiskError::io("create", path, error))
+}
+
+/// Takes the directory for this process, for as long as the file is held.
+pub(crate) fn lock(directory: &Path) -> Result<File, DiskError> {
+    let path = directory.join(".lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|error| DiskError::io("open", &path, error))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(DiskError::InUse(directory.to_owned())),
+        Err(error) => Err(DiskError::io("lock", &path, error.into())),
+    }
+}
+
+/// Opens a file for appending.
+pub(crate) fn open_append(path: &Path) -> Result<File, DiskError> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(|error| DiskError::io("open", path, error))
+}
+
+/// Writes a whole file so that either the old or the new content is there, whatever happens.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    let mut file = File::create(&temporary)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)?;
+    sync_directory(path)
+}
+
+/// Syncs the directory that holds `path`, so that a new name in it lasts.
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// Appends and syncs. A failed sync ends the process: the kernel may have dropped the pages and would say
+/// yes the next time, so nothing that this process knows of the file is certain any more.
+pub(crate) fn append_durably(file: &mut File, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    file.write_all(bytes)?;
+    if let Err(error) = file.sync_data() {
+        tracing::error!(path = %path.display(), %error, "cannot sync; exiting, since what is on disk is unknown");
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+/// Waits for a job and takes with it all that have queued up meanwhile. None when no one can send any more.
+pub(crate) fn next_group<T>(queue: &Receiver<T>) -> Option<Vec<T>> {
+    let mut group = vec![queue.recv().ok()?];
+    while group.len() < MAX_GROUP
+        && let Ok(job) = queue.try_recv()
+    {
+        group.push(job);
+    }
+    Some(group)
+}

@@ -1,0 +1,46 @@
+//! The admin port: health and metrics.
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+    routing::get,
+};
+
+use super::Faces;
+
+/// `/livez`, `/readyz` and `/metrics`.
+pub fn admin(faces: Faces) -> Router {
+    Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(faces)
+}
+
+async fn ready(State(faces): State<Faces>) -> impl IntoResponse {
+    if faces.ledger.is_writable() {
+        (StatusCode::OK, "ok\n")
+    } else {
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the decision log cannot be written\n",
+        )
+    }
+}
+
+async fn metrics(State(faces): State<Faces>) -> impl IntoResponse {
+    match faces.metrics.render() {
+        Ok(text) => (
+            StatusCode::OK,
+            [(
+                header::CONTENT_TYPE,
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            )],
+            text,
+        )
+            .into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}

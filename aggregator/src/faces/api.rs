@@ -1,0 +1,325 @@
+//! The JSON API.
+
+use axum::{
+    Json, Router,
+    extract::{DefaultBodyLimit, Path, Query, State, rejection::JsonRejection, rejection::QueryRejection},
+    http::{StatusCode, header},
+    response::IntoResponse,
+    routing::{get, post},
+};
+use coalmine_judge::{
+    record::{Body, Record},
+    replay::Blobs as _,
+};
+use coalmine_proto::names::Outcome;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Faces, problem::Problem};
+use crate::{
+    clock,
+    ingest::locked,
+    ledger::Appended,
+    rollouts::{StartRequest, View},
+};
+
+/// Largest body of a request, in bytes.
+const MAX_BODY_BYTES: usize = 64 << 10;
+
+/// Most decisions in one answer.
+const MAX_LIMIT: usize = 1_000;
+
+/// The API's routes.
+pub fn api(faces: Faces) -> Router {
+    Router::new()
+        .route("/v1/rollouts", post(start).get(list))
+        .route("/v1/rollouts/{id}", get(rollout))
+        .route("/v1/rollouts/{id}/gate", get(gate))
+        .route("/v1/rollouts/{id}/end", post(end))
+        .route("/v1/decisions", get(decisions))
+        .route("/v1/decisions/{id}", get(decision))
+        .route("/v1/decisions/{id}/evidence", get(evidence))
+        .route("/v1/services/{service}", get(service))
+        .fallback(|| async {
+            Problem::not_found("there is no such route; the API is under /v1/rollouts and /v1/decisions")
+        })
+        .method_not_allowed_fallback(|| async {
+            Problem::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this route does not have that method",
+            )
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(faces)
+}
+
+async fn start(
+    State(faces): State<Faces>,
+    request: Result<Json<StartRequest>, JsonRejection>,
+) -> Result<impl IntoResponse, Problem> {
+    let Json(request) = request.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+    let version = request.canary_version.clone();
+    let (view, new) = faces.rollouts.start(request).await?;
+    let warnings = missing_version(&faces, &view.service, &version);
+    let status = if new { StatusCode::CREATED } else { StatusCode::OK };
+    let location = format!("/v1/rollouts/{}", view.id);
+    let mut body = to_value(&*view)?;
+    if let Value::Object(fields) = &mut body {
+        fields.insert("warnings".to_owned(), json!(warnings));
+    }
+    Ok((status, [(header::LOCATION, location)], Json(body)))
+}
+
+/// A hint where agents of the service are connected, but none of this version.
+fn missing_version(faces: &Faces, service: &str, version: &str) -> Vec<String> {
+    let book = locked(&faces.ingest.book);
+    let Some(service) = book.get(service) else {
+        return vec!["no agent of this service has connected yet".to_owned()];
+    };
+    let canaries: Vec<_> = service
+        .agents()
+        .filter(|(_, agent)| agent.build.arm == coalmine_proto::names::Arm::Canary && !agent.gone)
+        .map(|(_, agent)| agent.build.version.as_str())
+        .collect();
+    if canaries.contains(&version) {
+        return Vec::new();
+    }
+    let mut seen = canaries;
+    seen.sort_unstable();
+    seen.dedup();
+    vec![format!(
+        "no canary agent reports version {version} (canary versions seen: {}); the rollout stays on HOLD until one does",
+        if seen.is_empty() {
+            "none".to_owned()
+        } else {
+            seen.join(", ")
+        }
+    )]
+}
+
+async fn list(State(faces): State<Faces>) -> Result<Json<Value>, Problem> {
+    let views = faces.rollouts.list();
+    let rollouts: Result<Vec<_>, _> = views.iter().map(|view| to_value(&**view)).collect();
+    Ok(Json(json!({ "rollouts": rollouts? })))
+}
+
+async fn rollout(State(faces): State<Faces>, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
+    let view = faces.rollouts.view(&id)?;
+    let mut body = to_value(&*view)?;
+    if let Value::Object(fields) = &mut body {
+        fields.insert("agents".to_owned(), agents(&faces, &view));
+    }
+    Ok(Json(body))
+}
+
+fn agents(faces: &Faces, view: &View) -> Value {
+    let book = locked(&faces.ingest.book);
+    let agents = book
+        .get(&view.service)
+        .into_iter()
+        .flat_map(|service| service.agents());
+    let agents = agents.map(|(instance, agent)| {
+        json!({
+            "instance": instance,
+            "arm": agent.build.arm.as_str(),
+            "version": agent.build.version,
+            "connected": agent.connected,
+            "ended": agent.gone,
+            "durable_seq": agent.durable_seq,
+        })
+    });
+    agents.collect()
+}
+
+/// What deploy tools poll.
+#[derive(Debug, Serialize)]
+struct Gate<'a> {
+    verdict: &'a str,
+    score: f64,
+    decision_id: Option<&'a str>,
+    reason: &'a str,
+    worst_tenant: Option<&'a str>,
+    score_ppm: u32,
+    decision_hash: Option<&'a str>,
+    state: crate::rollouts::State,
+}
+
+async fn gate(State(faces): State<Faces>, Path(id): Path<String>) -> Result<impl IntoResponse, Problem> {
+    let view = faces.rollouts.view(&id)?;
+    let gate = Gate {
+        verdict: &view.verdict,
+        score: view.score,
+        decision_id: view.decision_id.as_deref(),
+        reason: &view.reason,
+        worst_tenant: view.worst_tenant.as_deref(),
+        score_ppm: view.score_ppm,
+        decision_hash: view.decision_hash.as_deref(),
+        state: view.state,
+    };
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(to_value(&gate)?)))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EndRequest {
+    actor: Option<String>,
+    reason: Option<String>,
+}
+
+async fn end(
+    State(faces): State<Faces>,
+    Path(id): Path<String>,
+    body: axum::body::Bytes,
+) -> Result<Json<Value>, Problem> {
+    let request: EndRequest = if body.is_empty() {
+        EndRequest::default()
+    } else {
+        serde_json::from_slice(&body).map_err(|error| {
+            Problem::new(StatusCode::BAD_REQUEST, format!("the body is not valid: {error}"))
+        })?
+    };
+    for (field, text) in [("actor", &request.actor), ("reason", &request.reason)] {
+        if text.as_ref().is_some_and(|text| text.len() > 1_000) {
+            return Err(Problem::new(
+                StatusCode::BAD_REQUEST,
+                format!("{field} has more than 1000 bytes"),
+            ));
+        }
+    }
+    let actor = request.actor.unwrap_or_else(|| "api".to_owned());
+    let reason = request.reason.unwrap_or_else(|| "ended by request".to_owned());
+    let view = faces.rollouts.end(&id, actor, reason).await?;
+    Ok(Json(to_value(&*view)?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DecisionsQuery {
+    rollout: Option<String>,
+    limit: Option<usize>,
+}
+
+async fn decisions(
+    State(faces): State<Faces>,
+    query: Result<Query<DecisionsQuery>, QueryRejection>,
+) -> Result<Json<Value>, Problem> {
+    let Query(query) = query.map_err(|error| {
+        Problem::new(
+            StatusCode::BAD_REQUEST,
+            format!("{error}; the parameters are rollout and limit"),
+        )
+    })?;
+    let limit = query.limit.unwrap_or(100).min(MAX_LIMIT);
+    let seqs = faces.ledger.index().decisions(query.rollout.as_deref());
+    let mut decisions = Vec::new();
+    for seq in seqs.into_iter().rev().take(limit) {
+        decisions.push(in_answer(&read(&faces, seq).await?)?);
+    }
+    Ok(Json(json!({ "decisions": decisions })))
+}
+
+async fn decision(State(faces): State<Faces>, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
+    Ok(Json(in_answer(&find(&faces, &id).await?)?))
+}
+
+async fn evidence(State(faces): State<Faces>, Path(id): Path<String>) -> Result<impl IntoResponse, Problem> {
+    let appended = find(&faces, &id).await?;
+    let Record {
+        body: Body::Decision(decision),
+        ..
+    } = appended.record
+    else {
+        return Err(no_decision(&id));
+    };
+    let blobs = faces.ledger.files.blobs.clone();
+    let text = tokio::task::spawn_blocking(move || blobs.text(&decision.evidence)).await;
+    match text {
+        Ok(Ok(text)) => Ok(([(header::CONTENT_TYPE, "application/json")], text)),
+        Ok(Err(error)) => Err(Problem::internal("the evidence cannot be read", &error)),
+        Err(error) => Err(Problem::internal("the evidence cannot be read", &error)),
+    }
+}
+
+fn no_decision(id: &str) -> Problem {
+    Problem::not_found(format!(
+        "there is no decision {id:?}; GET /v1/decisions lists them"
+    ))
+}
+
+async fn find(faces: &Faces, id: &str) -> Result<Appended, Problem> {
+    let seq = faces.ledger.index().decision(id);
+    read(faces, seq.ok_or_else(|| no_decision(id))?).await
+}
+
+async fn read(faces: &Faces, seq: u64) -> Result<Appended, Problem> {
+    let ledger = faces.ledger.clone();
+    match tokio::task::spawn_blocking(move || ledger.read(seq)).await {
+        Ok(Ok(Some(appended))) => Ok(appended),
+        Ok(Ok(None)) => Err(Problem::not_found(format!("there is no record {seq}"))),
+        Ok(Err(error)) => Err(Problem::internal("the decision log cannot be read", &error)),
+        Err(error) => Err(Problem::internal("the decision log cannot be read", &error)),
+    }
+}
+
+/// A record with its hash and the summary that readers of an execution log expect.
+fn in_answer(appended: &Appended) -> Result<Value, Problem> {
+    let hash = appended.hash.to_string();
+    let Body::Decision(decision) = &appended.record.body else {
+        return Ok(json!({ "record": to_value(&appended.record)?, "hash": hash }));
+    };
+    let total_us: u64 = decision.steps.iter().map(|step| step.duration_us).sum();
+    Ok(json!({
+        "record": to_value(&appended.record)?,
+        "hash": hash,
+        "timestamp": clock::rfc3339(appended.record.time_ms),
+        "summary": {
+            "total_duration_ms": total_us / 1_000,
+            "tenants_checked": decision.tenants_checked,
+            "health_score": f64::from(decision.score_ppm) / 1e6,
+            "rollout_decision": decision.verdict,
+            "anomalies_detected": decision.anomalies_detected,
+            "audit_hash": hash,
+        },
+    }))
+}
+
+/// What the book holds of a service since the beginning: the other half of every conservation check.
+async fn service(State(faces): State<Faces>, Path(name): Path<String>) -> Result<Json<Value>, Problem> {
+    let book = locked(&faces.ingest.book);
+    let Some(service) = book.get(&name) else {
+        return Err(Problem::not_found(format!(
+            "no agent of service {name:?} has connected"
+        )));
+    };
+    let mut totals = Vec::new();
+    for (build, tenant, outcomes) in service.totals().filter(|(_, _, outcomes)| !outcomes.is_empty()) {
+        let counts: serde_json::Map<_, _> = Outcome::ALL
+            .into_iter()
+            .map(|outcome| (outcome.as_str().to_owned(), json!(outcomes.get(outcome))))
+            .collect();
+        totals.push(json!({
+            "arm": build.arm.as_str(),
+            "version": build.version,
+            "tenant": tenant.as_str(),
+            "outcomes": counts,
+        }));
+    }
+    let gaps: serde_json::Map<_, _> = coalmine_proto::names::Arm::ALL
+        .into_iter()
+        .map(|arm| {
+            let (_, _, gap, late) = service.arm_totals(arm);
+            (
+                arm.as_str().to_owned(),
+                json!({ "gap_requests": gap, "late_requests": late }),
+            )
+        })
+        .collect();
+    let (windows, _, duplicates) = service.received();
+    Ok(Json(
+        json!({ "service": name, "windows": windows, "duplicates": duplicates, "totals": totals, "arms": gaps }),
+    ))
+}
+
+fn to_value(value: &impl Serialize) -> Result<Value, Problem> {
+    serde_json::to_value(value).map_err(|error| Problem::internal("the answer cannot be written", &error))
+}

@@ -1,0 +1,459 @@
+//! The agents' sessions: validate, deduplicate, make durable, acknowledge.
+//!
+//! One task a session. A batch is applied to the book at once (acknowledged as received) and written to the
+//! store; when it is on disk it is acknowledged as durable, and only then does the agent forget it. Names
+//! are validated here, once.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use coalmine_proto::{
+    PROTOCOL,
+    names::{Arm, Outcomes, TenantName, check_name},
+    v1::{
+        Ack, AgentMessage, AggregatorMessage, Bye, Config, Hello, HelloAck, Reject, WindowBatch,
+        agent_message, aggregator_message, telemetry_server::Telemetry,
+    },
+};
+use foldhash::HashMap;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    book::{Applied, Batch, Book, BookError, Build, Introduction, Row},
+    clock,
+    metrics::Metrics,
+    store::{Entry, Store},
+};
+
+/// Largest message of an agent, in bytes.
+pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+
+/// Batches that an agent may send ahead of the acknowledgements.
+const MAX_UNACKED: u32 = 8;
+
+/// Most names that one session may introduce.
+const MAX_SESSION_NAMES: usize = 200_000;
+
+/// Longest window that an agent may report, in milliseconds.
+const MAX_WINDOW_MS: u32 = 3_600_000;
+
+/// How long an agent that spoke another protocol, or nonsense, shall wait.
+const RETRY_REFUSED_MS: u32 = 30_000;
+
+/// The latency limits that agents count against, by service.
+pub type Configs = std::collections::BTreeMap<String, Config>;
+
+/// What all sessions share.
+#[derive(Debug, Clone)]
+pub struct Ingest {
+    /// Where windows are counted.
+    pub book: Arc<Mutex<Book>>,
+    store: Store,
+    configs: Arc<Configs>,
+    metrics: Arc<Metrics>,
+    /// Woken when the book has news.
+    pub news: Arc<Notify>,
+    sessions: Arc<AtomicU64>,
+    draining: watch::Receiver<bool>,
+}
+
+/// The names of a session: the agent's numbers to the book's.
+#[derive(Debug, Default)]
+pub struct Dictionary(HashMap<u32, u32>);
+
+/// Locks the book. A panic in another holder does not make its counts wrong: they change last.
+pub(crate) fn locked(book: &Mutex<Book>) -> std::sync::MutexGuard<'_, Book> {
+    book.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why a session ends before the agent ends it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SessionError {
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Book(#[from] BookError),
+}
+
+/// Reads a Hello, or says what is wrong with it.
+pub(crate) fn introduction(hello: &Hello) -> Result<Introduction, String> {
+    if hello.protocol != PROTOCOL {
+        return Err(format!(
+            "the agent speaks protocol version {}, this aggregator version {PROTOCOL}; use an agent of the same release",
+            hello.protocol
+        ));
+    }
+    for (what, name) in [
+        ("service", &hello.service),
+        ("version", &hello.version),
+        ("instance", &hello.instance),
+    ] {
+        check_name(name.as_bytes()).map_err(|error| format!("the agent's {what} {error}"))?;
+    }
+    let arm =
+        Arm::from_wire(hello.arm()).ok_or("the agent says neither canary nor baseline; set its --arm")?;
+    Ok(Introduction {
+        service: hello.service.clone(),
+        instance: hello.instance.clone(),
+        build: Build {
+            arm,
+            version: hello.version.clone(),
+        },
+        epoch: hello.epoch,
+    })
+}
+
+/// Applies a batch as it came: names, then rows.
+pub(crate) fn apply(
+    book: &mut Book,
+    who: &Introduction,
+    session: u64,
+    names: &mut Dictionary,
+    batch: &WindowBatch,
+    now_ms: u64,
+) -> Result<Applied, SessionError> {
+    for name in &batch.names {
+        let tenant = TenantName::parse_counted(&name.name).map_err(|error| {
+            SessionError::Refused(format!("the tenant's name {:.40?} {error}", name.name))
+        })?;
+        if names.0.len() >= MAX_SESSION_NAMES {
+            return Err(SessionError::Refused(format!(
+                "more than {MAX_SESSION_NAMES} tenants in one session"
+            )));
+        }
+        let number = book.intern(&who.service, &tenant)?;
+        names.0.insert(name.r#ref, number);
+    }
+    if batch.length_ms == 0 || batch.length_ms > MAX_WINDOW_MS {
+        return Err(SessionError::Refused(format!(
+            "a window of {} ms",
+            batch.length_ms
+        )));
+    }
+    let mut rows = Vec::with_capacity(batch.rows.len());
+    for row in &batch.rows {
+        let tenant = names.0.get(&row.tenant).copied();
+        let tenant = tenant.ok_or_else(|| {
+            SessionError::Refused(format!("a row for tenant number {} without a name", row.tenant))
+        })?;
+        rows.push(Row {
+            tenant,
+            outcomes: Outcomes::from_row(row),
+            latency: row.latency.as_ref(),
+            limit_us: row.limit_us,
+            over: row.over_limit,
+        });
+    }
+    let batch = Batch {
+        seq: batch.seq,
+        start_ms: batch.start_unix_ms,
+        length_ms: batch.length_ms,
+        rows,
+        cumulative: batch.cumulative.unwrap_or_default(),
+        gap: batch.gap,
+    };
+    Ok(book.apply(&who.service, &who.instance, session, &batch, now_ms)?)
+}
+
+/// Rebuilds the book from the store's entries.
+#[derive(Debug, Default)]
+pub struct Rebuild {
+    sessions: HashMap<u64, (Introduction, Dictionary)>,
+    last_session: u64,
+    /// Entries that did not fit; they are counted, and the store is left as it is.
+    pub refused: u64,
+}
+
+impl Rebuild {
+    /// Takes the next entry.
+    pub fn take(&mut self, book: &mut Book, entry: Entry, now_ms: u64) {
+        match entry {
+            Entry::Hello(session, hello) => {
+                self.last_session = self.last_session.max(session);
+                match introduction(&hello) {
+                    Ok(who) => {
+                        book.introduce(&who, session, now_ms);
+                        book.disconnect(&who.service, &who.instance, session, false, now_ms);
+                        self.sessions.insert(session, (who, Dictionary::default()));
+                    }
+                    Err(_) => self.refused += 1,
+                }
+            }
+            Entry::Batch(session, batch) => {
+                let Some((who, names)) = self.sessions.get_mut(&session) else {
+                    self.refused += 1;
+                    return;
+                };
+                match apply(book, who, session, names, &batch, now_ms) {
+                    Ok(_) => book.durable(&who.service, &who.instance, who.epoch, batch.seq),
+                    Err(error) => {
+                        tracing::error!(session, seq = batch.seq, %error, "a stored window does not apply");
+                        self.refused += 1;
+                    }
+                }
+            }
+            Entry::Bye(session, _) => {
+                if let Some((who, _)) = self.sessions.remove(&session) {
+                    book.disconnect(&who.service, &who.instance, session, true, now_ms);
+                }
+            }
+        }
+    }
+}
+
+impl Ingest {
+    /// Takes sessions from now on, with numbers after those of the store.
+    pub fn new(
+        book: Arc<Mutex<Book>>,
+        store: Store,
+        configs: Configs,
+        metrics: Arc<Metrics>,
+        rebuilt: &Rebuild,
+        draining: watch::Receiver<bool>,
+    ) -> Self {
+        Self {
+            book,
+            store,
+            configs: Arc::new(configs),
+            metrics,
+            news: Arc::new(Notify::new()),
+            sessions: Arc::new(AtomicU64::new(rebuilt.last_session)),
+            draining,
+        }
+    }
+
+    async fn run(
+        self,
+        mut inbound: Streaming<AgentMessage>,
+        out: mpsc::Sender<Result<AggregatorMessage, Status>>,
+    ) {
+        let hello = match inbound.message().await {
+            Ok(Some(AgentMessage {
+                kind: Some(agent_message::Kind::Hello(hello)),
+            })) => hello,
+            Ok(_) => return self.reject(&out, "a session begins with Hello".to_owned()).await,
+            Err(_) => return,
+        };
+        let who = match introduction(&hello) {
+            Ok(who) => who,
+            Err(reason) => return self.reject(&out, reason).await,
+        };
+        let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
+        let durable_seq = locked(&self.book).introduce(&who, session, clock::now_ms());
+        self.store.append(&Entry::Hello(session, hello), || {});
+        tracing::info!(
+            session,
+            service = who.service,
+            instance = who.instance,
+            arm = %who.build.arm,
+            version = who.build.version,
+            durable_seq,
+            "agent connected"
+        );
+        let greeting = HelloAck {
+            durable_seq,
+            max_unacked: MAX_UNACKED,
+            max_message_bytes: u32::try_from(MAX_MESSAGE_BYTES).unwrap_or(u32::MAX),
+            now_unix_ms: clock::now_ms(),
+        };
+        if send(&out, aggregator_message::Kind::HelloAck(greeting))
+            .await
+            .is_err()
+        {
+            return self.end(&who, session, false);
+        }
+        if let Some(config) = self.configs.get(&who.service)
+            && send(&out, aggregator_message::Kind::Config(config.clone()))
+                .await
+                .is_err()
+        {
+            return self.end(&who, session, false);
+        }
+        self.news.notify_waiters();
+        let gone = self
+            .converse(&who, session, durable_seq, &mut inbound, &out)
+            .await;
+        self.end(&who, session, gone);
+    }
+
+    /// Takes messages until the stream ends; says whether the agent said Bye.
+    async fn converse(
+        &self,
+        who: &Introduction,
+        session: u64,
+        durable_seq: u64,
+        inbound: &mut Streaming<AgentMessage>,
+        out: &mpsc::Sender<Result<AggregatorMessage, Status>>,
+    ) -> bool {
+        let (acks, mut acked) = watch::channel(Ack {
+            received_seq: durable_seq,
+            durable_seq,
+        });
+        let acks = Arc::new(acks);
+        let mut names = Dictionary::default();
+        let mut draining = self.draining.clone();
+        loop {
+            let message = tokio::select! {
+                changed = acked.changed() => {
+                    let ack = *acked.borrow_and_update();
+                    if changed.is_err() || send(out, aggregator_message::Kind::Ack(ack)).await.is_err() {
+                        return false;
+                    }
+                    continue;
+                }
+                () = drained(&mut draining) => {
+                    let drain = coalmine_proto::v1::Drain { within_ms: 0 };
+                    drop(send(out, aggregator_message::Kind::Drain(drain)).await);
+                    return false;
+                }
+                message = inbound.message() => message,
+            };
+            match message {
+                Ok(Some(AgentMessage { kind: Some(kind) })) => match kind {
+                    agent_message::Kind::Batch(batch) => {
+                        if let Err(error) = self.batch(who, session, &mut names, batch, &acks) {
+                            self.metrics.reject(error.reason());
+                            tracing::error!(session, instance = who.instance, %error, "batch refused");
+                            drop(
+                                out.send(Err(Status::failed_precondition(error.to_string())))
+                                    .await,
+                            );
+                            return false;
+                        }
+                    }
+                    agent_message::Kind::ConfigApplied(applied) => {
+                        tracing::debug!(session, version = applied.version, "limits applied");
+                    }
+                    agent_message::Kind::Bye(bye) => {
+                        tracing::info!(
+                            session,
+                            instance = who.instance,
+                            reason = bye.reason,
+                            "agent ended"
+                        );
+                        self.farewell(session, bye).await;
+                        return true;
+                    }
+                    agent_message::Kind::Hello(_) => {
+                        self.reject(out, "a session has one Hello".to_owned()).await;
+                        return false;
+                    }
+                },
+                Ok(Some(AgentMessage { kind: None })) => {}
+                Ok(None) => return false,
+                Err(status) => {
+                    tracing::info!(session, instance = who.instance, %status, "agent's stream broke");
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn batch(
+        &self,
+        who: &Introduction,
+        session: u64,
+        names: &mut Dictionary,
+        mut batch: WindowBatch,
+        acks: &Arc<watch::Sender<Ack>>,
+    ) -> Result<(), SessionError> {
+        let seq = batch.seq;
+        let applied = apply(
+            &mut locked(&self.book),
+            who,
+            session,
+            names,
+            &batch,
+            clock::now_ms(),
+        )?;
+        acks.send_modify(|ack| ack.received_seq = ack.received_seq.max(seq));
+        if applied == Applied::Before {
+            if batch.names.is_empty() {
+                return Ok(());
+            }
+            // The counts are stored already; the names are needed to read what follows in this session.
+            batch.rows.clear();
+        }
+        let (acks, book, news) = (Arc::clone(acks), Arc::clone(&self.book), Arc::clone(&self.news));
+        let who = who.clone();
+        self.store.append(&Entry::Batch(session, batch), move || {
+            locked(&book).durable(&who.service, &who.instance, who.epoch, seq);
+            acks.send_modify(|ack| ack.durable_seq = ack.durable_seq.max(seq));
+            news.notify_waiters();
+        });
+        Ok(())
+    }
+
+    /// Stores the agent's farewell, and everything before it.
+    async fn farewell(&self, session: u64, bye: Bye) {
+        let (tell, told) = tokio::sync::oneshot::channel();
+        self.store
+            .append(&Entry::Bye(session, bye), move || drop(tell.send(())));
+        drop(told.await);
+    }
+
+    fn end(&self, who: &Introduction, session: u64, gone: bool) {
+        locked(&self.book).disconnect(&who.service, &who.instance, session, gone, clock::now_ms());
+        self.news.notify_waiters();
+    }
+
+    async fn reject(&self, out: &mpsc::Sender<Result<AggregatorMessage, Status>>, reason: String) {
+        self.metrics.reject("hello");
+        tracing::warn!(reason, "session refused");
+        let reject = Reject {
+            reason,
+            retry_after_ms: RETRY_REFUSED_MS,
+        };
+        drop(send(out, aggregator_message::Kind::Reject(reject)).await);
+    }
+}
+
+impl SessionError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused(_) => "malformed",
+            Self::Book(BookError::Order { .. }) => "order",
+            Self::Book(BookError::Superseded) => "superseded",
+            Self::Book(BookError::Latency { .. }) => "histogram",
+            Self::Book(BookError::Totals { .. }) => "totals",
+            Self::Book(BookError::TooManyTenants) => "tenants",
+            Self::Book(BookError::Unknown) => "unknown",
+        }
+    }
+}
+
+/// Resolves when the server is about to stop.
+async fn drained(draining: &mut watch::Receiver<bool>) {
+    // An error means that the sender is gone: the server stops as well.
+    drop(draining.wait_for(|draining| *draining).await);
+}
+
+async fn send(
+    out: &mpsc::Sender<Result<AggregatorMessage, Status>>,
+    kind: aggregator_message::Kind,
+) -> Result<(), ()> {
+    out.send(Ok(AggregatorMessage { kind: Some(kind) }))
+        .await
+        .map_err(|_| ())
+}
+
+#[tonic::async_trait]
+impl Telemetry for Ingest {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<AggregatorMessage, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (out, messages) = mpsc::channel(16);
+        tokio::spawn(self.clone().run(request.into_inner(), out));
+        Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
+    }
+}

@@ -1,0 +1,510 @@
+//! What Prometheus scrapes. Names follow its conventions: base units, `_total` on counters only.
+//!
+//! Series are bounded: none has a tenant as a label but the ten worst tenants of each open rollout.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex},
+};
+
+use coalmine_judge::v1::{Outcome, State, Verdict};
+use coalmine_proto::names::{Arm, Outcome as RequestOutcome};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, text::encode},
+    metrics::{
+        MetricType,
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::Registry,
+};
+
+use crate::{book::Book, clock, ingest::locked};
+
+/// After this long without a sign a connected agent counts as silent.
+const SILENT_MS: u64 = 10_000;
+
+/// Upper bounds of the classic latency histogram: powers of two from 1/1024 s to 128 s, which are bounds of our
+/// own buckets, so that the counts are exact.
+const CLASSIC_EXPONENTS: std::ops::RangeInclusive<i32> = -10..=7;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ServiceVerdict {
+    service: String,
+    verdict: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RolloutLabel {
+    service: String,
+    rollout: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RolloutVerdict {
+    service: String,
+    rollout: String,
+    verdict: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RolloutState {
+    service: String,
+    rollout: String,
+    state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RolloutKind {
+    service: String,
+    rollout: String,
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Worst {
+    service: String,
+    rollout: String,
+    rank: u32,
+    tenant: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Kind {
+    r#type: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Version {
+    version: &'static str,
+}
+
+/// The metrics of the process.
+pub struct Metrics {
+    registry: Mutex<Registry>,
+    decisions: Family<ServiceVerdict, Counter>,
+    /// How long a decision takes, from frozen evidence to a durable record.
+    pub decision_seconds: Histogram,
+    score: Family<RolloutLabel, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    verdict: Family<RolloutVerdict, Gauge>,
+    tenants: Family<RolloutState, Gauge>,
+    coverage: Family<RolloutKind, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    worst: Family<Worst, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    rejected: Family<Reason, Counter>,
+    records: Family<Kind, Counter>,
+    /// How long a commit of the decision log takes.
+    pub audit_append_seconds: Histogram,
+    /// Whether the last commit succeeded.
+    pub audit_writable: Gauge,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+fn ratio(ppm: u32) -> f64 {
+    f64::from(ppm) / 1e6
+}
+
+/// 0.5 ms to 16 s.
+fn durations() -> Histogram {
+    Histogram::new(exponential_buckets(0.0005, 2.0, 16))
+}
+
+impl Metrics {
+    /// Registers everything.
+    pub fn new() -> Self {
+        let metrics = Self {
+            registry: Mutex::new(Registry::with_prefix("coalmine")),
+            decisions: Family::default(),
+            decision_seconds: durations(),
+            score: Family::default(),
+            verdict: Family::default(),
+            tenants: Family::default(),
+            coverage: Family::default(),
+            worst: Family::default(),
+            rejected: Family::default(),
+            records: Family::default(),
+            audit_append_seconds: durations(),
+            audit_writable: Gauge::default(),
+        };
+        metrics.audit_writable.set(1);
+        let info: Family<Version, Gauge> = Family::default();
+        info.get_or_create(&Version {
+            version: env!("CARGO_PKG_VERSION"),
+        })
+        .set(1);
+        if let Ok(mut registry) = metrics.registry.lock() {
+            registry.register("build_info", "The program's version", info);
+            registry.register("decisions", "Decisions recorded", metrics.decisions.clone());
+            registry.register(
+                "decision_duration_seconds",
+                "Time from frozen evidence to a durable record",
+                metrics.decision_seconds.clone(),
+            );
+            registry.register(
+                "rollout_health_score_ratio",
+                "Health score of a rollout; below the policy's threshold some unit is in breach",
+                metrics.score.clone(),
+            );
+            registry.register(
+                "rollout_verdict",
+                "1 for the rollout's verdict, else 0",
+                metrics.verdict.clone(),
+            );
+            registry.register(
+                "rollout_tenants",
+                "Tenants of a rollout by state",
+                metrics.tenants.clone(),
+            );
+            registry.register(
+                "rollout_coverage_ratio",
+                "Share of the expected agents that reported, and of the canary's requests in judged tenants",
+                metrics.coverage.clone(),
+            );
+            registry.register(
+                "worst_tenant_health_score_ratio",
+                "Health scores of the ten worst tenants of a rollout",
+                metrics.worst.clone(),
+            );
+            registry.register(
+                "ingest_rejected",
+                "Sessions and batches refused",
+                metrics.rejected.clone(),
+            );
+            registry.register(
+                "audit_records",
+                "Records appended to the decision log",
+                metrics.records.clone(),
+            );
+            registry.register(
+                "audit_append_duration_seconds",
+                "Time of a commit of the decision log, syncs included",
+                metrics.audit_append_seconds.clone(),
+            );
+            registry.register(
+                "audit_writable",
+                "Whether the last commit of the decision log succeeded",
+                metrics.audit_writable.clone(),
+            );
+        }
+        metrics
+    }
+
+    /// Adds what is read off the book at each scrape.
+    pub fn watch(&self, book: Arc<Mutex<Book>>) {
+        if let Ok(mut registry) = self.registry.lock() {
+            registry.register_collector(Box::new(BookCollector(book)));
+        }
+    }
+
+    /// Counts a refused session or batch.
+    pub fn reject(&self, reason: &'static str) {
+        self.rejected.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Counts a record of the decision log.
+    pub fn audit_record(&self, kind: &'static str) {
+        self.records.get_or_create(&Kind { r#type: kind }).inc();
+    }
+
+    /// Shows a decision.
+    pub fn decided(&self, service: &str, rollout: &str, outcome: &Outcome, before: Option<&Outcome>) {
+        let label = || RolloutLabel {
+            service: service.to_owned(),
+            rollout: rollout.to_owned(),
+        };
+        self.decisions
+            .get_or_create(&ServiceVerdict {
+                service: service.to_owned(),
+                verdict: outcome.verdict.as_str(),
+            })
+            .inc();
+        self.score.get_or_create(&label()).set(ratio(outcome.score_ppm));
+        for verdict in Verdict::ALL {
+            self.verdict
+                .get_or_create(&RolloutVerdict {
+                    service: service.to_owned(),
+                    rollout: rollout.to_owned(),
+                    verdict: verdict.as_str(),
+                })
+                .set(i64::from(verdict == outcome.verdict));
+        }
+        for state in TENANT_STATES {
+            self.tenants
+                .get_or_create(&RolloutState {
+                    service: service.to_owned(),
+                    rollout: rollout.to_owned(),
+                    state: state.as_str(),
+                })
+                .set(i64::try_from(outcome.tenants.get(state)).unwrap_or(i64::MAX));
+        }
+        for (kind, ppm) in [("agents", outcome.agents_ppm), ("traffic", outcome.traffic_ppm)] {
+            self.coverage
+                .get_or_create(&RolloutKind {
+                    service: service.to_owned(),
+                    rollout: rollout.to_owned(),
+                    kind,
+                })
+                .set(ratio(ppm));
+        }
+        for worst in before
+            .into_iter()
+            .flat_map(|before| worst_labels(service, rollout, before))
+        {
+            self.worst.remove(&worst.0);
+        }
+        for (label, score) in worst_labels(service, rollout, outcome) {
+            self.worst.get_or_create(&label).set(score);
+        }
+    }
+
+    /// Takes the series of a rollout away.
+    pub fn ended(&self, service: &str, rollout: &str, last: Option<&Outcome>) {
+        let (service, rollout) = (service.to_owned(), rollout.to_owned());
+        self.score.remove(&RolloutLabel {
+            service: service.clone(),
+            rollout: rollout.clone(),
+        });
+        for verdict in Verdict::ALL {
+            let verdict = verdict.as_str();
+            self.verdict.remove(&RolloutVerdict {
+                service: service.clone(),
+                rollout: rollout.clone(),
+                verdict,
+            });
+        }
+        for state in TENANT_STATES {
+            let state = state.as_str();
+            self.tenants.remove(&RolloutState {
+                service: service.clone(),
+                rollout: rollout.clone(),
+                state,
+            });
+        }
+        for kind in ["agents", "traffic"] {
+            self.coverage.remove(&RolloutKind {
+                service: service.clone(),
+                rollout: rollout.clone(),
+                kind,
+            });
+        }
+        for (label, _) in last
+            .into_iter()
+            .flat_map(|last| worst_labels(&service, &rollout, last))
+        {
+            self.worst.remove(&label);
+        }
+    }
+
+    /// The exposition, in OpenMetrics text.
+    pub fn render(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        let registry = self.registry.lock().map_err(|_| fmt::Error)?;
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The states that a tenant can be in.
+const TENANT_STATES: [State; 6] = [
+    State::Clear,
+    State::Proven,
+    State::Suspect,
+    State::Breach,
+    State::Shared,
+    State::Error,
+];
+
+fn worst_labels<'a>(
+    service: &'a str,
+    rollout: &'a str,
+    outcome: &'a Outcome,
+) -> impl Iterator<Item = (Worst, f64)> + 'a {
+    outcome
+        .worst_tenants
+        .iter()
+        .zip(1..)
+        .map(move |((tenant, score), rank)| {
+            let label = Worst {
+                service: service.to_owned(),
+                rollout: rollout.to_owned(),
+                rank,
+                tenant: tenant.as_str().to_owned(),
+            };
+            (label, ratio(*score))
+        })
+}
+
+/// Reads the book when Prometheus asks.
+#[derive(Debug)]
+struct BookCollector(Arc<Mutex<Book>>);
+
+type Labels<'a> = Vec<(&'a str, &'a str)>;
+
+impl Collector for BookCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let book = locked(&self.0);
+        let now_ms = clock::now_ms();
+        let mut requests = Vec::new();
+        let mut gaps = Vec::new();
+        let mut lates = Vec::new();
+        let mut agents = Vec::new();
+        let mut windows = Vec::new();
+        let mut tenant_windows = Vec::new();
+        let mut duplicates = Vec::new();
+        for (name, service) in book.services() {
+            let received = service.received();
+            windows.push((vec![("service", name)], received.0));
+            tenant_windows.push((vec![("service", name)], received.1));
+            duplicates.push((vec![("service", name)], received.2));
+            for arm in Arm::ALL {
+                let labels = vec![("service", name), ("arm", arm.as_str())];
+                let (outcomes, _, gap, late) = service.arm_totals(arm);
+                gaps.push((labels.clone(), gap));
+                lates.push((labels.clone(), late));
+                for outcome in RequestOutcome::ALL {
+                    let mut labels = labels.clone();
+                    labels.push(("outcome", outcome.as_str()));
+                    requests.push((labels, outcomes.get(outcome)));
+                }
+                let mut counts = [0_u64; 2];
+                for (_, agent) in service
+                    .agents()
+                    .filter(|(_, agent)| agent.build.arm == arm && !agent.gone)
+                {
+                    counts[usize::from(!agent.is_alive(now_ms, SILENT_MS))] += 1;
+                }
+                for (state, count) in ["connected", "silent"].into_iter().zip(counts) {
+                    let mut labels = labels.clone();
+                    labels.push(("state", state));
+                    agents.push((labels, count));
+                }
+            }
+        }
+        counter(
+            &mut encoder,
+            "requests",
+            "Requests counted by agents, by outcome",
+            &requests,
+        )?;
+        counter(
+            &mut encoder,
+            "gap_requests",
+            "Requests in windows that agents dropped and declared",
+            &gaps,
+        )?;
+        counter(
+            &mut encoder,
+            "late_requests",
+            "Requests that came after their window was judged",
+            &lates,
+        )?;
+        counter(
+            &mut encoder,
+            "windows_received",
+            "Windows received from agents",
+            &windows,
+        )?;
+        counter(
+            &mut encoder,
+            "tenant_windows_received",
+            "Rows of windows received from agents",
+            &tenant_windows,
+        )?;
+        counter(
+            &mut encoder,
+            "window_duplicates",
+            "Windows received again after a reconnection",
+            &duplicates,
+        )?;
+        let mut family = encoder.encode_descriptor("agents", "Agents, by state", None, MetricType::Gauge)?;
+        for (labels, count) in agents {
+            let gauge = ConstGauge::<i64>::new(i64::try_from(count).unwrap_or(i64::MAX));
+            encode_gauge(&mut family, &labels, &gauge)?;
+        }
+        let mut family = encoder.encode_descriptor(
+            "request_duration_seconds",
+            "Latency from the first byte of a request to the last byte of its response",
+            None,
+            MetricType::Histogram,
+        )?;
+        for (name, service) in book.services() {
+            for arm in Arm::ALL {
+                if let (_, Some(histogram), _, _) = service.arm_totals(arm) {
+                    let (buckets, sum) = classic(histogram);
+                    let labels: Labels<'_> = vec![("service", name), ("arm", arm.as_str())];
+                    family
+                        .encode_family(&labels)?
+                        .encode_histogram::<[(&str, &str); 0]>(sum, histogram.count(), &buckets, None)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn counter(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    values: &[(Labels<'_>, u64)],
+) -> Result<(), fmt::Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (labels, value) in values {
+        use prometheus_client::encoding::EncodeMetric as _;
+        ConstCounter::<u64>::new(*value).encode(family.encode_family(labels)?)?;
+    }
+    Ok(())
+}
+
+fn encode_gauge(
+    family: &mut prometheus_client::encoding::MetricEncoder<'_>,
+    labels: &Labels<'_>,
+    gauge: &ConstGauge<i64>,
+) -> Result<(), fmt::Error> {
+    use prometheus_client::encoding::EncodeMetric as _;
+    gauge.encode(family.encode_family(labels)?)
+}
+
+/// The classic buckets of a histogram, each with its own count, and the sum in seconds.
+fn classic(histogram: &coalmine_proto::histogram::Histogram) -> (Vec<(f64, u64)>, f64) {
+    let mut buckets: Vec<(f64, u64)> = CLASSIC_EXPONENTS
+        .map(|exponent| (f64::from(exponent).exp2(), 0))
+        .chain([(f64::MAX, 0)])
+        .collect();
+    let mut put = |index: usize, count: u64| {
+        let last = buckets.len() - 1;
+        if let Some((_, sum)) = buckets.get_mut(index.min(last)) {
+            *sum += count;
+        }
+    };
+    put(0, histogram.underflow());
+    put(usize::MAX, histogram.overflow());
+    for (index, count) in histogram.buckets() {
+        // OpenTelemetry's bucket i ends at 2^((i + 1) / 16), so its power of two is ceil((i + 1) / 16).
+        let exponent = (index + 1 + 15).div_euclid(16);
+        put(
+            usize::try_from(exponent - CLASSIC_EXPONENTS.start()).unwrap_or(0),
+            count,
+        );
+    }
+    let sum = std::time::Duration::from_nanos(histogram.sum_ns()).as_secs_f64();
+    (buckets, sum)
+}

@@ -1,0 +1,474 @@
+//! Rollouts: one owner task each. It waits until a slot is complete, freezes it, has it judged, records the
+//! decision, and only then publishes it.
+//!
+//! `select` is the only part that touches the world; what it returns is an event, and `apply` turns it into
+//! a recorded decision. Everything that asks about a rollout reads the last published [`View`].
+
+mod owner;
+mod view;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use coalmine_judge::{
+    policy::Policy,
+    record::{Body, Decision, Record, RolloutEnd, RolloutStart},
+    replay::{Replay, Replayed},
+    v1,
+};
+use coalmine_proto::{
+    names::check_name,
+    v1::{Config, TenantLimit},
+};
+use serde::Deserialize;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use self::owner::{Command, Owner};
+pub use self::view::{State, View};
+use crate::{
+    book::{Book, Comparison},
+    clock,
+    ingest::{Configs, locked},
+    ledger::{AppendError, Blob, Ledger},
+    metrics::Metrics,
+};
+
+/// Most rollouts that are kept in memory; ended ones beyond are only in the log.
+const MAX_KEPT: usize = 1_000;
+
+/// What a caller asks for.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartRequest {
+    /// The service.
+    pub service: String,
+    /// The version on trial.
+    pub canary_version: String,
+    /// The version to compare with; by default all of the baseline arm.
+    pub baseline_version: Option<String>,
+    /// The same key names the same rollout.
+    pub key: Option<String>,
+    /// Who asks.
+    pub actor: Option<String>,
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum RolloutError {
+    /// The request is malformed.
+    #[error("{0}")]
+    Invalid(String),
+    /// There is no such rollout or service.
+    #[error("{0}")]
+    NotFound(String),
+    /// It contradicts what is there.
+    #[error("{0}")]
+    Conflict(String),
+    /// The log cannot be written.
+    #[error(transparent)]
+    Append(#[from] AppendError),
+}
+
+/// All rollouts.
+#[derive(Debug, Clone)]
+pub struct Rollouts(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    policies: BTreeMap<String, Policy>,
+    shared: Shared,
+    handles: RwLock<BTreeMap<String, Handle>>,
+    /// Starting is done one at a time.
+    starting: tokio::sync::Mutex<()>,
+}
+
+/// What every owner needs.
+#[derive(Debug, Clone)]
+struct Shared {
+    book: Arc<Mutex<Book>>,
+    ledger: Ledger,
+    metrics: Arc<Metrics>,
+    news: Arc<Notify>,
+}
+
+#[derive(Debug, Clone)]
+struct Handle {
+    key: String,
+    service: String,
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<Arc<View>>,
+}
+
+/// A rollout as the log tells it.
+#[derive(Debug)]
+struct History {
+    start: RolloutStart,
+    last: Option<(Decision, String)>,
+    end: Option<RolloutEnd>,
+}
+
+impl Rollouts {
+    /// Restores the rollouts of the log; the open ones go on.
+    pub fn restore(
+        policies: BTreeMap<String, Policy>,
+        book: Arc<Mutex<Book>>,
+        ledger: Ledger,
+        metrics: Arc<Metrics>,
+        news: Arc<Notify>,
+    ) -> Result<Self, String> {
+        let shared = Shared {
+            book,
+            ledger,
+            metrics,
+            news,
+        };
+        let this = Self(Arc::new(Inner {
+            policies,
+            shared: shared.clone(),
+            handles: RwLock::default(),
+            starting: tokio::sync::Mutex::default(),
+        }));
+        let mut histories: BTreeMap<String, History> = BTreeMap::new();
+        let mut order = Vec::new();
+        let read = shared.ledger.files.scan(|record, hash, _| match record.body {
+            Body::Rollout(start) => {
+                order.push(start.rollout.clone());
+                histories.insert(
+                    start.rollout.clone(),
+                    History {
+                        start,
+                        last: None,
+                        end: None,
+                    },
+                );
+            }
+            Body::Decision(decision) => {
+                if let Some(history) = histories.get_mut(&decision.rollout) {
+                    history.last = Some((*decision, hash.to_string()));
+                }
+            }
+            Body::End(end) => {
+                if let Some(history) = histories.get_mut(&end.rollout) {
+                    history.end = Some(end);
+                }
+            }
+            Body::LogStart { .. } => {}
+        });
+        read.map_err(|error| error.to_string())?;
+        for id in order {
+            if let Some(history) = histories.remove(&id) {
+                this.resume(history)?;
+            }
+        }
+        this.forget();
+        Ok(this)
+    }
+
+    fn resume(&self, history: History) -> Result<(), String> {
+        let History { start, last, end } = history;
+        let mut view = View::new(&start);
+        if let Some((decision, hash)) = &last {
+            view.recorded_decision(decision, hash);
+        }
+        if let Some(end) = end {
+            view.end(&end);
+            self.insert(&start, view, None);
+            return Ok(());
+        }
+        let mut replay = Replay::default();
+        let mut problem = None;
+        let shared = &self.0.shared;
+        let begin = Record {
+            v: 1,
+            log: String::new(),
+            seq: 0,
+            prev: coalmine_judge::record::Hash::ZERO,
+            time_ms: 0,
+            body: Body::Rollout(start.clone()),
+        };
+        let mut take = |record: &Record| {
+            if let Replayed::Different {
+                name,
+                problem: difference,
+            } = replay.take(record, &shared.ledger.files.blobs)
+            {
+                problem.get_or_insert(format!("{name} does not replay: {difference}"));
+            }
+        };
+        take(&begin);
+        let decisions = shared.ledger.index().decisions(Some(&start.rollout));
+        for seq in decisions {
+            let read = shared
+                .ledger
+                .read(seq)
+                .map_err(|error| format!("record {seq} cannot be read: {error}"))?;
+            if let Some(read) = read {
+                take(&read.record);
+            }
+        }
+        let Some(judged) = replay.remove(&start.rollout).filter(|_| problem.is_none()) else {
+            let problem = problem.unwrap_or_else(|| "it has no judge".to_owned());
+            tracing::error!(
+                rollout = start.rollout,
+                problem,
+                "rollout cannot be continued; it stays on HOLD"
+            );
+            view.broken(&problem);
+            self.insert(&start, view, None);
+            return Ok(());
+        };
+        let owner = Owner::new(start.clone(), judged, view, shared.clone());
+        tracing::info!(
+            rollout = start.rollout,
+            window = owner.next_window(),
+            "rollout goes on"
+        );
+        self.spawn(&start, owner);
+        Ok(())
+    }
+
+    fn spawn(&self, start: &RolloutStart, owner: Owner) {
+        let (commands, inbox) = mpsc::channel(8);
+        let (publish, view) = watch::channel(owner.view());
+        self.keep(start, commands, view);
+        tokio::spawn(owner.run(inbox, publish));
+    }
+
+    fn insert(&self, start: &RolloutStart, view: View, commands: Option<mpsc::Sender<Command>>) {
+        let (_, view) = watch::channel(Arc::new(view));
+        // A closed channel: nobody owns an ended rollout.
+        let commands = commands.unwrap_or_else(|| mpsc::channel(1).0);
+        self.keep(start, commands, view);
+    }
+
+    fn keep(&self, start: &RolloutStart, commands: mpsc::Sender<Command>, view: watch::Receiver<Arc<View>>) {
+        let handle = Handle {
+            key: start.key.clone(),
+            service: start.service.clone(),
+            commands,
+            view,
+        };
+        self.handles_mut().insert(start.rollout.clone(), handle);
+    }
+
+    fn handles(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Handle>> {
+        self.0.handles.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handles_mut(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<String, Handle>> {
+        self.0.handles.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops the oldest ended rollouts from memory.
+    fn forget(&self) {
+        let mut handles = self.handles_mut();
+        let excess = handles.len().saturating_sub(MAX_KEPT);
+        let mut ended: Vec<(u64, String)> = handles
+            .iter()
+            .filter(|(_, handle)| handle.view.borrow().state == State::Ended)
+            .map(|(id, handle)| (handle.view.borrow().start_ms, id.clone()))
+            .collect();
+        ended.sort();
+        for (_, id) in ended.into_iter().take(excess) {
+            handles.remove(&id);
+        }
+    }
+
+    /// Starts a rollout, or finds the one with the same key. Says whether it is new.
+    pub async fn start(&self, request: StartRequest) -> Result<(Arc<View>, bool), RolloutError> {
+        for (field, name) in [
+            ("service", Some(&request.service)),
+            ("canary_version", Some(&request.canary_version)),
+            ("baseline_version", request.baseline_version.as_ref()),
+            ("key", request.key.as_ref()),
+        ] {
+            if let Some(name) = name {
+                check_name(name.as_bytes())
+                    .map_err(|error| RolloutError::Invalid(format!("{field} {error}")))?;
+            }
+        }
+        if request.baseline_version.as_ref() == Some(&request.canary_version) {
+            return Err(RolloutError::Invalid(format!(
+                "baseline_version and canary_version are both {}; a version cannot be compared with itself",
+                request.canary_version
+            )));
+        }
+        let Some(policy) = self.0.policies.get(&request.service) else {
+            let known: Vec<_> = self.0.policies.keys().map(String::as_str).collect();
+            return Err(RolloutError::NotFound(format!(
+                "there is no policy for service {:?} (there is one for: {}); start the aggregator with its --policy",
+                request.service,
+                known.join(", ")
+            )));
+        };
+        let _one_at_a_time = self.0.starting.lock().await;
+        if let Some(key) = &request.key
+            && let Some(handle) = self.handles().values().find(|handle| handle.key == *key)
+        {
+            let view = handle.view.borrow().clone();
+            if view.service != request.service || view.canary_version != request.canary_version {
+                return Err(RolloutError::Conflict(format!(
+                    "the key {key:?} belongs to rollout {} of {} {}; use a new key",
+                    view.id, view.service, view.canary_version
+                )));
+            }
+            return Ok((view, false));
+        }
+        if let Some(open) = self.open_rollout(&request.service) {
+            return Err(RolloutError::Conflict(format!(
+                "rollout {open} of {} is still open; end it with `coalmine rollout end {open}`",
+                request.service
+            )));
+        }
+        let start = self.new_start(request, policy);
+        let policy_blob = Blob::pack(policy.source.as_bytes())?;
+        let start = RolloutStart {
+            policy: policy_blob.digest,
+            ..start
+        };
+        self.0
+            .shared
+            .ledger
+            .append(Body::Rollout(start.clone()), vec![policy_blob])
+            .await?;
+        let judge = v1::Judge::new(policy.clone(), Some(start.max_windows))
+            .map_err(|error| RolloutError::Invalid(error.to_string()))?;
+        let judged = coalmine_judge::replay::Judged { judge, outcome: None };
+        let owner = Owner::new(start.clone(), judged, View::new(&start), self.0.shared.clone());
+        let view = owner.view();
+        self.spawn(&start, owner);
+        self.forget();
+        tracing::info!(
+            rollout = start.rollout,
+            service = start.service,
+            version = start.canary_version,
+            "rollout started"
+        );
+        Ok((view, true))
+    }
+
+    fn open_rollout(&self, service: &str) -> Option<String> {
+        let handles = self.handles();
+        let open = |handle: &Handle| handle.service == service && handle.view.borrow().state != State::Ended;
+        handles
+            .iter()
+            .find(|(_, handle)| open(handle))
+            .map(|(id, _)| id.clone())
+    }
+
+    fn new_start(&self, request: StartRequest, policy: &Policy) -> RolloutStart {
+        let now_ms = clock::now_ms();
+        let start_ms = locked(&self.0.shared.book).next_slot(&request.service, now_ms);
+        let plain = |name: &str| -> String {
+            name.chars()
+                .map(|c| {
+                    if c.is_ascii_alphanumeric() || c == '.' {
+                        c
+                    } else {
+                        '-'
+                    }
+                })
+                .collect()
+        };
+        let stem = format!("{}-{}", plain(&request.service), plain(&request.canary_version));
+        let mut id = format!("{stem}-{}", now_ms / 1_000);
+        while self.handles().contains_key(&id) {
+            id.push('x');
+        }
+        RolloutStart {
+            key: request.key.unwrap_or_else(|| id.clone()),
+            rollout: id,
+            service: request.service,
+            canary_version: request.canary_version,
+            baseline_version: request.baseline_version,
+            policy: coalmine_judge::record::Hash::ZERO,
+            judge: v1::ID.to_owned(),
+            max_windows: policy.planned_windows(),
+            window_ms: policy.window_ms(),
+            start_ms,
+            actor: request.actor.unwrap_or_else(|| "api".to_owned()),
+        }
+    }
+
+    /// Ends a rollout.
+    pub async fn end(&self, id: &str, actor: String, reason: String) -> Result<Arc<View>, RolloutError> {
+        let handle = self.handle(id)?;
+        if handle.view.borrow().state == State::Ended {
+            return Ok(handle.view.borrow().clone());
+        }
+        let (reply, answer) = oneshot::channel();
+        let ended = RolloutError::Conflict(format!("rollout {id} cannot be ended: it has no owner"));
+        handle
+            .commands
+            .send(Command::End { actor, reason, reply })
+            .await
+            .map_err(|_| ended.clone())?;
+        answer.await.map_err(|_| ended)??;
+        Ok(handle.view.borrow().clone())
+    }
+
+    /// The last published state of a rollout.
+    pub fn view(&self, id: &str) -> Result<Arc<View>, RolloutError> {
+        Ok(self.handle(id)?.view.borrow().clone())
+    }
+
+    /// All rollouts that are kept, newest first.
+    pub fn list(&self) -> Vec<Arc<View>> {
+        let mut views: Vec<_> = self
+            .handles()
+            .values()
+            .map(|handle| handle.view.borrow().clone())
+            .collect();
+        views.sort_by(|a, b| (b.start_ms, &b.id).cmp(&(a.start_ms, &a.id)));
+        views
+    }
+
+    fn handle(&self, id: &str) -> Result<Handle, RolloutError> {
+        self.handles().get(id).cloned().ok_or_else(|| {
+            RolloutError::NotFound(format!(
+                "there is no rollout {id:?}; `coalmine rollout list` shows all"
+            ))
+        })
+    }
+
+    /// The start of the oldest slot that an open rollout of a service still waits for.
+    pub fn waited_for(&self, service: &str) -> Option<u64> {
+        let handles = self.handles();
+        let open = handles.values().filter(|handle| handle.service == service);
+        open.filter_map(|handle| handle.view.borrow().waits_for_ms).min()
+    }
+}
+
+/// What a rollout compares.
+fn comparison(start: &RolloutStart) -> Comparison {
+    Comparison {
+        service: start.service.clone(),
+        canary_version: start.canary_version.clone(),
+        baseline_version: start.baseline_version.clone(),
+    }
+}
+
+/// The latency limits that agents shall count against, from the policies.
+pub fn configs(policies: &BTreeMap<String, Policy>) -> Configs {
+    let config = |policy: &Policy| {
+        let limits = policy.tenants.keys().map(|tenant| TenantLimit {
+            tenant: tenant.as_str().to_owned(),
+            limit_us: coalmine_judge::threshold::Thresholds::of(policy, tenant)
+                .p99_us
+                .unwrap_or(0),
+        });
+        Config {
+            version: 1,
+            default_limit_us: coalmine_judge::threshold::Thresholds::default_of(policy)
+                .p99_us
+                .unwrap_or(0),
+            limits: limits.collect(),
+        }
+    };
+    policies
+        .iter()
+        .map(|(service, policy)| (service.clone(), config(policy)))
+        .collect()
+}

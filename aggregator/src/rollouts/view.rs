@@ -1,0 +1,194 @@
+//! What is published of a rollout: an immutable picture, replaced after each recorded decision.
+
+use coalmine_judge::{
+    record::{Anomaly, Decision, RolloutEnd, RolloutStart},
+    replay::anomaly,
+    v1::{self, Outcome, Unit},
+};
+use serde::Serialize;
+
+use crate::clock;
+
+/// Where a rollout stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Windows are being judged.
+    Running,
+    /// Harm was proven; nothing more is judged.
+    Halted,
+    /// It was ended.
+    Ended,
+}
+
+/// A rollout as the world sees it.
+#[derive(Debug, Clone, Serialize)]
+pub struct View {
+    /// Its name.
+    pub id: String,
+    /// The caller's key.
+    pub key: String,
+    /// The service.
+    pub service: String,
+    /// The version on trial.
+    pub canary_version: String,
+    /// The version to compare with.
+    pub baseline_version: Option<String>,
+    /// Where it stands.
+    pub state: State,
+    /// When its first window begins, RFC 3339.
+    pub started_at: String,
+    /// The same in milliseconds since the Unix epoch.
+    pub start_ms: u64,
+    /// Length of a window.
+    pub window_ms: u64,
+    /// Windows judged so far.
+    pub windows_judged: u64,
+    /// APPROVE, HOLD or ROLLBACK.
+    pub verdict: String,
+    /// Health score from 0 to 1.
+    pub score: f64,
+    /// The same in parts per million.
+    pub score_ppm: u32,
+    /// Why, in one sentence.
+    pub reason: String,
+    /// The unit with the lowest score, if one is suspected.
+    pub worst: Option<Anomaly>,
+    /// The tenant with the lowest score, if one is suspected.
+    pub worst_tenant: Option<String>,
+    /// The decision that this is.
+    pub decision_id: Option<String>,
+    /// The hash of its record.
+    pub decision_hash: Option<String>,
+    /// Whether the decision is in the log.
+    pub recorded: bool,
+    /// Probability that the verdict is right.
+    pub confidence_ppm: Option<u32>,
+    /// Share of the expected agents that reported.
+    pub agents_ppm: u32,
+    /// Share of the canary's requests in judged tenants.
+    pub traffic_ppm: u32,
+    /// Tenants judged.
+    pub tenants_checked: u64,
+    /// What is not in order, worst first.
+    pub anomalies: Vec<Anomaly>,
+    /// The judge.
+    pub judge: String,
+    /// Digest of the policy.
+    pub policy: String,
+    /// Who ended it and why.
+    pub ended: Option<RolloutEnd>,
+    /// The slot that the rollout waits for.
+    #[serde(skip)]
+    pub waits_for_ms: Option<u64>,
+}
+
+impl View {
+    /// A rollout of which nothing was judged yet.
+    pub(super) fn new(start: &RolloutStart) -> Self {
+        Self {
+            id: start.rollout.clone(),
+            key: start.key.clone(),
+            service: start.service.clone(),
+            canary_version: start.canary_version.clone(),
+            baseline_version: start.baseline_version.clone(),
+            state: State::Running,
+            started_at: clock::rfc3339(start.start_ms),
+            start_ms: start.start_ms,
+            window_ms: start.window_ms,
+            windows_judged: 0,
+            verdict: v1::Verdict::Hold.as_str().to_owned(),
+            score: 1.0,
+            score_ppm: 1_000_000,
+            reason: "no window is judged yet".to_owned(),
+            worst: None,
+            worst_tenant: None,
+            decision_id: None,
+            decision_hash: None,
+            recorded: false,
+            confidence_ppm: None,
+            agents_ppm: 0,
+            traffic_ppm: 0,
+            tenants_checked: 0,
+            anomalies: Vec::new(),
+            judge: start.judge.clone(),
+            policy: start.policy.to_string(),
+            ended: None,
+            waits_for_ms: Some(start.start_ms),
+        }
+    }
+
+    /// Shows a decision that is in the log.
+    pub(super) fn recorded_decision(&mut self, decision: &Decision, hash: &str) {
+        self.decision(decision);
+        self.recorded = true;
+        self.decision_hash = Some(hash.to_owned());
+    }
+
+    /// Shows a decision.
+    pub(super) fn decision(&mut self, decision: &Decision) {
+        self.windows_judged = decision.window;
+        self.verdict.clone_from(&decision.verdict);
+        self.score_ppm = decision.score_ppm;
+        self.score = f64::from(decision.score_ppm) / 1e6;
+        self.reason.clone_from(&decision.reason);
+        self.worst.clone_from(&decision.worst);
+        self.worst_tenant = decision
+            .worst
+            .as_ref()
+            .and_then(|worst| worst.unit.strip_prefix("tenant:"))
+            .map(str::to_owned);
+        self.decision_id = Some(decision.id.clone());
+        self.decision_hash = None;
+        self.recorded = false;
+        self.confidence_ppm = decision.confidence_ppm;
+        self.agents_ppm = decision.agents_ppm;
+        self.traffic_ppm = decision.traffic_ppm;
+        self.tenants_checked = decision.tenants_checked;
+        self.anomalies.clone_from(&decision.anomalies);
+        self.waits_for_ms = Some(self.start_ms + decision.window * self.window_ms);
+        if decision.verdict == v1::Verdict::Rollback.as_str() {
+            self.state = State::Halted;
+            self.waits_for_ms = None;
+        }
+    }
+
+    /// Shows a decision that could not be recorded: an approval becomes a HOLD.
+    pub(super) fn unrecorded(&mut self, error: &str) {
+        if self.verdict == v1::Verdict::Approve.as_str() {
+            self.verdict = v1::Verdict::Hold.as_str().to_owned();
+            self.confidence_ppm = None;
+            self.reason = format!("APPROVE is held back: {error}");
+        }
+    }
+
+    /// Shows that the rollout cannot go on.
+    pub(super) fn broken(&mut self, problem: &str) {
+        if self.state != State::Halted {
+            self.verdict = v1::Verdict::Hold.as_str().to_owned();
+        }
+        self.confidence_ppm = None;
+        self.waits_for_ms = None;
+        self.reason = format!("the rollout cannot be judged any more: {problem}; start a new one");
+    }
+
+    /// Shows the end.
+    pub(super) fn end(&mut self, end: &RolloutEnd) {
+        self.state = State::Ended;
+        self.waits_for_ms = None;
+        self.ended = Some(end.clone());
+    }
+}
+
+/// The worst unit of an outcome, as a record has it.
+pub(super) fn worst(outcome: &Outcome) -> Option<Anomaly> {
+    outcome.worst.as_ref().map(anomaly)
+}
+
+/// The unit's name in a sentence.
+pub(super) fn tenant_of(outcome: &Outcome) -> Option<&str> {
+    match &outcome.worst.as_ref()?.unit {
+        Unit::Tenant(name) => Some(name.as_str()),
+        Unit::Fleet => None,
+    }
+}

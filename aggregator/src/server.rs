@@ -1,0 +1,354 @@
+//! The aggregator as a process: settings, restoring, listening, stopping.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand};
+use coalmine_judge::policy::Policy;
+use coalmine_proto::v1::telemetry_server::TelemetryServer;
+use tokio::{net::TcpListener, sync::watch};
+use tokio_stream::wrappers::TcpListenerStream;
+
+use crate::{
+    book::{Book, Patience},
+    clock, disk,
+    faces::{self, Faces},
+    ingest::{Ingest, MAX_MESSAGE_BYTES, Rebuild, locked},
+    ledger::Ledger,
+    metrics::Metrics,
+    rollouts::{self, Rollouts},
+    store::Store,
+};
+
+/// How often slots that nobody waits for are let go.
+const EVICT_EVERY: Duration = Duration::from_secs(5);
+
+/// How long open requests may take after a signal to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+
+/// HTTP/2 windows of an agent's stream and connection: large enough that a batch never waits for an update.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// The command line of `coalmine-aggregator`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "coalmine-aggregator",
+    version,
+    about = "Judges canary rollouts for every tenant, and proves it"
+)]
+pub struct Command {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: Action,
+}
+
+/// What the aggregator can do.
+#[derive(Debug, Subcommand)]
+pub enum Action {
+    /// Take windows from agents, judge rollouts, answer deploy tools
+    Serve(Box<Settings>),
+}
+
+/// Settings of `serve`.
+#[derive(Debug, Clone, Args)]
+pub struct Settings {
+    /// Directory of the decision log, the evidence and the windows
+    #[arg(long, env = "COALMINE_DATA", value_name = "DIR")]
+    pub data: PathBuf,
+    /// SLA baseline of a service; repeat it for several services
+    #[arg(
+        long,
+        env = "COALMINE_POLICY",
+        value_name = "FILE",
+        required = true,
+        value_delimiter = ','
+    )]
+    pub policy: Vec<PathBuf>,
+    /// Where agents connect (gRPC)
+    #[arg(
+        long,
+        env = "COALMINE_LISTEN_GRPC",
+        default_value = "127.0.0.1:7443",
+        value_name = "ADDRESS"
+    )]
+    pub listen_grpc: SocketAddr,
+    /// Where tools and people ask (HTTP)
+    #[arg(
+        long,
+        env = "COALMINE_LISTEN_HTTP",
+        default_value = "127.0.0.1:8080",
+        value_name = "ADDRESS"
+    )]
+    pub listen_http: SocketAddr,
+    /// Health and metrics (HTTP)
+    #[arg(
+        long,
+        env = "COALMINE_LISTEN_ADMIN",
+        default_value = "127.0.0.1:9090",
+        value_name = "ADDRESS"
+    )]
+    pub listen_admin: SocketAddr,
+    /// Name of the decision log; it is part of every record and cannot change later
+    #[arg(
+        long,
+        env = "COALMINE_LOG_NAME",
+        default_value = "coalmine/default",
+        value_name = "NAME"
+    )]
+    pub log_name: String,
+    /// Seconds after a window's end that its agents may still report
+    #[arg(
+        long,
+        env = "COALMINE_GRACE_SECONDS",
+        default_value_t = 10,
+        value_name = "SECONDS"
+    )]
+    pub grace_seconds: u64,
+    /// Seconds without a sign after which an agent is no longer expected
+    #[arg(
+        long,
+        env = "COALMINE_FORGET_SECONDS",
+        default_value_t = 60,
+        value_name = "SECONDS"
+    )]
+    pub forget_seconds: u64,
+    /// Form of the log lines
+    #[arg(long, env = "COALMINE_LOG", default_value = "text", value_name = "FORM")]
+    pub log: LogForm,
+}
+
+/// Form of the log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogForm {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+/// Why the aggregator cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// What was asked for makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// The machine refuses.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Listening sockets, made before anything else is touched.
+#[derive(Debug)]
+pub struct Listeners {
+    grpc: TcpListener,
+    http: TcpListener,
+    admin: TcpListener,
+}
+
+impl Listeners {
+    /// Binds all three.
+    pub async fn bind(settings: &Settings) -> Result<Self, StartError> {
+        Ok(Self {
+            grpc: bind("--listen-grpc", settings.listen_grpc).await?,
+            http: bind("--listen-http", settings.listen_http).await?,
+            admin: bind("--listen-admin", settings.listen_admin).await?,
+        })
+    }
+}
+
+async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener, StartError> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|error| {
+        let cause = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "the port is in use".to_owned(),
+            _ => error.to_string(),
+        };
+        StartError::Failed(format!(
+            "cannot listen on {address}: {cause}; stop the other process or choose another {flag}"
+        ))
+    })
+}
+
+/// Reads a policy, with the file's name in the error.
+pub fn read_policy(path: &Path) -> Result<Policy, String> {
+    let source = std::fs::read_to_string(path)
+        .map_err(|error| format!("cannot read the policy {}: {error}", path.display()))?;
+    Policy::parse(&source).map_err(|error| {
+        format!(
+            "{}:{}:{}: {}",
+            path.display(),
+            error.line,
+            error.column,
+            error.message
+        )
+    })
+}
+
+fn read_policies(paths: &[PathBuf]) -> Result<BTreeMap<String, Policy>, StartError> {
+    let mut policies = BTreeMap::new();
+    for path in paths {
+        let policy = read_policy(path).map_err(StartError::Usage)?;
+        let service = policy.service.clone();
+        if policies.insert(service.clone(), policy).is_some() {
+            return Err(StartError::Usage(format!(
+                "{}: service {service} has a policy in another file too; give each service one",
+                path.display()
+            )));
+        }
+    }
+    Ok(policies)
+}
+
+/// Runs until `stop` resolves.
+pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), StartError> {
+    let policies = read_policies(&settings.policy)?;
+    coalmine_proto::names::check_name(settings.log_name.as_bytes())
+        .map_err(|error| StartError::Usage(format!("--log-name {error}")))?;
+    let listeners = Listeners::bind(&settings).await?;
+    let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string());
+    disk::create_dir(&settings.data).map_err(|error| failed(&error))?;
+    let _lock = disk::lock(&settings.data).map_err(|error| failed(&error))?;
+    for address in [settings.listen_grpc, settings.listen_http, settings.listen_admin] {
+        if !address.ip().is_loopback() {
+            tracing::warn!(%address, "listening beyond this machine, and nobody is asked who they are");
+        }
+    }
+
+    let metrics = Arc::new(Metrics::new());
+    let opened = Ledger::open(&settings.data, &settings.log_name, Arc::clone(&metrics))
+        .map_err(|error| failed(&error))?;
+    let patience = Patience {
+        grace_ms: settings.grace_seconds * 1_000,
+        forget_ms: settings.forget_seconds * 1_000,
+        ..Patience::default()
+    };
+    let started_ms = clock::now_ms();
+    // Only agents that were there before a restart need time to come back.
+    let patience = if opened.records > 1 {
+        patience
+    } else {
+        Patience {
+            return_ms: 0,
+            ..patience
+        }
+    };
+    let mut book = Book::new(patience, started_ms);
+    for (service, policy) in &policies {
+        book.set_slot(service, policy.window_ms());
+    }
+    let mut rebuild = Rebuild::default();
+    let store = Store::open(&settings.data, |entry| rebuild.take(&mut book, entry, started_ms))
+        .map_err(|error| failed(&error))?;
+    if rebuild.refused > 0 {
+        tracing::error!(
+            entries = rebuild.refused,
+            "stored windows did not apply; their requests are missing"
+        );
+    }
+    let book = Arc::new(Mutex::new(book));
+    metrics.watch(Arc::clone(&book));
+
+    let (drain, draining) = watch::channel(false);
+    let configs = rollouts::configs(&policies);
+    let ingest = Ingest::new(
+        Arc::clone(&book),
+        store,
+        configs,
+        Arc::clone(&metrics),
+        &rebuild,
+        draining,
+    );
+    drop(rebuild);
+    let rollouts = Rollouts::restore(
+        policies,
+        Arc::clone(&book),
+        opened.ledger.clone(),
+        Arc::clone(&metrics),
+        Arc::clone(&ingest.news),
+    )
+    .map_err(|error| failed(&error))?;
+    let faces = Faces {
+        rollouts,
+        ledger: opened.ledger,
+        ingest,
+        metrics,
+    };
+    tracing::info!(
+        data = %settings.data.display(),
+        records = opened.records,
+        grpc = %settings.listen_grpc,
+        http = %settings.listen_http,
+        admin = %settings.listen_admin,
+        "ready"
+    );
+    listen(listeners, faces, drain, stop).await
+}
+
+async fn listen(
+    listeners: Listeners,
+    faces: Faces,
+    drain: watch::Sender<bool>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), StartError> {
+    let stopping = || {
+        let mut draining = drain.subscribe();
+        async move {
+            // An error means that the sender is gone: stop as well.
+            drop(draining.wait_for(|draining| *draining).await);
+        }
+    };
+    let telemetry = TelemetryServer::new(faces.ingest.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let grpc = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_service(telemetry)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listeners.grpc), stopping());
+    let http = axum::serve(listeners.http, faces::api(faces.clone())).with_graceful_shutdown(stopping());
+    let admin = axum::serve(listeners.admin, faces::admin(faces.clone())).with_graceful_shutdown(stopping());
+    let servers = async {
+        let (grpc, http, admin) = tokio::join!(grpc, async { http.await }, async { admin.await });
+        let grpc = grpc.map_err(|error| error.to_string());
+        let others = http.and(admin).map_err(|error| error.to_string());
+        grpc.and(others).map_err(StartError::Failed)
+    };
+    tokio::pin!(servers, stop);
+    let mut evict = tokio::time::interval(EVICT_EVERY);
+    loop {
+        tokio::select! {
+            result = &mut servers => return result,
+            () = &mut stop => break,
+            _ = evict.tick() => {
+                let waited_for = |service: &str| faces.rollouts.waited_for(service);
+                locked(&faces.ingest.book).evict(clock::now_ms(), waited_for);
+            }
+        }
+    }
+    tracing::info!("stopping: agents keep their windows and come back");
+    drain.send_replace(true);
+    drop(tokio::time::timeout(STOP_WITHIN, servers).await);
+    Ok(())
+}
+
+/// Resolves at SIGTERM or SIGINT.
+pub async fn stop_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+        (Ok(mut terminate), Ok(mut interrupt)) => {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        }
+        // Without handlers the system ends the process, which the data directory survives.
+        _ => std::future::pending().await,
+    }
+}

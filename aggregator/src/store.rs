@@ -1,0 +1,300 @@
+//! Windows on disk: a write-ahead log of what agents sent, so that an acknowledgement is a promise.
+//!
+//! ```text
+//! DATA/windows/wal      frames, one after the other
+//!
+//! frame    length of the payload; the same with all bits flipped; CRC-32 (IEEE) of the payload; payload
+//!          (the three numbers are u32, little-endian)
+//! payload  kind, one byte; session, u64 little-endian; message, protobuf
+//! kind     1: a session begins, the message is its Hello
+//!          2: a batch, the message is the WindowBatch as the agent sent it
+//!          3: a session ends for good, the message is Bye
+//! ```
+//!
+//! A batch's tenants are numbers whose names came earlier in its session, so reading starts at the
+//! beginning. On opening, an incomplete last frame, or a tail of zeros as a power failure leaves it, is
+//! dropped: nobody was told that it is durable. A frame that is wrong in any other way is corruption and
+//! refused.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, Read as _},
+    path::{Path, PathBuf},
+    sync::mpsc::{self, SyncSender},
+};
+
+use coalmine_proto::v1::{Bye, Hello, WindowBatch};
+use prost::Message;
+
+use crate::disk::{self, DiskError};
+
+/// Largest frame, in bytes; a message of the protocol is smaller.
+pub const MAX_FRAME_BYTES: usize = 16 << 20;
+
+/// Jobs that may wait for the writer.
+const QUEUE: usize = 4_096;
+
+const HEADER_BYTES: usize = 12;
+
+/// What the log holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Entry {
+    /// A session begins.
+    Hello(u64, Hello),
+    /// A batch of a session.
+    Batch(u64, WindowBatch),
+    /// An agent ends.
+    Bye(u64, Bye),
+}
+
+impl Entry {
+    fn encode(&self) -> Vec<u8> {
+        let (kind, session, length) = match self {
+            Self::Hello(session, hello) => (1, session, hello.encoded_len()),
+            Self::Batch(session, batch) => (2, session, batch.encoded_len()),
+            Self::Bye(session, bye) => (3, session, bye.encoded_len()),
+        };
+        let mut frame = vec![0; HEADER_BYTES];
+        frame.reserve(9 + length);
+        frame.push(kind);
+        frame.extend_from_slice(&session.to_le_bytes());
+        // Encoding into a Vec that grows cannot fail.
+        let encoded = match self {
+            Self::Hello(_, hello) => hello.encode(&mut frame),
+            Self::Batch(_, batch) => batch.encode(&mut frame),
+            Self::Bye(_, bye) => bye.encode(&mut frame),
+        };
+        debug_assert!(encoded.is_ok());
+        let payload = frame.split_off(HEADER_BYTES);
+        frame.clear();
+        let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        frame.extend_from_slice(&length.to_le_bytes());
+        frame.extend_from_slice(&(!length).to_le_bytes());
+        frame.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
+        frame.extend_from_slice(&payload);
+        frame
+    }
+
+    fn decode(payload: &[u8]) -> Result<Self, String> {
+        let (Some((kind, rest)), true) = (payload.split_first(), payload.len() >= 9) else {
+            return Err("is too short".to_owned());
+        };
+        let (session, message) = rest.split_at(8);
+        let session = session
+            .iter()
+            .rev()
+            .fold(0, |number, byte| number << 8 | u64::from(*byte));
+        let wrong = |error: prost::DecodeError| error.to_string();
+        match kind {
+            1 => Hello::decode(message)
+                .map(|hello| Self::Hello(session, hello))
+                .map_err(wrong),
+            2 => WindowBatch::decode(message)
+                .map(|batch| Self::Batch(session, batch))
+                .map_err(wrong),
+            3 => Bye::decode(message)
+                .map(|bye| Self::Bye(session, bye))
+                .map_err(wrong),
+            kind => Err(format!("has the unknown kind {kind}")),
+        }
+    }
+}
+
+type Done = Box<dyn FnOnce() + Send>;
+
+/// The write-ahead log of windows.
+#[derive(Debug, Clone)]
+pub struct Store {
+    queue: SyncSender<Job>,
+}
+
+struct Job {
+    frame: Vec<u8>,
+    done: Done,
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Job")
+            .field("bytes", &self.frame.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Opens the log and gives each entry to `replay`, in order.
+    pub fn open(data: &Path, mut replay: impl FnMut(Entry)) -> Result<Self, DiskError> {
+        let directory = data.join("windows");
+        disk::create_dir(&directory)?;
+        let path = directory.join("wal");
+        let whole = match File::open(&path) {
+            Ok(file) => read(&path, file, &mut replay)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(DiskError::io("read", &path, error)),
+        };
+        let file = disk::open_append(&path)?;
+        let fail = |error| DiskError::io("mend", &path, error);
+        if file.metadata().map_err(fail)?.len() > whole {
+            file.set_len(whole).map_err(fail)?;
+            file.sync_all().map_err(fail)?;
+        }
+        disk::sync_directory(&path).map_err(fail)?;
+        let (queue, jobs) = mpsc::sync_channel(QUEUE);
+        let thread_path = path.clone();
+        std::thread::Builder::new()
+            .name("windows".to_owned())
+            .spawn(move || run(file, &thread_path, &jobs))
+            .map_err(|error| DiskError::io("start the writer of", &path, error))?;
+        Ok(Self { queue })
+    }
+
+    /// Appends an entry; `done` is called when it is on disk. Waits while the writer is behind, which slows the
+    /// agent down: the queue is the back-pressure.
+    pub fn append(&self, entry: &Entry, done: impl FnOnce() + Send + 'static) {
+        let job = Job {
+            frame: entry.encode(),
+            done: Box::new(done),
+        };
+        // The writer ends only with the process.
+        drop(self.queue.send(job));
+    }
+}
+
+fn run(mut file: File, path: &Path, jobs: &mpsc::Receiver<Job>) {
+    let mut bytes = Vec::new();
+    while let Some(group) = disk::next_group(jobs) {
+        bytes.clear();
+        for job in &group {
+            bytes.extend_from_slice(&job.frame);
+        }
+        if let Err(error) = disk::append_durably(&mut file, path, &bytes) {
+            // A part of a frame may stand in the file; only a restart can tell. The agents still hold the windows.
+            tracing::error!(%error, path = %path.display(), "cannot write windows; exiting, the agents keep them");
+            std::process::exit(1);
+        }
+        for job in group {
+            (job.done)();
+        }
+    }
+}
+
+/// Reads all whole frames; gives the length up to the end of the last.
+fn read(path: &Path, file: File, replay: &mut impl FnMut(Entry)) -> Result<u64, DiskError> {
+    let size = file
+        .metadata()
+        .map_err(|error| DiskError::io("read", path, error))?
+        .len();
+    let mut reader = BufReader::with_capacity(1 << 20, file);
+    let mut at = 0_u64;
+    let mut payload = Vec::new();
+    let corrupt = |at: u64, problem: &str| DiskError::Corrupt {
+        path: PathBuf::from(path),
+        problem: format!("the frame at byte {at} {problem}"),
+    };
+    while size - at >= HEADER_BYTES as u64 {
+        let mut header = [0; HEADER_BYTES];
+        reader
+            .read_exact(&mut header)
+            .map_err(|error| DiskError::io("read", path, error))?;
+        let [l0, l1, l2, l3, f0, f1, f2, f3, c0, c1, c2, c3] = header;
+        let length = u32::from_le_bytes([l0, l1, l2, l3]);
+        if length != !u32::from_le_bytes([f0, f1, f2, f3]) || length as usize > MAX_FRAME_BYTES {
+            let mut rest = Vec::new();
+            reader
+                .read_to_end(&mut rest)
+                .map_err(|error| DiskError::io("read", path, error))?;
+            if header.iter().chain(&rest).all(|byte| *byte == 0) {
+                break;
+            }
+            return Err(corrupt(at, "has no valid length"));
+        }
+        let length = length as usize;
+        let end = at + (HEADER_BYTES + length) as u64;
+        if end > size {
+            break;
+        }
+        payload.resize(length, 0);
+        reader
+            .read_exact(&mut payload)
+            .map_err(|error| DiskError::io("read", path, error))?;
+        if crc32fast::hash(&payload) != u32::from_le_bytes([c0, c1, c2, c3]) {
+            if end == size {
+                break;
+            }
+            return Err(corrupt(at, "does not match its checksum"));
+        }
+        replay(Entry::decode(&payload).map_err(|problem| corrupt(at, &problem))?);
+        at = end;
+    }
+    if at < size {
+        tracing::warn!(bytes = size - at, path = %path.display(), "the windows ended in an incomplete frame; dropped");
+    }
+    Ok(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries(data: &Path) -> Result<Vec<Entry>, DiskError> {
+        let mut entries = Vec::new();
+        Store::open(data, |entry| entries.push(entry))?;
+        Ok(entries)
+    }
+
+    fn write(data: &Path, count: u64) -> Vec<Entry> {
+        let store = Store::open(data, |_| {}).unwrap();
+        let written: Vec<_> = (1..=count)
+            .map(|seq| {
+                Entry::Batch(
+                    7,
+                    WindowBatch {
+                        seq,
+                        length_ms: 1_000,
+                        ..WindowBatch::default()
+                    },
+                )
+            })
+            .collect();
+        let (tell, told) = mpsc::channel();
+        for entry in &written {
+            let tell = tell.clone();
+            store.append(entry, move || tell.send(()).unwrap());
+        }
+        written.iter().for_each(|_| told.recv().unwrap());
+        written
+    }
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        let data = tempfile::tempdir().unwrap();
+        let written = write(data.path(), 5);
+        assert_eq!(entries(data.path()).unwrap(), written);
+    }
+
+    #[test]
+    fn a_torn_tail_is_dropped_at_every_length_and_a_flipped_byte_is_refused() {
+        let data = tempfile::tempdir().unwrap();
+        let written = write(data.path(), 3);
+        let path = data.path().join("windows/wal");
+        let whole = std::fs::read(&path).unwrap();
+        let frame = whole.len() / 3;
+        for cut in 2 * frame..whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            assert_eq!(entries(data.path()).unwrap(), written[..2], "cut at {cut}");
+        }
+        for at in 0..2 * frame {
+            let mut bad = whole.clone();
+            bad[at] ^= 1;
+            std::fs::write(&path, &bad).unwrap();
+            match entries(data.path()) {
+                Err(DiskError::Corrupt { .. }) => {}
+                other => panic!("byte {at}: {other:?}"),
+            }
+        }
+        let mut zeros = whole[..2 * frame].to_vec();
+        zeros.extend_from_slice(&[0; 50]);
+        std::fs::write(&path, zeros).unwrap();
+        assert_eq!(entries(data.path()).unwrap(), written[..2]);
+    }
+}
