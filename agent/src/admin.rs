@@ -63,9 +63,7 @@ fn answer(request: &Request<Incoming>, metrics: &Metrics, is_draining: bool) -> 
     }
     match request.uri().path() {
         "/livez" => text(StatusCode::OK, TEXT, "ok\n".to_owned()),
-        "/readyz" if is_draining => {
-            text(StatusCode::SERVICE_UNAVAILABLE, TEXT, "stopping\n".to_owned())
-        }
+        "/readyz" if is_draining => text(StatusCode::SERVICE_UNAVAILABLE, TEXT, "stopping\n".to_owned()),
         "/readyz" => text(StatusCode::OK, TEXT, "ok\n".to_owned()),
         "/metrics" => match metrics.text() {
             Ok(body) => text(StatusCode::OK, METRICS, body),

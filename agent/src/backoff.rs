@@ -11,9 +11,7 @@ const FIRST: Duration = Duration::from_millis(500);
 /// and the attempt takes up to a half. So agents that lost the same aggregator come back spread out,
 /// and one agent always does the same.
 pub fn delay(instance: &str, attempt: u32) -> Duration {
-    let nominal = FIRST
-        .saturating_mul(1 << attempt.min(16))
-        .min(LONGEST);
+    let nominal = FIRST.saturating_mul(1 << attempt.min(16)).min(LONGEST);
     let half_us = u64::try_from(nominal.as_micros() / 2).unwrap_or(u64::MAX);
     Duration::from_micros(half_us + hash(instance, attempt) % (half_us + 1))
 }

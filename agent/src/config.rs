@@ -24,7 +24,12 @@ struct Flags {
     listen: SocketAddr,
 
     /// Address of the application
-    #[arg(long, value_name = "HOST:PORT", env = "COALMINE_AGENT_UPSTREAM", default_value = "127.0.0.1:8080")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "COALMINE_AGENT_UPSTREAM",
+        default_value = "127.0.0.1:8080"
+    )]
     upstream: Target,
 
     /// Address of /livez, /readyz and /metrics
@@ -54,7 +59,12 @@ struct Flags {
 
     /// Where a request's tenant stands: header:NAME, host:{tenant}.example.com, path:/t/{tenant}/ or
     /// fixed:NAME; the first that applies decides (repeatable, or separated by commas)
-    #[arg(long, value_name = "RULE", env = "COALMINE_AGENT_TENANT", value_delimiter = ',')]
+    #[arg(
+        long,
+        value_name = "RULE",
+        env = "COALMINE_AGENT_TENANT",
+        value_delimiter = ','
+    )]
     tenant: Vec<Rule>,
 
     /// Length of a window
@@ -84,7 +94,12 @@ struct Flags {
     drain: Duration,
 
     /// Format of the log on standard error; RUST_LOG sets what is logged
-    #[arg(long, value_name = "text|json", env = "COALMINE_AGENT_LOG", default_value = "text")]
+    #[arg(
+        long,
+        value_name = "text|json",
+        env = "COALMINE_AGENT_LOG",
+        default_value = "text"
+    )]
     log: LogFormat,
 
     /// Print the agent's own version
@@ -216,7 +231,9 @@ impl Config {
 fn required<T>(value: Option<T>, flag: &str, what: &str) -> Result<T, UsageError> {
     let variable = flag.to_ascii_uppercase();
     value.ok_or_else(|| {
-        UsageError(format!("--{flag} is missing: give {what}, or set COALMINE_AGENT_{variable}"))
+        UsageError(format!(
+            "--{flag} is missing: give {what}, or set COALMINE_AGENT_{variable}"
+        ))
     })
 }
 
@@ -236,7 +253,8 @@ fn hostname() -> String {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
     let name = kernel.or_else(|| std::env::var("HOSTNAME").ok());
     let name = name.map(|name| name.trim().to_owned());
-    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".to_owned())
+    name.filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "localhost".to_owned())
 }
 
 fn name(text: &str) -> Result<String, String> {
@@ -247,7 +265,11 @@ fn name(text: &str) -> Result<String, String> {
 }
 
 fn name_or_print(text: &str) -> Result<String, String> {
-    if text == PRINT_VERSION { Ok(text.to_owned()) } else { name(text) }
+    if text == PRINT_VERSION {
+        Ok(text.to_owned())
+    } else {
+        name(text)
+    }
 }
 
 fn window(text: &str) -> Result<Duration, String> {

@@ -67,7 +67,10 @@ impl Gate {
         let key = self.next.get();
         self.next.set(key.wrapping_add(1));
         self.wakers.borrow_mut().insert(key, None);
-        Ticket { key, is_watching: false }
+        Ticket {
+            key,
+            is_watching: false,
+        }
     }
 
     /// The stage; the task is woken when it changes. A ticket must stay with one task.

@@ -11,13 +11,9 @@ use std::{error::Error, future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use coalmine_proto::names::Outcome;
 use http::{Request, Response, Uri, header, uri::Authority};
-use hyper::{
-    body::Incoming,
-    client::conn::http2::SendRequest,
-    service::service_fn,
-};
+use hyper::{body::Incoming, client::conn::http2::SendRequest, service::service_fn};
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, sync::Mutex};
+use tokio::sync::Mutex;
 
 use crate::{
     gate::Stage,
@@ -27,7 +23,7 @@ use crate::{
     tenant::{Head, Header},
 };
 use observed::{Flight, Kind, Observed};
-use prefixed::Prefixed;
+pub(crate) use prefixed::Prefixed;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -81,15 +77,13 @@ where
     }
 }
 
-/// Serves the client until it or the agent is done. These first bytes were read from it.
-pub(crate) async fn serve(
-    client: TcpStream,
-    first: Vec<u8>,
-    upstream: Option<TcpStream>,
-    mut watched: Watched,
-) {
+/// Serves the client until it or the agent is done.
+pub(crate) async fn serve(client: Prefixed, upstream: Option<Prefixed>, mut watched: Watched) {
     let proxy = watched.proxy.clone();
-    let link = Rc::new(Link { proxy: proxy.clone(), sender: Mutex::new(None) });
+    let link = Rc::new(Link {
+        proxy: proxy.clone(),
+        sender: Mutex::new(None),
+    });
     if let Some(upstream) = upstream {
         *link.sender.lock().await = handshake(upstream).await.ok();
     }
@@ -100,7 +94,7 @@ pub(crate) async fn serve(
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MAX_HEADER_LIST)
         .max_concurrent_streams(MAX_STREAMS)
-        .serve_connection(TokioIo::new(Prefixed::new(first, client)), service);
+        .serve_connection(TokioIo::new(client), service);
     let mut connection = pin!(connection);
     let mut is_draining = false;
     let ended = poll_fn(|cx| {
@@ -119,7 +113,7 @@ pub(crate) async fn serve(
     }
 }
 
-async fn handshake(upstream: TcpStream) -> Result<SendRequest<Incoming>, hyper::Error> {
+async fn handshake(upstream: Prefixed) -> Result<SendRequest<Incoming>, hyper::Error> {
     let (sender, connection) = hyper::client::conn::http2::Builder::new(Local)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -134,10 +128,7 @@ async fn handshake(upstream: TcpStream) -> Result<SendRequest<Incoming>, hyper::
     Ok(sender)
 }
 
-async fn forward(
-    link: Rc<Link>,
-    mut request: Request<Incoming>,
-) -> Result<Response<Observed>, Failure> {
+async fn forward(link: Rc<Link>, mut request: Request<Incoming>) -> Result<Response<Observed>, Failure> {
     let tenant = link.proxy.recorder.borrow_mut().begin(&Stream(&request));
     let flight = Flight::new(link.proxy.clone(), tenant);
     let kind = Kind::of(request.headers());
@@ -172,7 +163,10 @@ fn name_authority(request: &mut Request<Incoming>) {
     if request.uri().authority().is_some() {
         return;
     }
-    let host = request.headers().get(header::HOST).map(http::HeaderValue::as_bytes);
+    let host = request
+        .headers()
+        .get(header::HOST)
+        .map(http::HeaderValue::as_bytes);
     let authority = host.and_then(|host| Authority::try_from(host).ok());
     let mut parts = request.uri().clone().into_parts();
     parts.scheme = Some(http::uri::Scheme::HTTP);
@@ -191,7 +185,8 @@ impl Link {
         if let Some(open) = sender.as_ref().filter(|sender| !sender.is_closed()) {
             return Ok(open.clone());
         }
-        let new = handshake(self.proxy.dial().await?).await?;
+        let upstream = Prefixed::new(Vec::new(), self.proxy.dial().await?);
+        let new = handshake(upstream).await?;
         *sender = Some(new.clone());
         Ok(new)
     }
@@ -202,7 +197,13 @@ struct Stream<'a>(&'a Request<Incoming>);
 
 impl Head for Stream<'_> {
     fn header(&self, name: &str) -> Header<'_> {
-        Header::of(self.0.headers().get_all(name).iter().map(|value| value.as_bytes()))
+        Header::of(
+            self.0
+                .headers()
+                .get_all(name)
+                .iter()
+                .map(|value| value.as_bytes()),
+        )
     }
 
     fn host(&self) -> Option<&[u8]> {

@@ -8,9 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, atomic::AtomicU64};
 use coalmine_proto::{histogram::Histogram, names::Outcome};
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet, text},
-    metrics::{
-        MetricType, TypedMetric, counter::Counter, family::Family, gauge::Gauge, info::Info,
-    },
+    metrics::{MetricType, TypedMetric, counter::Counter, family::Family, gauge::Gauge, info::Info},
     registry::Registry,
 };
 
@@ -79,7 +77,9 @@ impl Metrics {
             durable_seq: Gauge::default(),
         };
         for outcome in Outcome::ALL {
-            drop(new.requests.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }));
+            drop(new.requests.get_or_create(&OutcomeLabel {
+                outcome: outcome.as_str(),
+            }));
         }
         new.registry = Arc::new(new.register(config));
         new
@@ -88,20 +88,36 @@ impl Metrics {
     fn register(&self, config: &Config) -> Registry {
         let mut registry = Registry::with_prefix("coalmine_agent");
         let r = &mut registry;
-        r.register("requests", "Requests that ended, by outcome", self.requests.clone());
+        r.register(
+            "requests",
+            "Requests that ended, by outcome",
+            self.requests.clone(),
+        );
         r.register(
             "request_duration_seconds",
             "From the first byte of the request to the last of the answer",
             self.durations.clone(),
         );
-        r.register("connections", "Client connections that are open", self.connections.clone());
-        r.register("connections", "Client connections that were accepted", self.connections_total.clone());
+        r.register(
+            "connections",
+            "Client connections that are open",
+            self.connections.clone(),
+        );
+        r.register(
+            "connections",
+            "Client connections that were accepted",
+            self.connections_total.clone(),
+        );
         r.register(
             "opaque_connections",
             "Connections that could not be followed, by reason; their requests are not counted",
             self.opaque.clone(),
         );
-        r.register("in_flight_requests", "Requests that have not ended", self.in_flight.clone());
+        r.register(
+            "in_flight_requests",
+            "Requests that have not ended",
+            self.in_flight.clone(),
+        );
         r.register("tenants", "Tenants that are told apart", self.tenants.clone());
         r.register(
             "tenant_overflow_requests",
@@ -114,12 +130,36 @@ impl Metrics {
             self.tenant_rejected.clone(),
         );
         r.register("windows_sealed", "Windows that were closed", self.windows.clone());
-        r.register("ring_bytes", "Windows that the aggregator does not have on disk", self.ring_bytes.clone());
-        r.register("ring_merged_windows", "Windows merged because the ring was full", self.ring_merged.clone());
-        r.register("gap_requests", "Requests in windows that were dropped", self.gap_requests.clone());
-        r.register("session_connected", "Whether the aggregator is connected", self.connected.clone());
-        r.register("session_reconnects", "Sessions after the first", self.reconnects.clone());
-        r.register("durable_seq", "Last batch that the aggregator has on disk", self.durable_seq.clone());
+        r.register(
+            "ring_bytes",
+            "Windows that the aggregator does not have on disk",
+            self.ring_bytes.clone(),
+        );
+        r.register(
+            "ring_merged_windows",
+            "Windows merged because the ring was full",
+            self.ring_merged.clone(),
+        );
+        r.register(
+            "gap_requests",
+            "Requests in windows that were dropped",
+            self.gap_requests.clone(),
+        );
+        r.register(
+            "session_connected",
+            "Whether the aggregator is connected",
+            self.connected.clone(),
+        );
+        r.register(
+            "session_reconnects",
+            "Sessions after the first",
+            self.reconnects.clone(),
+        );
+        r.register(
+            "durable_seq",
+            "Last batch that the aggregator has on disk",
+            self.durable_seq.clone(),
+        );
         let build = vec![
             ("agent_version", env!("CARGO_PKG_VERSION").to_owned()),
             ("service", config.service.clone()),
@@ -134,11 +174,15 @@ impl Metrics {
     pub fn sealed(&self, sealed: &Sealed) {
         let totals = &sealed.totals;
         for outcome in Outcome::ALL {
-            let counter = self.requests.get_or_create(&OutcomeLabel { outcome: outcome.as_str() });
+            let counter = self.requests.get_or_create(&OutcomeLabel {
+                outcome: outcome.as_str(),
+            });
             raise(&counter, totals.outcomes.get(outcome));
         }
         for reason in Opaque::ALL {
-            let counter = self.opaque.get_or_create(&ReasonLabel { reason: reason.as_str() });
+            let counter = self.opaque.get_or_create(&ReasonLabel {
+                reason: reason.as_str(),
+            });
             raise(&counter, totals.opaque[reason as usize]);
         }
         let mut durations = self.durations.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -150,7 +194,8 @@ impl Metrics {
         self.connections.set(sealed.window.host.connections.into());
         self.in_flight.set(sealed.window.host.in_flight.into());
         raise(&self.connections_total, totals.connections);
-        self.tenants.set(i64::try_from(sealed.tenants).unwrap_or(i64::MAX));
+        self.tenants
+            .set(i64::try_from(sealed.tenants).unwrap_or(i64::MAX));
         raise(&self.tenant_overflow, totals.overflow_requests);
         raise(&self.tenant_rejected, totals.rejected_names);
         raise(&self.windows, totals.windows);
@@ -206,7 +251,9 @@ fn classic(text: &str) -> String {
             _ => ("", kind),
         };
         let help = help.strip_prefix(name).unwrap_or(help).trim_start();
-        classic.push_str(&format!("# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}\n"));
+        classic.push_str(&format!(
+            "# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}\n"
+        ));
     }
     classic
 }

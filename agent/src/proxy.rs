@@ -82,7 +82,11 @@ pub(crate) async fn run(
     mut stop: mpsc::Receiver<()>,
 ) {
     let proxy = Rc::new(Proxy::new(config));
-    let Channels { windows, limits, draining } = channels;
+    let Channels {
+        windows,
+        limits,
+        draining,
+    } = channels;
     let mut sealer = Sealer::new(config.window, now_unix_ms(), windows, limits);
     tokio::select! {
         () = accept(&proxy, &listener, config.max_connections) => {}
@@ -107,7 +111,10 @@ pub(crate) async fn run(
         Some(()) = stop.recv() => tracing::warn!("told to stop again; closing all connections"),
     }
     proxy.gate.advance(Stage::Closed);
-    if timeout(Duration::from_secs(1), proxy.gate.below(1)).await.is_err() {
+    if timeout(Duration::from_secs(1), proxy.gate.below(1))
+        .await
+        .is_err()
+    {
         tracing::error!(connections = proxy.gate.open(), "connections do not end");
     }
     let mut recorder = proxy.recorder.borrow_mut();

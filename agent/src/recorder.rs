@@ -383,7 +383,8 @@ mod tests {
 
     fn counts(window: &Window) -> Vec<(&str, u64)> {
         let rows = window.rows.iter();
-        rows.map(|row| (row.tenant.as_str(), row.outcomes.seen())).collect()
+        rows.map(|row| (row.tenant.as_str(), row.outcomes.seen()))
+            .collect()
     }
 
     #[test]
@@ -399,7 +400,13 @@ mod tests {
         let window = recorder.seal(6000, 1000);
         assert_eq!(counts(&window), [("b", 1)]);
         assert_eq!(window.rows[0].latency, v1::Histogram::default());
-        assert_eq!(recorder.sums(), Sums { requests: 3, errors: 1 });
+        assert_eq!(
+            recorder.sums(),
+            Sums {
+                requests: 3,
+                errors: 1
+            }
+        );
         assert!(recorder.seal(7000, 1000).rows.is_empty());
     }
 
@@ -409,7 +416,11 @@ mod tests {
         request(&mut recorder, "a", Outcome::Success, 9_000);
         assert_eq!(recorder.seal(0, 1000).rows[0].limit_us, 0);
         let by_tenant = HashMap::from([(TenantName::parse(b"a").unwrap(), 5)]);
-        recorder.set_limits(Limits { version: 7, default_us: 9, by_tenant });
+        recorder.set_limits(Limits {
+            version: 7,
+            default_us: 9,
+            by_tenant,
+        });
         for latency_ns in [5_000, 5_001, 10_000] {
             request(&mut recorder, "a", Outcome::Success, latency_ns);
             request(&mut recorder, "b", Outcome::ClientError, latency_ns);
@@ -432,7 +443,10 @@ mod tests {
             request(&mut recorder, tenant, Outcome::Success, 1);
         }
         let window = recorder.seal(0, 1000);
-        assert_eq!(counts(&window), [("a", 2), ("b", 1), ("__overflow__", 2), ("listed", 1)]);
+        assert_eq!(
+            counts(&window),
+            [("a", 2), ("b", 1), ("__overflow__", 2), ("listed", 1)]
+        );
         assert_eq!(recorder.totals.overflow_requests, 2);
         let held = recorder.begin(&Named("b"));
         for _ in 0..=IDLE_WINDOWS {

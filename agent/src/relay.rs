@@ -11,6 +11,7 @@
 
 mod half;
 mod refuse;
+mod sniff;
 
 use std::{
     future::poll_fn,
@@ -26,13 +27,14 @@ use tokio::{
 
 use crate::{
     gate::{Stage, Ticket},
-    http2::{self, Sniffed},
+    http2::{self, Prefixed, Sniffed},
     observer::Http1,
     proxy::Proxy,
     recorder::Recorder,
 };
 use coalmine_proto::names::Outcome;
 use half::{Half, Stamp, Stop};
+use sniff::Sniff;
 
 /// After this long without a byte, it is asked whether the application has closed before a request is sent.
 const STALE_NS: u64 = 10_000_000;
@@ -53,7 +55,7 @@ enum End {
     /// The application closed between two requests.
     Idle,
     /// The client speaks HTTP/2; these bytes were read.
-    Http2(Vec<u8>),
+    Http2(Sniff),
 }
 
 /// Both connections, and what is on its way between them.
@@ -64,8 +66,8 @@ struct Relay<'w> {
     upstream: Option<TcpStream>,
     up: Half,
     down: Half,
-    /// The client's first bytes, until it is clear which protocol they are.
-    sniffing: Option<Vec<u8>>,
+    /// The first bytes, until it is clear which protocol the client speaks.
+    sniffing: Option<Sniff>,
     active_ns: u64,
 }
 
@@ -87,7 +89,7 @@ pub(crate) async fn serve(client: TcpStream, proxy: Rc<Proxy>) {
         upstream: Some(upstream),
         up: Half::default(),
         down: Half::default(),
-        sniffing: Some(Vec::new()),
+        sniffing: Some(Sniff::default()),
     };
     loop {
         match poll_fn(|cx| relay.poll(cx)).await {
@@ -108,7 +110,9 @@ pub(crate) async fn serve(client: TcpStream, proxy: Rc<Proxy>) {
             }
             End::Http2(first) => {
                 let Relay { client, upstream, .. } = relay;
-                return Box::pin(http2::serve(client, first, upstream, watched)).await;
+                let client = Prefixed::new(first.client, client);
+                let upstream = upstream.map(|upstream| Prefixed::new(first.upstream, upstream));
+                return Box::pin(http2::serve(client, upstream, watched)).await;
             }
         }
     }
@@ -170,11 +174,8 @@ impl Relay<'_> {
 
     /// Nothing is under way in either direction.
     fn is_quiet(&self) -> bool {
-        let nothing_held = self.sniffing.as_ref().is_none_or(Vec::is_empty);
-        nothing_held
-            && self.watched.observer.is_quiet()
-            && self.up.is_empty()
-            && self.down.is_empty()
+        let nothing_held = self.sniffing.as_ref().is_none_or(|first| first.client.is_empty());
+        nothing_held && self.watched.observer.is_quiet() && self.up.is_empty() && self.down.is_empty()
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Option<End> {
@@ -182,6 +183,16 @@ impl Relay<'_> {
             return None;
         }
         let Watched { proxy, observer, .. } = &mut *self.watched;
+        if let Some(first) = &mut self.sniffing {
+            let upstream = self.upstream.as_mut()?;
+            if first.poll_upstream(cx, proxy, upstream).is_pending() {
+                return None;
+            }
+            if !first.upstream.is_empty() {
+                self.down
+                    .keep(std::mem::take(&mut first.upstream), proxy.now_ns());
+            }
+        }
         let active_ns = &mut self.active_ns;
         let seen = |bytes: &[u8], now_ns| {
             *active_ns = now_ns;
@@ -193,11 +204,13 @@ impl Relay<'_> {
             Poll::Pending => None,
             Poll::Ready(Stop::Closed) => self.upstream_closed(cx),
             Poll::Ready(Stop::SourceLost) => {
-                self.watched.observe(|o, now_ns, sink| o.upstream_reset(now_ns, sink));
+                self.watched
+                    .observe(|o, now_ns, sink| o.upstream_reset(now_ns, sink));
                 Some(End::Reset)
             }
             Poll::Ready(Stop::DestinationLost) => {
-                self.watched.observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
+                self.watched
+                    .observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
                 Some(End::Reset)
             }
         }
@@ -209,7 +222,8 @@ impl Relay<'_> {
             return Some(End::Idle);
         }
         let answered = observer.is_quiet();
-        self.watched.observe(|o, now_ns, sink| o.upstream_closed(now_ns, sink));
+        self.watched
+            .observe(|o, now_ns, sink| o.upstream_closed(now_ns, sink));
         if self.up.is_broken() && !answered {
             // It did not take what the client sent: that is a reset, whatever the last read says.
             return Some(End::Reset);
@@ -219,12 +233,23 @@ impl Relay<'_> {
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Option<End> {
-        if self.sniffing.is_some() {
-            match self.poll_sniff(cx) {
+        if let Some(first) = &mut self.sniffing {
+            match first.poll_client(cx, &self.watched.proxy, &mut self.client) {
                 Poll::Pending => return None,
-                Poll::Ready(Some(end)) => return Some(end),
-                Poll::Ready(None) => {}
+                Poll::Ready(Sniffed::Http2) => {
+                    return Some(End::Http2(std::mem::take(first)));
+                }
+                Poll::Ready(_) => {}
             }
+            let first = std::mem::take(first);
+            let now_ns = self.watched.proxy.now_ns();
+            self.up.keep(first.client, now_ns);
+            if !first.upstream.is_empty() {
+                self.down.keep(first.upstream, now_ns);
+            }
+            self.sniffing = None;
+            // From now on the application's bytes are passed on, those that were held back too.
+            cx.waker().wake_by_ref();
         }
         if self.up.is_done() {
             return None;
@@ -247,7 +272,8 @@ impl Relay<'_> {
                 None
             }
             Poll::Ready(Stop::SourceLost) => {
-                self.watched.observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
+                self.watched
+                    .observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
                 Some(End::Reset)
             }
             Poll::Ready(Stop::DestinationLost) => {
@@ -273,31 +299,6 @@ impl Relay<'_> {
             let peeked = rustix::net::recv(upstream, &mut [0_u8; 1][..], flags);
             matches!(peeked, Ok((_, 0)))
         })
-    }
-
-    /// Holds the client's first bytes back while they may be the beginning of HTTP/2's preface.
-    fn poll_sniff(&mut self, cx: &mut Context<'_>) -> Poll<Option<End>> {
-        let Some(held) = &mut self.sniffing else {
-            return Poll::Ready(None);
-        };
-        loop {
-            let mut buffer = self.watched.proxy.buffer.borrow_mut();
-            let mut buffer = ReadBuf::new(&mut buffer);
-            let read = ready!(Pin::new(&mut self.client).poll_read(cx, &mut buffer));
-            if read.is_err() {
-                return Poll::Ready(Some(End::Reset));
-            }
-            held.extend_from_slice(buffer.filled());
-            match http2::sniff(held) {
-                Sniffed::Http2 => return Poll::Ready(Some(End::Http2(std::mem::take(held)))),
-                Sniffed::Unclear if !buffer.filled().is_empty() => {}
-                _ => {
-                    let held = self.sniffing.take().unwrap_or_default();
-                    self.up.keep(held, self.watched.proxy.now_ns());
-                    return Poll::Ready(None);
-                }
-            }
-        }
     }
 
     /// Waits, without a connection to the application, for the client's next bytes; false if it is gone.

@@ -64,7 +64,9 @@ pub struct Stats {
 
 /// The aggregator acknowledged what it cannot have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the aggregator acknowledged batch {acknowledged}, but only {sent} were sent; is another agent using the same --instance?")]
+#[error(
+    "the aggregator acknowledged batch {acknowledged}, but only {sent} were sent; is another agent using the same --instance?"
+)]
 pub struct BadAck {
     acknowledged: u64,
     sent: u64,
@@ -186,7 +188,10 @@ impl Ring {
         let fitting = rows_that_fit(&window, max_bytes);
         if fitting < window.rows.len() {
             let rest = window.rows.split_off(fitting);
-            self.unsent.push_front(Window { rows: rest, ..window.clone() });
+            self.unsent.push_front(Window {
+                rows: rest,
+                ..window.clone()
+            });
             // The remainder is a window of its own, with a frame of its own.
             self.bytes += window.bytes() + self.unsent.front().map_or(0, Window::bytes) - bytes;
         }

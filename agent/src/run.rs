@@ -64,7 +64,11 @@ impl Bound {
     pub fn new(config: Config) -> Result<Self, StartError> {
         let listener = bind(config.listen, "--listen")?;
         let admin = bind(config.admin, "--admin")?;
-        Ok(Self { config, listener, admin })
+        Ok(Self {
+            config,
+            listener,
+            admin,
+        })
     }
 
     /// Where clients are accepted.
@@ -91,11 +95,19 @@ impl Bound {
     }
 
     fn serve(self, data: &LocalRuntime, stop: mpsc::Receiver<()>) -> Result<(), StartError> {
-        let Self { config, listener, admin } = self;
+        let Self {
+            config,
+            listener,
+            admin,
+        } = self;
         let (windows, sealed) = mpsc::channel(WAITING_WINDOWS);
         let (set_limits, limits) = watch::channel(Limits::default());
         let (draining, is_draining) = watch::channel(false);
-        let channels = Channels { windows, limits, draining };
+        let channels = Channels {
+            windows,
+            limits,
+            draining,
+        };
         let metrics = Metrics::new(&config);
         let control = Builder::new_current_thread().enable_all().build()?;
         let admin = control.block_on(async { TcpListener::from_std(admin) })?;
@@ -121,7 +133,9 @@ impl Bound {
 }
 
 fn data_runtime() -> io::Result<LocalRuntime> {
-    Builder::new_current_thread().enable_all().build_local(LocalOptions::default())
+    Builder::new_current_thread()
+        .enable_all()
+        .build_local(LocalOptions::default())
 }
 
 /// Says each time that the process is asked to stop.
@@ -152,17 +166,22 @@ fn bind(address: SocketAddr, flag: &'static str) -> Result<std::net::TcpListener
     });
     bound.map_err(|error| {
         let (why, remedy) = match error.kind() {
-            io::ErrorKind::AddrInUse => {
-                ("address in use".to_owned(), "stop the other process or choose another")
-            }
-            io::ErrorKind::AddrNotAvailable => {
-                ("this machine does not have the address".to_owned(), "choose another")
-            }
-            io::ErrorKind::PermissionDenied => {
-                ("not permitted".to_owned(), "choose a port above 1023 in")
-            }
+            io::ErrorKind::AddrInUse => (
+                "address in use".to_owned(),
+                "stop the other process or choose another",
+            ),
+            io::ErrorKind::AddrNotAvailable => (
+                "this machine does not have the address".to_owned(),
+                "choose another",
+            ),
+            io::ErrorKind::PermissionDenied => ("not permitted".to_owned(), "choose a port above 1023 in"),
             _ => (error.to_string(), "choose another"),
         };
-        StartError::Listen { address, why, remedy, flag }
+        StartError::Listen {
+            address,
+            why,
+            remedy,
+            flag,
+        }
     })
 }

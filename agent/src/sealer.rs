@@ -51,7 +51,11 @@ impl Sealer {
             // The clock was set back: what was counted so far is one window.
             None => self.window_ms,
         };
-        let start_ms = if border < self.start_ms { self.start_ms } else { border - length_ms };
+        let start_ms = if border < self.start_ms {
+            self.start_ms
+        } else {
+            border - length_ms
+        };
         // While the other thread takes no windows, the open one simply becomes longer.
         let Ok(place) = self.windows.try_reserve() else {
             return;
@@ -88,7 +92,10 @@ mod tests {
         let mut recorder = Recorder::new(Vec::new(), 10);
         assert_eq!(sealer.wait(5_300), Duration::from_millis(700));
         sealer.tick(&mut recorder, 5_999);
-        set_limits.send_replace(Limits { version: 3, ..Limits::default() });
+        set_limits.send_replace(Limits {
+            version: 3,
+            ..Limits::default()
+        });
         for now_ms in [6_000, 6_001, 9_200, 4_000, 5_000, 200_500] {
             sealer.tick(&mut recorder, now_ms);
         }

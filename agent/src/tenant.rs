@@ -283,8 +283,18 @@ mod tests {
         check(header, &[("x-tenant-id", "a b")], "/", Err(true));
         check(header, &[("x-tenant-id", "__none__")], "/", Err(true));
         check(header, &[("x-tenant-id", &"a".repeat(200))], "/", Err(true));
-        check(header, &[("x-tenant-id", "a"), ("x-tenant-id", "a")], "/", Ok("a"));
-        check(header, &[("x-tenant-id", "a"), ("x-tenant-id", "b")], "/", Err(true));
+        check(
+            header,
+            &[("x-tenant-id", "a"), ("x-tenant-id", "a")],
+            "/",
+            Ok("a"),
+        );
+        check(
+            header,
+            &[("x-tenant-id", "a"), ("x-tenant-id", "b")],
+            "/",
+            Err(true),
+        );
 
         let host = &["host:{tenant}.api.example.com"][..];
         check(host, &[("host", "acme.api.example.com:8080")], "/", Ok("acme"));

@@ -104,7 +104,9 @@ impl Row {
     pub fn wire_bytes(&self) -> usize {
         // Tags, lengths and the tenant's number are below this together; other numbers have ten bytes at most.
         const FRAME: usize = 64;
-        let numbers = [self.limit_us, self.over_limit].into_iter().chain(self.outcomes.0);
+        let numbers = [self.limit_us, self.over_limit]
+            .into_iter()
+            .chain(self.outcomes.0);
         let numbers: usize = numbers.map(prost::encoding::encoded_len_varint).sum();
         FRAME + numbers + self.tenant.as_str().len() + self.latency.encoded_len()
     }

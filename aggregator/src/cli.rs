@@ -1,1 +1,292 @@
-//! x
+//! The `coalmine` command.
+//!
+//! Exit codes: 0 approved or valid; 1 rolled back, or a verification failed; 2 on hold at the deadline;
+//! 3 could not find out (network, server); 64 wrong usage or input.
+
+pub(crate) mod audit;
+pub(crate) mod explain;
+mod judge;
+mod rollout;
+
+use std::{io, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use coalmine_judge::quantity::Span;
+
+use crate::{
+    client::{Client, ClientError},
+    demo, server,
+};
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "coalmine",
+    version,
+    about = "Judges canary rollouts for every tenant, and proves it"
+)]
+pub struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// The aggregator to ask
+    #[arg(
+        long,
+        global = true,
+        env = "COALMINE_SERVER",
+        default_value = "http://127.0.0.1:8080",
+        value_name = "URL"
+    )]
+    server: String,
+    /// Form of the output
+    #[arg(long, global = true, default_value = "table", value_name = "FORM")]
+    output: Output,
+}
+
+/// Form of the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For machines: one JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show a rollout judged from end to end on this machine, with one tenant failing
+    Demo(demo::Options),
+    /// Start, list, show and end rollouts
+    #[command(subcommand)]
+    Rollout(rollout::Command),
+    /// Ask for the verdict on a rollout: exit 0 approved, 1 rolled back, 2 on hold
+    Gate {
+        /// The rollout
+        rollout: String,
+        /// Wait until the verdict is APPROVE or ROLLBACK
+        #[arg(long)]
+        wait: bool,
+        /// How long to wait at most
+        #[arg(long, default_value = "30m", value_parser = duration, requires = "wait", value_name = "DURATION")]
+        timeout: Duration,
+    },
+    /// Explain a decision
+    Explain {
+        /// The decision, as `gate` and `rollout status` name it
+        decision: String,
+        /// Read the log in this directory instead of asking a server
+        #[arg(long, value_name = "DIR")]
+        data: Option<PathBuf>,
+    },
+    /// Judge recorded evidence again and compare the bytes (offline)
+    Replay {
+        /// The decision
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        decision: Option<String>,
+        /// Every decision of the log
+        #[arg(long)]
+        all: bool,
+        /// Directory of the log
+        #[arg(long, value_name = "DIR")]
+        data: PathBuf,
+    },
+    /// Verify the decision log (offline)
+    #[command(subcommand)]
+    Audit(audit::Command),
+    /// Judge evidence from a file or from standard input, one window a line (offline)
+    Judge {
+        /// The SLA baseline
+        #[arg(long, value_name = "FILE")]
+        policy: PathBuf,
+        /// Planned number of windows; by default what fits before the policy's hold deadline
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
+        max_windows: Option<u32>,
+        /// Evidence, one window a line; - for standard input
+        #[arg(default_value = "-", value_name = "FILE")]
+        windows: PathBuf,
+    },
+    /// Check SLA baselines (offline)
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum PolicyCommand {
+    /// Read a policy and say what is wrong with it
+    Validate {
+        /// The policy
+        file: PathBuf,
+    },
+}
+
+/// How a command ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// Approved, valid, done.
+    Good = 0,
+    /// Rolled back, or a verification failed.
+    Bad = 1,
+    /// On hold.
+    Hold = 2,
+    /// It could not be found out.
+    Unknown = 3,
+    /// The question makes no sense.
+    Usage = 64,
+}
+
+/// Why a command fails: its exit code and one clear sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Failure {
+    exit: Exit,
+    message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self {
+            exit,
+            message: message.into(),
+        }
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, message)
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        let exit = match &error {
+            ClientError::Usage(_) => Exit::Usage,
+            ClientError::Refused { status, .. } if status.is_client_error() => Exit::Usage,
+            ClientError::Refused { .. } | ClientError::Unreachable { .. } => Exit::Unknown,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::new(Exit::Unknown, format!("cannot write the output: {error}"))
+    }
+}
+
+/// Reads a duration like `30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    Span::try_from(text.to_owned()).map(|span| Duration::from_micros(span.micros))
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing can be done when the terminal is gone.
+            error.print().ok();
+            return ExitCode::from(if error.use_stderr() { Exit::Usage as u8 } else { 0 });
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return complain(&Failure::new(Exit::Unknown, format!("cannot start: {error}"))),
+    };
+    let result = runtime.block_on(run(cli));
+    runtime.shutdown_background();
+    match result {
+        Ok(exit) => ExitCode::from(exit as u8),
+        Err(failure) => complain(&failure),
+    }
+}
+
+async fn run(cli: Cli) -> Result<Exit, Failure> {
+    let Common { server, output } = cli.common;
+    let client = || Client::new(&server);
+    match cli.command {
+        Command::Demo(options) => demo::run(options, output).await,
+        Command::Rollout(command) => rollout::run(command, &client()?, output).await,
+        Command::Gate {
+            rollout,
+            wait,
+            timeout,
+        } => rollout::gate(&client()?, &rollout, wait.then_some(timeout), output).await,
+        Command::Explain {
+            decision,
+            data: Some(data),
+        } => explain::offline(&data, &decision, output),
+        Command::Explain { decision, data: None } => explain::online(&client()?, &decision, output).await,
+        Command::Replay {
+            decision,
+            all: _,
+            data,
+        } => audit::replay(&data, decision.as_deref(), output),
+        Command::Audit(command) => audit::run(command, output),
+        Command::Judge {
+            policy,
+            max_windows,
+            windows,
+        } => judge::run(&policy, max_windows, &windows),
+        Command::Policy(PolicyCommand::Validate { file }) => validate(&file, output),
+        Command::Completions { shell } => {
+            let mut command = <Cli as clap::CommandFactory>::command();
+            clap_complete::generate(shell, &mut command, "coalmine", &mut io::stdout());
+            Ok(Exit::Good)
+        }
+    }
+}
+
+fn validate(file: &std::path::Path, output: Output) -> Result<Exit, Failure> {
+    let policy = server::read_policy(file).map_err(Failure::usage)?;
+    let notes = policy.not_judged();
+    match output {
+        Output::Json => say(&serde_json::json!({
+            "valid": true,
+            "service": policy.service,
+            "tiers": policy.tiers.len(),
+            "tenants": policy.tenants.len(),
+            "notes": notes,
+        })),
+        Output::Table => {
+            say(&format_args!(
+                "{} is valid: service {}, {} tiers, {} tenants named",
+                file.display(),
+                policy.service,
+                policy.tiers.len(),
+                policy.tenants.len()
+            ));
+            for note in notes {
+                say(&format_args!("note: {note}"));
+            }
+        }
+    }
+    Ok(Exit::Good)
+}
+
+/// Prints a line of output.
+pub(crate) fn say(line: &dyn std::fmt::Display) {
+    use io::Write as _;
+    let mut out = io::stdout().lock();
+    // A reader that has gone away, as after `| head`, is no reason to fail.
+    writeln!(out, "{line}").and_then(|()| out.flush()).ok();
+}
+
+/// Prints a line of progress or complaint, beside the output.
+pub(crate) fn tell(line: &dyn std::fmt::Display) {
+    use io::Write as _;
+    writeln!(io::stderr().lock(), "{line}").ok();
+}
+
+fn complain(failure: &Failure) -> ExitCode {
+    tell(&format_args!("coalmine: {failure}"));
+    ExitCode::from(failure.exit as u8)
+}

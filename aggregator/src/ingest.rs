@@ -263,16 +263,11 @@ impl Ingest {
             max_message_bytes: u32::try_from(MAX_MESSAGE_BYTES).unwrap_or(u32::MAX),
             now_unix_ms: clock::now_ms(),
         };
-        if send(&out, aggregator_message::Kind::HelloAck(greeting))
-            .await
-            .is_err()
-        {
+        if !send(&out, aggregator_message::Kind::HelloAck(greeting)).await {
             return self.end(&who, session, false);
         }
         if let Some(config) = self.configs.get(&who.service)
-            && send(&out, aggregator_message::Kind::Config(config.clone()))
-                .await
-                .is_err()
+            && !send(&out, aggregator_message::Kind::Config(config.clone())).await
         {
             return self.end(&who, session, false);
         }
@@ -303,14 +298,14 @@ impl Ingest {
             let message = tokio::select! {
                 changed = acked.changed() => {
                     let ack = *acked.borrow_and_update();
-                    if changed.is_err() || send(out, aggregator_message::Kind::Ack(ack)).await.is_err() {
+                    if changed.is_err() || !send(out, aggregator_message::Kind::Ack(ack)).await {
                         return false;
                     }
                     continue;
                 }
                 () = drained(&mut draining) => {
                     let drain = coalmine_proto::v1::Drain { within_ms: 0 };
-                    drop(send(out, aggregator_message::Kind::Drain(drain)).await);
+                    send(out, aggregator_message::Kind::Drain(drain)).await;
                     return false;
                 }
                 message = inbound.message() => message,
@@ -394,8 +389,10 @@ impl Ingest {
     /// Stores the agent's farewell, and everything before it.
     async fn farewell(&self, session: u64, bye: Bye) {
         let (tell, told) = tokio::sync::oneshot::channel();
-        self.store
-            .append(&Entry::Bye(session, bye), move || drop(tell.send(())));
+        self.store.append(&Entry::Bye(session, bye), move || {
+            // The receiver waits below.
+            tell.send(()).ok();
+        });
         drop(told.await);
     }
 
@@ -411,7 +408,7 @@ impl Ingest {
             reason,
             retry_after_ms: RETRY_REFUSED_MS,
         };
-        drop(send(out, aggregator_message::Kind::Reject(reject)).await);
+        send(out, aggregator_message::Kind::Reject(reject)).await;
     }
 }
 
@@ -435,13 +432,9 @@ async fn drained(draining: &mut watch::Receiver<bool>) {
     drop(draining.wait_for(|draining| *draining).await);
 }
 
-async fn send(
-    out: &mpsc::Sender<Result<AggregatorMessage, Status>>,
-    kind: aggregator_message::Kind,
-) -> Result<(), ()> {
-    out.send(Ok(AggregatorMessage { kind: Some(kind) }))
-        .await
-        .map_err(|_| ())
+/// Sends a message; says whether anybody still listens.
+async fn send(out: &mpsc::Sender<Result<AggregatorMessage, Status>>, kind: aggregator_message::Kind) -> bool {
+    out.send(Ok(AggregatorMessage { kind: Some(kind) })).await.is_ok()
 }
 
 #[tonic::async_trait]

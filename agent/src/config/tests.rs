@@ -28,13 +28,20 @@ fn defaults_are_those_of_the_design() {
     assert_eq!(config.admin, "127.0.0.1:15090".parse().unwrap());
     assert_eq!((config.service.as_str(), config.version.as_str()), ("shop", "v2"));
     assert_eq!((config.arm, config.instance.as_str()), (Arm::Canary, "pod-1"));
-    assert_eq!((config.window, config.drain), (Duration::from_secs(1), Duration::from_secs(30)));
+    assert_eq!(
+        (config.window, config.drain),
+        (Duration::from_secs(1), Duration::from_secs(30))
+    );
     assert_eq!((config.ring_bytes, config.max_tenants), (8 << 20, 20_000));
 }
 
 #[test]
 fn tenant_rules_keep_their_order() {
-    let rules = config(&["--tenant=header:x-tenant,path:/t/{tenant}/", "--tenant", "fixed:rest"]);
+    let rules = config(&[
+        "--tenant=header:x-tenant,path:/t/{tenant}/",
+        "--tenant",
+        "fixed:rest",
+    ]);
     let kinds: Vec<Rule> = ["header:x-tenant", "path:/t/{tenant}/", "fixed:rest"]
         .map(|rule| rule.parse().unwrap())
         .into();
@@ -54,16 +61,26 @@ fn the_version_flag_has_two_meanings() {
 #[test]
 fn errors_are_one_line_that_says_what_to_do() {
     let good = |without: &str| -> Vec<&'static str> {
-        let kept = GOOD.iter().filter(|arg| without.is_empty() || !arg.starts_with(without));
+        let kept = GOOD
+            .iter()
+            .filter(|arg| without.is_empty() || !arg.starts_with(without));
         kept.copied().collect()
     };
     for (without, more, part) in [
-        ("--service", &[][..], "--service is missing: give the service's name, or set COALMINE_AGENT_SERVICE"),
+        (
+            "--service",
+            &[][..],
+            "--service is missing: give the service's name, or set COALMINE_AGENT_SERVICE",
+        ),
         ("--aggregator", &[], "--aggregator is missing"),
         ("--version", &[], "--version is missing"),
         ("--arm", &[], "--arm is missing: give canary or baseline"),
         ("--arm", &["--arm=green"], "\"green\" is not an arm"),
-        ("--aggregator", &["--aggregator=https://a:1"], "TLS to the aggregator is not supported yet"),
+        (
+            "--aggregator",
+            &["--aggregator=https://a:1"],
+            "TLS to the aggregator is not supported yet",
+        ),
         ("--aggregator", &["--aggregator=aggregator:7443"], "is not a URL"),
         ("", &["--instance=a b"], "has the character ' '"),
         ("", &["--window=5ms"], "a window has 10ms to 60s"),
@@ -72,10 +89,18 @@ fn errors_are_one_line_that_says_what_to_do() {
         ("", &["--ring=1KiB"], "is not between 64KiB and 1GiB"),
         ("", &["--max-tenants=0"], "--max-tenants"),
         ("", &["--tenant=cookie:x"], "is not a rule"),
-        ("", &["--tenant=fixed:a", "--tenant=header:x"], "no --tenant rule can follow"),
+        (
+            "",
+            &["--tenant=fixed:a", "--tenant=header:x"],
+            "no --tenant rule can follow",
+        ),
         ("", &["--listen=here"], "give an IP address and a port"),
         ("", &["--upstream=8080"], "is not HOST:PORT"),
-        ("", &["--listen=127.0.0.1:1", "--upstream=127.0.0.1:1"], "the agent's own --listen"),
+        (
+            "",
+            &["--listen=127.0.0.1:1", "--upstream=127.0.0.1:1"],
+            "the agent's own --listen",
+        ),
         ("", &["--listen=127.0.0.1:1", "--admin=127.0.0.1:1"], "are both"),
         ("", &["--log=xml"], "--log"),
         ("", &["--nonsense"], "--nonsense"),

@@ -96,9 +96,9 @@ pub(super) fn aggregator(text: &str) -> Result<String, String> {
         .parse()
         .map_err(|_| format!("{text:?} is not a URL, as in http://HOST:7443"))?;
     match (uri.scheme_str(), uri.host(), uri.path()) {
-        (Some("https"), _, _) => Err(
-            "TLS to the aggregator is not supported yet; use http:// inside the cluster".to_owned(),
-        ),
+        (Some("https"), _, _) => {
+            Err("TLS to the aggregator is not supported yet; use http:// inside the cluster".to_owned())
+        }
         (Some("http"), Some(host), "" | "/") if !host.is_empty() => Ok(text.to_owned()),
         _ => Err(format!("{text:?} is not a URL, as in http://HOST:7443")),
     }

@@ -47,7 +47,12 @@ pub(super) struct Observed {
 impl Flight {
     pub(super) fn new(proxy: Rc<Proxy>, tenant: TenantId) -> Self {
         let started_ns = proxy.now_ns();
-        Self { proxy, tenant, started_ns, has_ended: false }
+        Self {
+            proxy,
+            tenant,
+            started_ns,
+            has_ended: false,
+        }
     }
 
     pub(super) fn end(mut self, outcome: Outcome) {
@@ -57,7 +62,10 @@ impl Flight {
     fn record(&mut self, outcome: Outcome) {
         self.has_ended = true;
         let latency_ns = self.proxy.now_ns().saturating_sub(self.started_ns);
-        self.proxy.recorder.borrow_mut().end(self.tenant, outcome, latency_ns);
+        self.proxy
+            .recorder
+            .borrow_mut()
+            .end(self.tenant, outcome, latency_ns);
     }
 }
 
@@ -96,13 +104,13 @@ impl Kind {
 // === impl Observed ===
 
 impl Observed {
-    pub(super) fn new(
-        inner: Incoming,
-        kind: Kind,
-        head: &http::response::Parts,
-        flight: Flight,
-    ) -> Self {
-        let mut new = Self { inner, kind, status: head.status, flight: Some(flight) };
+    pub(super) fn new(inner: Incoming, kind: Kind, head: &http::response::Parts, flight: Flight) -> Self {
+        let mut new = Self {
+            inner,
+            kind,
+            status: head.status,
+            flight: Some(flight),
+        };
         if new.inner.is_end_stream() {
             new.complete(Some(&head.headers));
         }

@@ -13,15 +13,19 @@ use tokio::{
 
 /// Gives these bytes first, then those of the connection.
 #[derive(Debug)]
-pub(super) struct Prefixed {
+pub(crate) struct Prefixed {
     first: Vec<u8>,
     given: usize,
     stream: TcpStream,
 }
 
 impl Prefixed {
-    pub(super) fn new(first: Vec<u8>, stream: TcpStream) -> Self {
-        Self { first, given: 0, stream }
+    pub(crate) fn new(first: Vec<u8>, stream: TcpStream) -> Self {
+        Self {
+            first,
+            given: 0,
+            stream,
+        }
     }
 }
 
@@ -45,11 +49,7 @@ impl AsyncRead for Prefixed {
 }
 
 impl AsyncWrite for Prefixed {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 

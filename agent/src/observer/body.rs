@@ -110,7 +110,11 @@ impl Chunked {
             }
             (At::SizeLf, b'\n') => {
                 self.length = 0;
-                if self.size == 0 { At::TrailerStart } else { At::Data }
+                if self.size == 0 {
+                    At::TrailerStart
+                } else {
+                    At::Data
+                }
             }
             (At::DataCr, b'\r') => At::DataLf,
             (At::DataLf, b'\n') => At::Size,

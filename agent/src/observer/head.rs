@@ -99,10 +99,7 @@ fn end_of_head(bytes: &[u8], from: usize) -> Option<usize> {
 
 impl<'h, 'b> Request<'h, 'b> {
     /// Reads a head; gives its length too. None if it is not complete.
-    pub(super) fn parse(
-        bytes: &'b [u8],
-        room: &'h mut Headers<'b>,
-    ) -> Result<Option<(Self, usize)>, Opaque> {
+    pub(super) fn parse(bytes: &'b [u8], room: &'h mut Headers<'b>) -> Result<Option<(Self, usize)>, Opaque> {
         let mut request = httparse::Request::new(&mut []);
         let length = match request.parse_with_uninit_headers(bytes, room) {
             Ok(httparse::Status::Complete(length)) if length <= MAX_HEAD_BYTES => length,
@@ -111,8 +108,7 @@ impl<'h, 'b> Request<'h, 'b> {
             Err(httparse::Error::TooManyHeaders) => return Err(Opaque::TooManyHeaders),
             Err(_) => return Err(Opaque::NotHttp),
         };
-        let (Some(method), Some(target), Some(version)) =
-            (request.method, request.path, request.version)
+        let (Some(method), Some(target), Some(version)) = (request.method, request.path, request.version)
         else {
             return Err(Opaque::NotHttp);
         };
@@ -143,9 +139,7 @@ impl<'h, 'b> Request<'h, 'b> {
         let framing = Framing::of(self.headers)?;
         match (framing.codings, framing.length) {
             (Codings::None, length) => Ok(Body::Length(length.unwrap_or(0))),
-            (Codings::Chunked, None) if self.version == 1 => {
-                Ok(Body::Chunked(Chunked::default()))
-            }
+            (Codings::Chunked, None) if self.version == 1 => Ok(Body::Chunked(Chunked::default())),
             _ => Err(Opaque::Framing),
         }
     }
@@ -180,8 +174,7 @@ impl Response {
         let mut room = no_headers();
         let mut response = httparse::Response::new(&mut []);
         let config = httparse::ParserConfig::default();
-        let parsed =
-            config.parse_response_with_uninit_headers(&mut response, bytes, &mut room);
+        let parsed = config.parse_response_with_uninit_headers(&mut response, bytes, &mut room);
         let length = match parsed {
             Ok(httparse::Status::Complete(length)) if length <= MAX_HEAD_BYTES => length,
             Ok(httparse::Status::Complete(_)) => return Err(Opaque::HeadTooLong),
@@ -198,7 +191,11 @@ impl Response {
             body_of_response(version, response.headers)?
         };
         let persistent = is_persistent(version, response.headers);
-        let read = Self { status, persistent, body };
+        let read = Self {
+            status,
+            persistent,
+            body,
+        };
         Ok(Some((read, length)))
     }
 
@@ -212,10 +209,7 @@ impl Response {
     }
 }
 
-fn body_of_response(
-    version: u8,
-    headers: &[httparse::Header<'_>],
-) -> Result<Option<Body>, Opaque> {
+fn body_of_response(version: u8, headers: &[httparse::Header<'_>]) -> Result<Option<Body>, Opaque> {
     let framing = Framing::of(headers)?;
     match (framing.codings, framing.length) {
         (Codings::None, length) => Ok(length.map(Body::Length)),
@@ -243,12 +237,19 @@ struct Framing {
 
 impl Framing {
     fn of(headers: &[httparse::Header<'_>]) -> Result<Self, Opaque> {
-        let mut framing = Self { length: None, codings: Codings::None };
+        let mut framing = Self {
+            length: None,
+            codings: Codings::None,
+        };
         for header in headers {
             match header.name.len() {
                 14 if header.name.eq_ignore_ascii_case("content-length") => {
                     let length = length_of(header.value).ok_or(Opaque::Framing)?;
-                    if framing.length.replace(length).is_some_and(|other| other != length) {
+                    if framing
+                        .length
+                        .replace(length)
+                        .is_some_and(|other| other != length)
+                    {
                         return Err(Opaque::Framing);
                     }
                 }
@@ -265,13 +266,13 @@ impl Framing {
 impl Codings {
     /// Adds the codings of one more header.
     fn then(self, value: &[u8]) -> Result<Self, Opaque> {
-        value.split(|b| *b == b',').try_fold(self, |so_far, coding| {
-            match (so_far, coding.trim_ascii()) {
+        value
+            .split(|b| *b == b',')
+            .try_fold(self, |so_far, coding| match (so_far, coding.trim_ascii()) {
                 (Self::Chunked, _) | (_, b"") => Err(Opaque::Framing),
                 (_, coding) if coding.eq_ignore_ascii_case(b"chunked") => Ok(Self::Chunked),
                 _ => Ok(Self::Other),
-            }
-        })
+            })
     }
 }
 
@@ -297,10 +298,7 @@ fn is_persistent(version: u8, headers: &[httparse::Header<'_>]) -> bool {
     persistent
 }
 
-fn named<'a>(
-    headers: &'a [httparse::Header<'a>],
-    name: &str,
-) -> impl Iterator<Item = &'a [u8]> {
+fn named<'a>(headers: &'a [httparse::Header<'a>], name: &str) -> impl Iterator<Item = &'a [u8]> {
     headers
         .iter()
         .filter(move |h| h.name.len() == name.len() && h.name.eq_ignore_ascii_case(name))

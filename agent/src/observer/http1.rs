@@ -218,17 +218,12 @@ impl Http1 {
         Ok(taken)
     }
 
-    fn on_response_head(
-        &mut self,
-        bytes: &[u8],
-        now_ns: u64,
-        sink: &mut impl Sink,
-    ) -> Result<usize, Opaque> {
-        if self.response_head.is_empty() {
-            if let Some((head, length)) = Response::parse(bytes)? {
-                self.begin_response(head, now_ns, sink)?;
-                return Ok(length);
-            }
+    fn on_response_head(&mut self, bytes: &[u8], now_ns: u64, sink: &mut impl Sink) -> Result<usize, Opaque> {
+        if self.response_head.is_empty()
+            && let Some((head, length)) = Response::parse(bytes)?
+        {
+            self.begin_response(head, now_ns, sink)?;
+            return Ok(length);
         }
         let (taken, complete) = self.response_head.extend(bytes)?;
         if complete {
@@ -244,12 +239,7 @@ impl Http1 {
         Ok(taken)
     }
 
-    fn begin_response(
-        &mut self,
-        head: Response,
-        now_ns: u64,
-        sink: &mut impl Sink,
-    ) -> Result<(), Opaque> {
+    fn begin_response(&mut self, head: Response, now_ns: u64, sink: &mut impl Sink) -> Result<(), Opaque> {
         let Some(request) = self.pending.front_mut() else {
             return Err(Opaque::Unsolicited);
         };
@@ -325,5 +315,9 @@ fn begin(
         persistent: head.is_persistent(),
         status: 0,
     });
-    Ok(if body.is_empty() { Side::Idle } else { Side::Body(body) })
+    Ok(if body.is_empty() {
+        Side::Idle
+    } else {
+        Side::Body(body)
+    })
 }

@@ -39,7 +39,11 @@ impl Sink for Notes {
     }
 
     fn opaque(&mut self, why: Opaque) {
-        assert_eq!(self.opaque.replace(why), None, "a connection is opaque for one reason");
+        assert_eq!(
+            self.opaque.replace(why),
+            None,
+            "a connection is opaque for one reason"
+        );
     }
 }
 
@@ -90,8 +94,11 @@ fn check(events: &[On<'_>], ended: &[(&str, Outcome)], opaque: Option<Opaque>) -
     });
     let longest = longest.max().unwrap_or(0);
     let (whole, observer) = play(events, longest, usize::MAX);
-    let seen: Vec<(&str, Outcome)> =
-        whole.ended.iter().map(|(name, outcome)| (name.as_str(), *outcome)).collect();
+    let seen: Vec<(&str, Outcome)> = whole
+        .ended
+        .iter()
+        .map(|(name, outcome)| (name.as_str(), *outcome))
+        .collect();
     assert_eq!(seen, ended);
     assert_eq!(whole.opaque, opaque);
     for at in 0..longest.min(600) {
@@ -129,11 +136,23 @@ fn latency_is_from_the_first_byte_to_the_last() {
 fn pipelining() {
     let requests = [GET_A, GET_B, GET_A, GET_B, GET_A].concat();
     let answers = [OK, FAILED, OK, OK, FAILED].concat();
-    let expected = [("a", Success), ("b", ServerError), ("a", Success), ("b", Success), ("a", ServerError)];
+    let expected = [
+        ("a", Success),
+        ("b", ServerError),
+        ("a", Success),
+        ("b", Success),
+        ("a", ServerError),
+    ];
     check(&[Q(&requests), A(&answers)], &expected, None);
     check(
         &[Q(&requests), A(OK), UpstreamClosed],
-        &[("a", Success), ("b", UpstreamReset), ("a", UpstreamReset), ("b", UpstreamReset), ("a", UpstreamReset)],
+        &[
+            ("a", Success),
+            ("b", UpstreamReset),
+            ("a", UpstreamReset),
+            ("b", UpstreamReset),
+            ("a", UpstreamReset),
+        ],
         None,
     );
     let many = GET_A.repeat(MAX_PIPELINED + 1);
@@ -143,9 +162,14 @@ fn pipelining() {
 
 #[test]
 fn request_bodies() {
-    let length = b"POST / HTTP/1.1\r\nt: a\r\ncontent-length: 31\r\n\r\nGET / HTTP/1.1\r\nt: evil\r\n\r\n....";
+    let length =
+        b"POST / HTTP/1.1\r\nt: a\r\ncontent-length: 31\r\n\r\nGET / HTTP/1.1\r\nt: evil\r\n\r\n....";
     let length = [&length[..], GET_B].concat();
-    check(&[Q(&length), A(OK), A(OK)], &[("a", Success), ("b", Success)], None);
+    check(
+        &[Q(&length), A(OK), A(OK)],
+        &[("a", Success), ("b", Success)],
+        None,
+    );
     let chunked = b"POST / HTTP/1.1\r\nt: a\r\nTransfer-Encoding: gzip, Chunked\r\n\r\n\
         5;ext=\"a\"\r\nhello\r\n1b \r\nGET / HTTP/1.1\r\nt: evil\r\n\r\n\r\n000\r\ntrailer: x\r\nother: y\r\n\r\n";
     let both = [&chunked[..], GET_B].concat();
@@ -155,16 +179,28 @@ fn request_bodies() {
 #[test]
 fn response_bodies() {
     let chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\nA\r\n0123456789\r\n0\r\ngrpc: 0\r\n\r\n";
-    check(&[Q(GET_A), A(chunked), Q(GET_B), A(OK)], &[("a", Success), ("b", Success)], None);
+    check(
+        &[Q(GET_A), A(chunked), Q(GET_B), A(OK)],
+        &[("a", Success), ("b", Success)],
+        None,
+    );
     for empty in [
         &b"HTTP/1.1 204 No Content\r\n\r\n"[..],
         b"HTTP/1.1 304 Not Modified\r\ncontent-length: 99\r\n\r\n",
     ] {
-        check(&[Q(GET_A), A(empty), Q(GET_B), A(OK)], &[("a", Success), ("b", Success)], None);
+        check(
+            &[Q(GET_A), A(empty), Q(GET_B), A(OK)],
+            &[("a", Success), ("b", Success)],
+            None,
+        );
     }
     let head = b"HEAD / HTTP/1.1\r\nt: a\r\n\r\n";
     let answer = b"HTTP/1.1 404 No\r\ncontent-length: 99\r\n\r\n";
-    check(&[Q(head), A(answer), Q(GET_B), A(OK)], &[("a", ClientError), ("b", Success)], None);
+    check(
+        &[Q(head), A(answer), Q(GET_B), A(OK)],
+        &[("a", ClientError), ("b", Success)],
+        None,
+    );
 }
 
 #[test]
@@ -172,10 +208,19 @@ fn interim_responses() {
     let post = b"POST / HTTP/1.1\r\nt: a\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n";
     let interim = b"HTTP/1.1 100 Continue\r\n\r\n";
     let hints = b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n";
-    check(&[Q(post), A(interim), Q(b"ok"), A(hints), A(hints), A(OK)], &[("a", Success)], None);
+    check(
+        &[Q(post), A(interim), Q(b"ok"), A(hints), A(hints), A(OK)],
+        &[("a", Success)],
+        None,
+    );
     // Refused before the body was sent.
     let observer = check(
-        &[Q(post), A(b"HTTP/1.1 413 Large\r\ncontent-length: 0\r\n\r\n"), Q(b"o"), UpstreamClosed],
+        &[
+            Q(post),
+            A(b"HTTP/1.1 413 Large\r\ncontent-length: 0\r\n\r\n"),
+            Q(b"o"),
+            UpstreamClosed,
+        ],
         &[("a", ClientError)],
         None,
     );
@@ -187,34 +232,63 @@ fn close_delimited_bodies() {
     let old = b"HTTP/1.0 200 OK\r\n\r\nhello";
     check(&[Q(GET_A), A(old)], &[], None);
     check(&[Q(GET_A), A(old), UpstreamClosed], &[("a", Success)], None);
-    check(&[Q(GET_A), A(old), On::UpstreamReset], &[("a", UpstreamReset)], None);
-    check(&[Q(GET_A), A(b"HTTP/1.1 500 No\r\ntransfer-encoding: gzip\r\n\r\nx"), UpstreamClosed], &[("a", ServerError)], None);
+    check(
+        &[Q(GET_A), A(old), On::UpstreamReset],
+        &[("a", UpstreamReset)],
+        None,
+    );
+    check(
+        &[
+            Q(GET_A),
+            A(b"HTTP/1.1 500 No\r\ntransfer-encoding: gzip\r\n\r\nx"),
+            UpstreamClosed,
+        ],
+        &[("a", ServerError)],
+        None,
+    );
 }
 
 #[test]
 fn incomplete_answers() {
     for partial in [&b""[..], b"HTTP/1.1 2", &OK[..OK.len() - 1]] {
-        check(&[Q(GET_A), A(partial), UpstreamClosed], &[("a", UpstreamReset)], None);
+        check(
+            &[Q(GET_A), A(partial), UpstreamClosed],
+            &[("a", UpstreamReset)],
+            None,
+        );
         check(&[Q(GET_A), A(partial), ClientReset], &[("a", ClientAbort)], None);
-        check(&[Q(GET_A), A(partial), ClientClosed, UpstreamClosed], &[("a", ClientAbort)], None);
+        check(
+            &[Q(GET_A), A(partial), ClientClosed, UpstreamClosed],
+            &[("a", ClientAbort)],
+            None,
+        );
     }
-    check(&[Q(GET_A), ClientClosed, A(OK), UpstreamClosed], &[("a", Success)], None);
+    check(
+        &[Q(GET_A), ClientClosed, A(OK), UpstreamClosed],
+        &[("a", Success)],
+        None,
+    );
     check(&[Q(&GET_A[..20]), ClientReset], &[], None);
 }
 
 #[test]
 fn what_leaves_the_connection_open() {
-    let between = |request: &[u8], answer: &[u8]| {
-        play(&[Q(request), A(answer)], 0, 999).1.is_between_requests()
-    };
+    let between =
+        |request: &[u8], answer: &[u8]| play(&[Q(request), A(answer)], 0, 999).1.is_between_requests();
     assert!(between(GET_A, OK));
     assert!(!between(GET_A, &OK[..OK.len() - 1]));
-    assert!(!between(GET_A, b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nConnection: x, Close\r\n\r\n"));
+    assert!(!between(
+        GET_A,
+        b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nConnection: x, Close\r\n\r\n"
+    ));
     assert!(!between(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n", OK));
     assert!(!between(b"GET / HTTP/1.0\r\n\r\n", OK));
     let keep = b"GET / HTTP/1.0\r\nconnection: keep-alive\r\n\r\n";
     assert!(!between(keep, b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n"));
-    assert!(between(keep, b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\nconnection: Keep-Alive\r\n\r\n"));
+    assert!(between(
+        keep,
+        b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\nconnection: Keep-Alive\r\n\r\n"
+    ));
     assert!(!Http1::new().is_between_requests());
 }
 
@@ -222,11 +296,23 @@ fn what_leaves_the_connection_open() {
 fn tunnels_are_opaque() {
     let upgrade = b"GET /ws HTTP/1.1\r\nt: a\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n";
     let switch = b"HTTP/1.1 101 Switching\r\nupgrade: websocket\r\n\r\n\x81\x05hello";
-    check(&[Q(upgrade), A(switch), Q(b"\x81\x01x"), A(b"\x81")], &[("a", Success)], Some(Upgrade));
-    check(&[Q(upgrade), A(OK), Q(GET_B), A(OK)], &[("a", Success), ("b", Success)], None);
+    check(
+        &[Q(upgrade), A(switch), Q(b"\x81\x01x"), A(b"\x81")],
+        &[("a", Success)],
+        Some(Upgrade),
+    );
+    check(
+        &[Q(upgrade), A(OK), Q(GET_B), A(OK)],
+        &[("a", Success), ("b", Success)],
+        None,
+    );
     let connect = b"CONNECT h:443 HTTP/1.1\r\nt: a\r\n\r\n";
     let made = b"HTTP/1.1 200 OK\r\n\r\n\x16\x03";
-    check(&[Q(connect), A(made), Q(b"\x16\x03")], &[("a", Success)], Some(Connect));
+    check(
+        &[Q(connect), A(made), Q(b"\x16\x03")],
+        &[("a", Success)],
+        Some(Connect),
+    );
     check(&[Q(connect), A(FAILED)], &[("a", ServerError)], None);
 }
 
@@ -242,7 +328,10 @@ fn ambiguous_requests_are_opaque() {
         ("content-length:", Framing),
         ("content-length: 99999999999999999999", Framing),
         ("transfer-encoding: chunked, gzip", Framing),
-        ("transfer-encoding: chunked\r\ntransfer-encoding: chunked", Framing),
+        (
+            "transfer-encoding: chunked\r\ntransfer-encoding: chunked",
+            Framing,
+        ),
         ("transfer-encoding: xchunked", Framing),
         ("bad header", NotHttp),
         ("a: b\r\n folded", NotHttp),
@@ -255,32 +344,73 @@ fn ambiguous_requests_are_opaque() {
     }
     let same = b"POST / HTTP/1.1\r\nt: a\r\ncontent-length: 5\r\ncontent-length: 5\r\n\r\nhello";
     check(&[Q(same), A(OK)], &[("a", Success)], None);
-    check(&[Q(b"GET / HTTP/1.0\r\ntransfer-encoding: chunked\r\n\r\n")], &[], Some(Framing));
+    check(
+        &[Q(b"GET / HTTP/1.0\r\ntransfer-encoding: chunked\r\n\r\n")],
+        &[],
+        Some(Framing),
+    );
 }
 
 #[test]
 fn ambiguous_answers_are_opaque() {
     for (answer, why) in [
-        (&b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"[..], Framing),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n", Framing),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\nhello", BadChunk),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n\r\n", BadChunk),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n-1\r\n", BadChunk),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nab\r\n", BadChunk),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n", BadChunk),
+        (
+            &b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"[..],
+            Framing,
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n",
+            Framing,
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\nhello",
+            BadChunk,
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n\r\n",
+            BadChunk,
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n-1\r\n",
+            BadChunk,
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nab\r\n",
+            BadChunk,
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
+            BadChunk,
+        ),
         (b"SSH-2.0-x\r\n\r\n", BadResponse),
     ] {
         check(&[Q(GET_A), A(answer), UpstreamClosed], &[], Some(why));
         assert_eq!(play(&[Q(GET_A), A(answer)], 0, 9).0.forgotten, 1);
     }
-    check(&[A(b"220 smtp ready\r\n"), Q(b"EHLO x\r\n")], &[], Some(Unsolicited));
-    check(&[Q(GET_A), A(&[OK, OK].concat())], &[("a", Success)], Some(Unsolicited));
+    check(
+        &[A(b"220 smtp ready\r\n"), Q(b"EHLO x\r\n")],
+        &[],
+        Some(Unsolicited),
+    );
+    check(
+        &[Q(GET_A), A(&[OK, OK].concat())],
+        &[("a", Success)],
+        Some(Unsolicited),
+    );
 }
 
 #[test]
 fn other_protocols_are_opaque() {
-    check(&[Q(b"\x16\x03\x01\x02\x00\x01\r\n\r\n"), A(b"\x16\x03\x03")], &[], Some(NotHttp));
-    check(&[Q(b"SSH-2.0-OpenSSH_9.9\r\n\r\n"), A(b"SSH")], &[], Some(NotHttp));
+    check(
+        &[Q(b"\x16\x03\x01\x02\x00\x01\r\n\r\n"), A(b"\x16\x03\x03")],
+        &[],
+        Some(NotHttp),
+    );
+    check(
+        &[Q(b"SSH-2.0-OpenSSH_9.9\r\n\r\n"), A(b"SSH")],
+        &[],
+        Some(NotHttp),
+    );
 }
 
 #[test]
@@ -296,21 +426,47 @@ fn heads_are_bounded() {
         assert_eq!((notes.ended.len(), notes.opaque), (0, Some(HeadTooLong)));
     }
     let many = |n: usize| format!("GET / HTTP/1.1\r\nt: a\r\n{}\r\n", "x: y\r\n".repeat(n));
-    check(&[Q(many(MAX_HEADERS - 1).as_bytes()), A(OK)], &[("a", Success)], None);
+    check(
+        &[Q(many(MAX_HEADERS - 1).as_bytes()), A(OK)],
+        &[("a", Success)],
+        None,
+    );
     let (notes, _) = play(&[Q(many(MAX_HEADERS).as_bytes())], 0, 9999);
     assert_eq!(notes.opaque, Some(TooManyHeaders));
 }
 
 #[test]
 fn bare_line_feeds_are_followed_like_the_parser_does() {
-    check(&[Q(b"GET / HTTP/1.1\nt: a\n\n"), A(b"HTTP/1.1 200 OK\ncontent-length: 0\n\n")], &[("a", Success)], None);
+    check(
+        &[
+            Q(b"GET / HTTP/1.1\nt: a\n\n"),
+            A(b"HTTP/1.1 200 OK\ncontent-length: 0\n\n"),
+        ],
+        &[("a", Success)],
+        None,
+    );
 }
 
 fn messages() -> impl Strategy<Value = Vec<u8>> {
     let pieces = prop::sample::select(vec![
-        GET_A, GET_B, OK, FAILED, b"\r\n", b"\r\n\r\n", b"\n", b"0\r\n\r\n", b"5\r\nhello\r\n", b"HTTP/1.1 100 C\r\n\r\n",
-        b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b"content-length: 7\r\n",
-        b"transfer-encoding: chunked\r\n\r\n", b"CONNECT x HTTP/1.1\r\n\r\n", b"HTTP/1.1 101 S\r\n\r\n", b"\x00\xff", b"ffffffff",
+        GET_A,
+        GET_B,
+        OK,
+        FAILED,
+        b"\r\n",
+        b"\r\n\r\n",
+        b"\n",
+        b"0\r\n\r\n",
+        b"5\r\nhello\r\n",
+        b"HTTP/1.1 100 C\r\n\r\n",
+        b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n",
+        b"content-length: 7\r\n",
+        b"transfer-encoding: chunked\r\n\r\n",
+        b"CONNECT x HTTP/1.1\r\n\r\n",
+        b"HTTP/1.1 101 S\r\n\r\n",
+        b"\x00\xff",
+        b"ffffffff",
     ]);
     let noise = prop::collection::vec(any::<u8>(), 0..20);
     let piece = prop_oneof![9 => pieces.prop_map(<[u8]>::to_vec), 1 => noise];

@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::Watched;
-use crate::http2::{self, Sniffed};
+use crate::http2::{self, Prefixed, Sniffed};
 
 /// How long the client's first request is waited for, so that the failure counts for its tenant.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
@@ -34,10 +34,9 @@ pub(super) async fn refuse(mut client: TcpStream, mut watched: Watched) {
             }
         }
     });
-    match read.await {
+    if let Ok(Some(true)) = read.await {
         // Each stream is refused by itself, and the application may be there for the next.
-        Ok(Some(true)) => return http2::serve(client, first, None, watched).await,
-        Ok(_) | Err(_) => {}
+        return http2::serve(Prefixed::new(first, client), None, watched).await;
     }
     watched.observe(|o, now_ns, sink| o.end_all(Outcome::ConnectFailure, now_ns, sink));
     if let Err(error) = client.set_zero_linger() {

@@ -98,7 +98,10 @@ fn rows_with_different_limits_lose_the_limit() {
     merged.merge(window(1, vec![row("a", 1, 1, 6), row("c", 1, 0, 5)]));
     let rows = merged.rows.iter();
     let seen = rows.map(|r| (r.tenant.as_str(), r.outcomes.seen(), r.limit_us, r.over_limit));
-    assert_eq!(seen.collect::<Vec<_>>(), [("a", 4, 0, 0), ("b", 2, 5, 1), ("c", 1, 5, 0)]);
+    assert_eq!(
+        seen.collect::<Vec<_>>(),
+        [("a", 4, 0, 0), ("b", 2, 5, 1), ("c", 1, 5, 0)]
+    );
 }
 
 #[test]

@@ -21,7 +21,12 @@ enum State {
 
 impl Link {
     pub(super) fn new(aggregator: String, metrics: Metrics) -> Self {
-        Self { aggregator, metrics, sessions: 0, state: State::Unknown }
+        Self {
+            aggregator,
+            metrics,
+            sessions: 0,
+            state: State::Unknown,
+        }
     }
 
     /// How many sessions there were.

@@ -1,10 +1,6 @@
 //! One session: the messages between Hello and Bye.
 
-use std::{
-    collections::HashMap,
-    error::Error,
-    time::Duration,
-};
+use std::{collections::HashMap, error::Error, time::Duration};
 
 use coalmine_proto::{
     PROTOCOL,
@@ -179,7 +175,10 @@ impl Session<'_> {
     fn send_due(&mut self, state: &mut State) -> Result<(), Ended> {
         if state.wanted == Some(self.config_version) && state.outbound.capacity() > 0 {
             let version = self.config_version;
-            say(&state.outbound, agent_message::Kind::ConfigApplied(v1::ConfigApplied { version }))?;
+            say(
+                &state.outbound,
+                agent_message::Kind::ConfigApplied(v1::ConfigApplied { version }),
+            )?;
             state.wanted = None;
         }
         while state.drain.is_none()
@@ -204,7 +203,11 @@ impl Session<'_> {
                 acknowledged.map_err(|error| Ended::Lost(error.to_string()))?;
             }
             Some(aggregator_message::Kind::Config(config)) => {
-                tracing::debug!(version = config.version, limits = config.limits.len(), "new limits");
+                tracing::debug!(
+                    version = config.version,
+                    limits = config.limits.len(),
+                    "new limits"
+                );
                 state.wanted = Some(config.version);
                 self.limits.send_replace(Limits::from_wire(&config));
             }
@@ -258,7 +261,10 @@ fn to_wire(batch: &Batch, names: &mut HashMap<TenantName, u32>) -> v1::WindowBat
             let reference = u32::try_from(names.len() + 1).unwrap_or(u32::MAX);
             names.insert(row.tenant.clone(), reference);
             let name = row.tenant.as_str().to_owned();
-            new_names.push(v1::TenantName { r#ref: reference, name });
+            new_names.push(v1::TenantName {
+                r#ref: reference,
+                name,
+            });
             reference
         });
         row.to_wire(reference)

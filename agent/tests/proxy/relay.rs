@@ -1,13 +1,14 @@
-//! The agent between real sockets: what goes through it, what it counts, and what it tells the aggregator.
-
-mod support;
+//! Bytes, closes and resets through the agent, and what it counts.
 
 use std::{
     io::{Read, Write},
     net::Shutdown,
 };
 
-use support::{Agent, Upstream, client, eventually, read_all, read_exactly};
+use crate::{
+    aggregator::Aggregator,
+    support::{self, Agent, Upstream, client, eventually, read_all, read_exactly},
+};
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 
@@ -27,7 +28,9 @@ fn bytes_are_not_changed() {
         client.write_all(request).unwrap();
         let server = server.get_or_insert_with(|| upstream.accept());
         assert_eq!(read_exactly(server, request.len()), request);
-        server.write_all(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n").unwrap();
+        server
+            .write_all(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
+            .unwrap();
         server.write_all(answer).unwrap();
         let interim = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n".len();
         assert!(read_exactly(&mut client, interim + answer.len()).ends_with(answer));
@@ -189,7 +192,11 @@ fn the_client_does_not_notice_an_idle_close() {
     for round in 0..3 {
         client.write_all(&get("a")).unwrap();
         let mut server = upstream.accept();
-        assert_eq!(read_exactly(&mut server, get("a").len()), get("a"), "round {round}");
+        assert_eq!(
+            read_exactly(&mut server, get("a").len()),
+            get("a"),
+            "round {round}"
+        );
         server.write_all(OK).unwrap();
         assert_eq!(read_exactly(&mut client, OK.len()), OK);
         // The application closes the idle connection; the agent lets go of it too.
@@ -237,6 +244,9 @@ fn a_server_that_speaks_first_is_relayed() {
     let mut server = upstream.accept();
     server.write_all(b"220 ready\r\n").unwrap();
     assert_eq!(read_exactly(&mut client, 11), b"220 ready\r\n");
+    // Looks like the head of HTTP/2's SETTINGS, but does not stand at the beginning.
+    server.write_all(&[0, 0, 0, 4, 0]).unwrap();
+    assert_eq!(read_exactly(&mut client, 5), [0, 0, 0, 4, 0]);
     client.write_all(b"P").unwrap();
     client.write_all(b"R").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -264,12 +274,14 @@ fn a_websocket_is_relayed() {
 #[test]
 fn stopping_waits_for_requests_and_not_for_idle_connections() {
     let upstream = Upstream::new();
-    let mut agent = Agent::start(upstream.address());
-    let (mut idle, mut busy) = (client(&agent), client(&agent));
+    let aggregator = Aggregator::start();
+    let mut agent = Agent::with(upstream.address(), |config| config.aggregator = aggregator.url());
+    let mut idle = client(&agent);
     idle.write_all(&get("a")).unwrap();
-    let mut idle_server = upstream.accept();
+    let mut idle_server = upstream.accept_next(&get("a"));
     idle_server.write_all(OK).unwrap();
     assert_eq!(read_exactly(&mut idle, OK.len()), OK);
+    let mut busy = client(&agent);
     busy.write_all(&get("a")).unwrap();
     let mut busy_server = upstream.accept_next(&get("a"));
     assert_eq!(agent.get("/readyz").0, 200);
@@ -285,7 +297,8 @@ fn stopping_waits_for_requests_and_not_for_idle_connections() {
 #[test]
 fn told_to_stop_twice_the_agent_does_not_wait() {
     let upstream = Upstream::new();
-    let mut agent = Agent::start(upstream.address());
+    let aggregator = Aggregator::start();
+    let mut agent = Agent::with(upstream.address(), |config| config.aggregator = aggregator.url());
     let mut busy = client(&agent);
     busy.write_all(&get("a")).unwrap();
     let _server = upstream.accept_next(&get("a"));

@@ -1,0 +1,12 @@
+//! The agent between real sockets: what goes through it, what it counts, and what it tells the aggregator.
+
+// The helpers are no test functions, which clippy.toml allows to unwrap.
+#![allow(clippy::unwrap_used)]
+
+mod aggregator;
+mod support;
+
+mod cli;
+mod http2;
+mod relay;
+mod session;

@@ -1,0 +1,215 @@
+//! What the aggregator is told, whatever happens to the session.
+
+use std::io::Write;
+
+use coalmine_proto::{names::Arm, v1};
+
+use crate::{
+    aggregator::Aggregator,
+    support::{Agent, Upstream, client, eventually, read_exactly},
+};
+
+const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+
+/// Sends requests of these tenants over one connection.
+fn requests(agent: &Agent, upstream: &Upstream, tenants: &[&str]) {
+    let mut client = client(agent);
+    let mut server = upstream.accept();
+    for tenant in tenants {
+        let request = format!("GET / HTTP/1.1\r\nX-Tenant: {tenant}\r\n\r\n");
+        client.write_all(request.as_bytes()).unwrap();
+        read_exactly(&mut server, request.len());
+        server.write_all(OK).unwrap();
+        read_exactly(&mut client, OK.len());
+    }
+}
+
+fn agent(upstream: &Upstream, url: String) -> Agent {
+    Agent::with(upstream.address(), |config| config.aggregator = url)
+}
+
+#[test]
+fn windows_reach_the_aggregator_once() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    let mut agent = agent(&upstream, aggregator.url());
+    requests(&agent, &upstream, &["a", "b", "a"]);
+    eventually("all three", || aggregator.totals().requests == 3);
+    agent.expect("session_connected", 1);
+    requests(&agent, &upstream, &["a"]);
+    agent.stop();
+    agent.join();
+    let told = aggregator.told();
+    let hello = &told.hellos[0];
+    assert_eq!(
+        (hello.protocol, hello.instance.as_str(), hello.window_ms),
+        (1, "pod-1", 20)
+    );
+    assert_eq!((hello.service.as_str(), hello.version.as_str()), ("shop", "v2"));
+    assert_eq!(hello.arm(), Arm::Canary.to_wire());
+    assert_ne!(hello.epoch, 0);
+    assert_eq!(told.requests.get("a"), Some(&3));
+    assert_eq!(told.requests.get("b"), Some(&1));
+    assert_eq!(told.duplicates, 0);
+    let (last, others) = told.applied.split_last().unwrap();
+    assert!(
+        others
+            .iter()
+            .all(|b| b.start_unix_ms % 20 == 0 && b.length_ms % 20 == 0)
+    );
+    assert!(last.length_ms >= 1);
+    assert_eq!(told.bye.as_ref().unwrap().last_seq, last.seq);
+    assert!(told.applied.iter().all(|batch| batch.host.is_some()));
+}
+
+#[test]
+fn a_broken_session_doubles_nothing() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    aggregator.told().breaks_after = Some(5);
+    let mut agent = agent(&upstream, aggregator.url());
+    for _ in 0..20 {
+        requests(&agent, &upstream, &["a"]);
+    }
+    eventually("a second session", || aggregator.told().hellos.len() == 2);
+    eventually("all requests", || aggregator.totals().requests == 20);
+    {
+        let told = aggregator.told();
+        assert_eq!(told.hellos[0].epoch, told.hellos[1].epoch);
+        // The aggregator had them, but had not said so.
+        assert_eq!(told.hellos[1].oldest_seq, 1);
+        assert!(told.hellos[1].next_seq > 5);
+    }
+    agent.expect("session_reconnects_total", 1);
+    agent.stop();
+    agent.join();
+    assert_eq!(aggregator.told().requests["a"], 20);
+}
+
+#[test]
+fn a_drained_session_is_followed_by_another() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    aggregator.told().drains_after = Some(3);
+    let agent = agent(&upstream, aggregator.url());
+    requests(&agent, &upstream, &["a", "b"]);
+    eventually("a second session", || aggregator.told().hellos.len() == 2);
+    requests(&agent, &upstream, &["a"]);
+    eventually("all three", || aggregator.totals().requests == 3);
+    let told = aggregator.told();
+    assert_eq!((told.duplicates, told.bye.is_some()), (0, false));
+}
+
+#[test]
+fn a_full_ring_merges_and_loses_nothing() {
+    let upstream = Upstream::new();
+    let address = Aggregator::free_address();
+    let mut agent = Agent::with(upstream.address(), |config| {
+        config.aggregator = format!("http://{address}");
+        config.ring_bytes = 2000;
+    });
+    for _ in 0..10 {
+        requests(&agent, &upstream, &["a", "b"]);
+    }
+    agent.expect("requests_total{outcome=\"success\"}", 20);
+    eventually("merged", || {
+        agent.metric("ring_merged_windows_total").unwrap() > 5
+    });
+    assert!(agent.metric("ring_bytes").unwrap() <= 2000);
+    let aggregator = Aggregator::on(address);
+    eventually("all", || aggregator.totals().requests == 20);
+    assert_eq!(aggregator.totals().gap_requests, 0);
+    agent.stop();
+    agent.join();
+    let told = aggregator.told();
+    assert!(told.applied.iter().any(|batch| batch.length_ms > 20));
+}
+
+#[test]
+fn agents_that_start_first_lose_nothing() {
+    let upstream = Upstream::new();
+    let address = Aggregator::free_address();
+    let mut agent = agent(&upstream, format!("http://{address}"));
+    requests(&agent, &upstream, &["a", "b"]);
+    agent.expect("requests_total{outcome=\"success\"}", 2);
+    agent.expect("session_connected", 0);
+    let aggregator = Aggregator::on(address);
+    requests(&agent, &upstream, &["a"]);
+    eventually("all three", || aggregator.totals().requests == 3);
+    agent.stop();
+    agent.join();
+    let told = aggregator.told();
+    assert_eq!((told.requests["a"], told.requests["b"]), (2, 1));
+    assert_eq!(told.hellos[0].next_seq, 1);
+}
+
+#[test]
+fn no_more_batches_than_allowed_are_on_their_way() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    {
+        let mut told = aggregator.told();
+        (told.max_unacked, told.acknowledges) = (3, false);
+    }
+    let agent = agent(&upstream, aggregator.url());
+    requests(&agent, &upstream, &["a"]);
+    eventually("three batches", || aggregator.told().applied.len() == 3);
+    eventually("more windows", || {
+        agent.metric("windows_sealed_total").unwrap() > 20
+    });
+    assert_eq!(aggregator.told().most_in_flight, 3);
+    agent.expect("durable_seq", 0);
+}
+
+#[test]
+fn limits_are_applied_at_a_border_and_answered() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    aggregator.told().config = Some(v1::Config {
+        version: 7,
+        default_limit_us: 60_000_000,
+        limits: vec![v1::TenantLimit {
+            tenant: "a".to_owned(),
+            limit_us: 1,
+        }],
+    });
+    let agent = agent(&upstream, aggregator.url());
+    eventually("applied", || aggregator.told().config_applied == [7]);
+    requests(&agent, &upstream, &["a", "b"]);
+    eventually("both", || aggregator.totals().requests == 2);
+    let told = aggregator.told();
+    let with_rows = told.applied.iter().filter(|batch| !batch.rows.is_empty());
+    let mut limits = Vec::new();
+    for batch in with_rows {
+        assert_eq!(batch.config_version, 7);
+        limits.extend(batch.rows.iter().map(|row| (row.limit_us, row.over_limit)));
+    }
+    limits.sort_unstable();
+    assert_eq!(limits, [(1, 1), (60_000_000, 0)]);
+}
+
+#[test]
+fn a_refused_agent_tries_again() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    aggregator.told().rejects = 1;
+    let agent = agent(&upstream, aggregator.url());
+    requests(&agent, &upstream, &["a"]);
+    eventually("one request", || aggregator.totals().requests == 1);
+    assert_eq!(aggregator.told().hellos.len(), 2);
+}
+
+#[test]
+fn many_tenants_are_sent_in_parts() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    aggregator.told().max_message_bytes = 2000;
+    let names: Vec<String> = (0..100).map(|n| format!("tenant-{n}")).collect();
+    let tenants: Vec<&str> = names.iter().map(String::as_str).collect();
+    let agent = Agent::with(upstream.address(), |config| {
+        config.aggregator = aggregator.url();
+        config.window = std::time::Duration::from_millis(500);
+    });
+    requests(&agent, &upstream, &tenants);
+    eventually("all", || aggregator.totals().requests == 100);
+    let told = aggregator.told();
+    assert_eq!(told.requests.len(), 100);
+    assert!(
+        told.applied
+            .iter()
+            .all(|batch| prost::Message::encoded_len(batch) <= 2000)
+    );
+}

@@ -1,0 +1,163 @@
+//! `coalmine explain`: why a decision is what it is.
+
+use std::path::Path;
+
+use coalmine_judge::{
+    fixed::ONE,
+    record::{Anomaly, Body, Decision},
+    replay::{Replay, Replayed},
+    threshold::Thresholds,
+};
+use serde_json::Value;
+
+use super::{Exit, Failure, Output, say};
+use crate::{
+    client::{Client, ClientError, segment},
+    ledger::LedgerFiles,
+};
+
+pub(super) async fn online(client: &Client, id: &str, output: Output) -> Result<Exit, Failure> {
+    let answer = client.get(&format!("/v1/decisions/{}", segment(id))).await?;
+    if output == Output::Json {
+        say(&answer);
+        return Ok(Exit::Good);
+    }
+    let hash = answer
+        .get("hash")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
+    let body = answer.pointer("/record/body").cloned().unwrap_or_default();
+    match serde_json::from_value(body) {
+        Ok(Body::Decision(decision)) => print(&decision, &hash, None),
+        Ok(_) | Err(_) => {
+            let cause = "the answer holds no decision of a form that this program knows".to_owned();
+            return Err(ClientError::Unreachable {
+                server: "the server".to_owned(),
+                cause,
+            }
+            .into());
+        }
+    }
+    Ok(Exit::Good)
+}
+
+pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Failure> {
+    let files = LedgerFiles::new(data);
+    let mut replay = Replay::default();
+    let mut found = None;
+    let scan = files.scan(|record, hash, _| {
+        if found.is_some() {
+            return;
+        }
+        let replayed = replay.take(&record, &files.blobs);
+        if let Body::Decision(decision) = &record.body
+            && decision.id == id
+        {
+            let thresholds = decision.worst.as_ref().and_then(|worst| {
+                let tenant = worst.unit.strip_prefix("tenant:")?;
+                replay.judged(&decision.rollout)?.judge.thresholds(tenant)
+            });
+            found = Some((record.clone(), hash, replayed, thresholds));
+        }
+    });
+    let Some((record, hash, replayed, thresholds)) = found else {
+        scan.map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
+        return Err(Failure::usage(format!(
+            "there is no decision {id:?} in {}",
+            data.display()
+        )));
+    };
+    if output == Output::Json {
+        say(&serde_json::json!({ "record": record, "hash": hash }));
+        return Ok(Exit::Good);
+    }
+    if let Body::Decision(decision) = &record.body {
+        print(decision, &hash.to_string(), thresholds);
+    }
+    match replayed {
+        Replayed::Different { problem, .. } => {
+            say(&format_args!("replay     FAILED: {problem}"));
+            Ok(Exit::Bad)
+        }
+        Replayed::Same | Replayed::Other => {
+            say(&"replay     the same bytes");
+            Ok(Exit::Good)
+        }
+    }
+}
+
+fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
+    say(&format_args!("decision   {}", decision.id));
+    say(&format_args!("verdict    {}", decision.verdict));
+    say(&format_args!("reason     {}", decision.reason));
+    say(&format_args!(
+        "score      {}   (1 is healthy; below the policy's threshold some unit is in breach)",
+        score(decision.score_ppm)
+    ));
+    if let Some(confidence) = decision.confidence_ppm {
+        say(&format_args!(
+            "confidence {} %   (1 minus the error probability of the verdict)",
+            confidence / 10_000
+        ));
+    }
+    say(&format_args!(
+        "coverage   {} % of the agents, {} % of the canary's requests are in tenants that were judged",
+        decision.agents_ppm / 10_000,
+        decision.traffic_ppm / 10_000
+    ));
+    if let Some(limits) = thresholds {
+        say(&format_args!(
+            "thresholds error rate below {} ppm and at most {}.{:03} times the baseline's plus {} ppm; p99 {}",
+            limits.max_rate_ppb / 1_000,
+            limits.max_ratio_milli / 1_000,
+            limits.max_ratio_milli % 1_000,
+            limits.max_increase_ppb / 1_000,
+            limits
+                .p99_us
+                .map_or_else(|| "not limited".to_owned(), |us| format!("{} ms", us / 1_000)),
+        ));
+    }
+    if !decision.anomalies.is_empty() {
+        say(&format_args!(
+            "anomalies  {} (evidence in bits, of those needed to roll back)",
+            decision.anomalies_detected
+        ));
+        for anomaly in &decision.anomalies {
+            say(&format_args!("  {}", line(anomaly)));
+        }
+    }
+    say(&"steps");
+    for step in &decision.steps {
+        say(&format_args!(
+            "  {} {:<32} {:<11} {:>8} us  {}",
+            step.step, step.action, step.status, step.duration_us, step.detail
+        ));
+    }
+    say(&format_args!(
+        "judge      {} in {}",
+        decision.judge, decision.build
+    ));
+    say(&format_args!("policy     {}", decision.policy));
+    say(&format_args!("evidence   {}", decision.evidence));
+    say(&format_args!("outcome    {}", decision.outcome));
+    say(&format_args!("record     {hash}"));
+}
+
+fn line(anomaly: &Anomaly) -> String {
+    let bits = |bits: i64| format!("{}.{}", bits / ONE, (bits.rem_euclid(ONE) * 10) / ONE);
+    format!(
+        "{} {} {} {} of {} bits: {}",
+        anomaly.state,
+        anomaly.unit,
+        anomaly.metric,
+        bits(anomaly.bits_q32),
+        bits(anomaly.budget_q32),
+        anomaly.detail
+    )
+}
+
+/// A score with three digits.
+pub(crate) fn score(ppm: u32) -> String {
+    format!("{}.{:03}", ppm / 1_000_000, ppm % 1_000_000 / 1_000)
+}

@@ -1,0 +1,63 @@
+//! `coalmine judge`: evidence in, verdicts out.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, BufWriter, Write as _},
+    path::Path,
+};
+
+use coalmine_judge::{
+    evidence::{MAX_LINE_BYTES, Window},
+    v1::Judge,
+};
+
+use super::{Exit, Failure};
+use crate::server::read_policy;
+
+pub(super) fn run(policy: &Path, max_windows: Option<u32>, windows: &Path) -> Result<Exit, Failure> {
+    let policy = read_policy(policy).map_err(Failure::usage)?;
+    let mut judge = Judge::new(policy, max_windows).map_err(|error| Failure::usage(error.to_string()))?;
+    let name = if windows.as_os_str() == "-" {
+        "standard input".into()
+    } else {
+        windows.display().to_string()
+    };
+    let mut input: Box<dyn BufRead> = if windows.as_os_str() == "-" {
+        Box::new(BufReader::new(io::stdin()))
+    } else {
+        let file = File::open(windows)
+            .map_err(|error| Failure::usage(format!("cannot read the evidence {name}: {error}")))?;
+        Box::new(BufReader::new(file))
+    };
+    let mut out = BufWriter::new(io::stdout().lock());
+    let mut line = Vec::new();
+    for number in 1_u64.. {
+        line.clear();
+        let limit = MAX_LINE_BYTES as u64 + 1;
+        let read = io::Read::take(&mut input, limit)
+            .read_until(b'\n', &mut line)
+            .map_err(|error| Failure::new(Exit::Unknown, format!("cannot read {name}: {error}")))?;
+        if read == 0 {
+            break;
+        }
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let fail = |problem: String| Failure::usage(format!("{name}:{number}: {problem}"));
+        let text =
+            std::str::from_utf8(line.trim_ascii()).map_err(|_| fail("the line is not UTF-8".into()))?;
+        let outcome = Window::from_json(text)
+            .map_err(|error| fail(error.to_string()))
+            .and_then(|window| judge.step(&window).map_err(|error| fail(error.to_string())));
+        // What was judged before the mistake is printed before the complaint.
+        match outcome {
+            Ok(outcome) => writeln!(out, "{}", outcome.to_json())?,
+            Err(failure) => {
+                out.flush()?;
+                return Err(failure);
+            }
+        }
+    }
+    out.flush()?;
+    Ok(Exit::Good)
+}

@@ -1,0 +1,294 @@
+//! `coalmine rollout` and `coalmine gate`.
+
+use std::time::{Duration, Instant};
+
+use clap::Subcommand;
+use serde_json::{Value, json};
+
+use super::{Exit, Failure, Output, say, tell};
+use crate::client::{Client, segment};
+
+/// How often `gate --wait` and `status --watch` ask.
+const POLL: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Start judging a rollout
+    Start {
+        /// The service
+        #[arg(long)]
+        service: String,
+        /// The version on trial
+        #[arg(long, value_name = "VERSION")]
+        canary_version: String,
+        /// The version to compare with; by default every version of the baseline arm
+        #[arg(long, value_name = "VERSION")]
+        baseline_version: Option<String>,
+        /// The same key names the same rollout, so that a retry starts nothing
+        #[arg(long)]
+        key: Option<String>,
+    },
+    /// List rollouts, newest first
+    List,
+    /// Show a rollout
+    Status {
+        /// The rollout
+        rollout: String,
+        /// Show every change until there is a verdict
+        #[arg(long, short)]
+        watch: bool,
+    },
+    /// End a rollout: nothing more is judged
+    End {
+        /// The rollout
+        rollout: String,
+        /// Why
+        #[arg(long, default_value = "ended by hand")]
+        reason: String,
+    },
+}
+
+fn text<'a>(value: &'a Value, field: &str) -> &'a str {
+    value.get(field).and_then(Value::as_str).unwrap_or("-")
+}
+
+fn number(value: &Value, field: &str) -> u64 {
+    value.get(field).and_then(Value::as_u64).unwrap_or(0)
+}
+
+fn score(value: &Value) -> String {
+    super::explain::score(u32::try_from(number(value, "score_ppm")).unwrap_or(0))
+}
+
+pub(super) async fn run(command: Command, client: &Client, output: Output) -> Result<Exit, Failure> {
+    match command {
+        Command::Start {
+            service,
+            canary_version,
+            baseline_version,
+            key,
+        } => {
+            let actor = std::env::var("USER").unwrap_or_else(|_| "cli".to_owned());
+            let request = json!({
+                "service": service,
+                "canary_version": canary_version,
+                "baseline_version": baseline_version,
+                "key": key,
+                "actor": actor,
+            });
+            let view = client.post("/v1/rollouts", &request).await?;
+            for warning in view
+                .get("warnings")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten()
+            {
+                tell(&format_args!("warning: {}", warning.as_str().unwrap_or_default()));
+            }
+            match output {
+                Output::Json => say(&view),
+                Output::Table => say(&text(&view, "id")),
+            }
+            Ok(Exit::Good)
+        }
+        Command::List => {
+            let answer = client.get("/v1/rollouts").await?;
+            if output == Output::Json {
+                say(&answer);
+                return Ok(Exit::Good);
+            }
+            let rollouts = answer
+                .get("rollouts")
+                .and_then(Value::as_array)
+                .cloned()
+                .unwrap_or_default();
+            if rollouts.is_empty() {
+                tell(&"there are no rollouts yet; start one with `coalmine rollout start`");
+                return Ok(Exit::Good);
+            }
+            say(&format_args!(
+                "{:<36} {:<8} {:<9} {:>6} {:>7}  {:<20}  WORST TENANT",
+                "ROLLOUT", "STATE", "VERDICT", "SCORE", "WINDOWS", "STARTED"
+            ));
+            for view in &rollouts {
+                say(&format_args!(
+                    "{:<36} {:<8} {:<9} {:>6} {:>7}  {:<20}  {}",
+                    text(view, "id"),
+                    text(view, "state"),
+                    text(view, "verdict"),
+                    score(view),
+                    number(view, "windows_judged"),
+                    text(view, "started_at"),
+                    text(view, "worst_tenant"),
+                ));
+            }
+            Ok(Exit::Good)
+        }
+        Command::Status { rollout, watch } => status(client, &rollout, watch, output).await,
+        Command::End { rollout, reason } => {
+            let actor = std::env::var("USER").unwrap_or_else(|_| "cli".to_owned());
+            let path = format!("/v1/rollouts/{}/end", segment(&rollout));
+            let view = client
+                .post(&path, &json!({ "actor": actor, "reason": reason }))
+                .await?;
+            match output {
+                Output::Json => say(&view),
+                Output::Table => say(&format_args!(
+                    "ended at {}: {}",
+                    text(&view, "verdict"),
+                    text(&view, "reason")
+                )),
+            }
+            Ok(Exit::Good)
+        }
+    }
+}
+
+async fn status(client: &Client, rollout: &str, watch: bool, output: Output) -> Result<Exit, Failure> {
+    let path = format!("/v1/rollouts/{}", segment(rollout));
+    let mut shown = None;
+    loop {
+        let view = client.get(&path).await?;
+        let window = number(&view, "windows_judged");
+        if shown != Some(window) {
+            shown = Some(window);
+            show(&view, watch, output);
+        }
+        let waiting = text(&view, "state") == "running" && text(&view, "verdict") == "HOLD";
+        if !watch || !waiting {
+            return Ok(Exit::Good);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn show(view: &Value, brief: bool, output: Output) {
+    if output == Output::Json {
+        return say(view);
+    }
+    if brief {
+        return say(&format_args!(
+            "window {:>4}  {:<9} {}  {}",
+            number(view, "windows_judged"),
+            text(view, "verdict"),
+            score(view),
+            text(view, "reason")
+        ));
+    }
+    say(&format_args!(
+        "rollout    {}  ({})",
+        text(view, "id"),
+        text(view, "state")
+    ));
+    say(&format_args!(
+        "service    {} {}",
+        text(view, "service"),
+        text(view, "canary_version")
+    ));
+    say(&format_args!("verdict    {}", text(view, "verdict")));
+    say(&format_args!("reason     {}", text(view, "reason")));
+    say(&format_args!("score      {}", score(view)));
+    say(&format_args!(
+        "judged     {} windows of {} s since {}, {} tenants",
+        number(view, "windows_judged"),
+        number(view, "window_ms") / 1_000,
+        text(view, "started_at"),
+        number(view, "tenants_checked")
+    ));
+    say(&format_args!(
+        "coverage   {} % of the agents, {} % of the canary's requests are in tenants that were judged",
+        number(view, "agents_ppm") / 10_000,
+        number(view, "traffic_ppm") / 10_000
+    ));
+    for anomaly in view
+        .get("anomalies")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        say(&format_args!(
+            "           {} {} {}: {}",
+            text(anomaly, "state"),
+            text(anomaly, "unit"),
+            text(anomaly, "metric"),
+            text(anomaly, "detail")
+        ));
+    }
+    for agent in view.get("agents").and_then(Value::as_array).into_iter().flatten() {
+        let connected = agent.get("connected").and_then(Value::as_bool).unwrap_or(false);
+        say(&format_args!(
+            "agent      {} {} {} {}",
+            text(agent, "instance"),
+            text(agent, "arm"),
+            text(agent, "version"),
+            if connected { "connected" } else { "silent" }
+        ));
+    }
+    if let Some(decision) = view.get("decision_id").and_then(Value::as_str) {
+        say(&format_args!("decision   {decision}"));
+        say(&format_args!("record     {}", text(view, "decision_hash")));
+    }
+}
+
+/// Asks for the verdict, once or until there is one.
+pub(super) async fn gate(
+    client: &Client,
+    rollout: &str,
+    wait: Option<Duration>,
+    output: Output,
+) -> Result<Exit, Failure> {
+    let path = format!("/v1/rollouts/{}/gate", segment(rollout));
+    let deadline = wait.map(|wait| Instant::now() + wait);
+    let mut told = None;
+    loop {
+        // While waiting, a server that is away for a moment is no answer.
+        let gate = match client.get(&path).await {
+            Ok(gate) => gate,
+            Err(error) => {
+                let failure = Failure::from(error);
+                let patient = failure.exit == Exit::Unknown
+                    && deadline.is_some_and(|deadline| Instant::now() < deadline);
+                if !patient {
+                    return Err(failure);
+                }
+                if told.as_ref() != Some(&failure.message) {
+                    tell(&format_args!("waiting: {failure}"));
+                    told = Some(failure.message);
+                }
+                tokio::time::sleep(POLL).await;
+                continue;
+            }
+        };
+        let exit = match text(&gate, "verdict") {
+            "APPROVE" => Exit::Good,
+            "ROLLBACK" => Exit::Bad,
+            _ => Exit::Hold,
+        };
+        let open = exit == Exit::Hold && text(&gate, "state") == "running";
+        if !open || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+            match output {
+                Output::Json => say(&gate),
+                Output::Table => {
+                    say(&format_args!(
+                        "{} {}  {}",
+                        text(&gate, "verdict"),
+                        score(&gate),
+                        text(&gate, "reason")
+                    ));
+                }
+            }
+            return Ok(exit);
+        }
+        let progress = format!(
+            "{} {}  {}",
+            text(&gate, "verdict"),
+            score(&gate),
+            text(&gate, "reason")
+        );
+        if told.as_ref() != Some(&progress) {
+            tell(&progress);
+            told = Some(progress);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
