@@ -3,8 +3,8 @@
 use std::{io::IsTerminal, process::ExitCode};
 
 use coalmine_agent::{
-    config::{Command, Config, LogFormat},
-    run::{Bound, StartError},
+    config::{Command, LogFormat},
+    run::Bound,
 };
 use tracing_subscriber::{EnvFilter, fmt};
 
@@ -36,17 +36,13 @@ fn main() -> ExitCode {
         instance = config.instance,
         "starting"
     );
-    match run(config) {
+    match Bound::new(config).and_then(Bound::run_until_signal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("coalmine-agent: {error}");
             ExitCode::FAILURE
         }
     }
-}
-
-fn run(config: Config) -> Result<(), StartError> {
-    Bound::new(config)?.run_until_signal()
 }
 
 fn log_to_stderr(format: LogFormat) {

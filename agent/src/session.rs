@@ -163,11 +163,12 @@ impl<'c> Session<'c> {
         self.metrics.sealed(&sealed);
         self.config_version = sealed.next_config_version;
         self.taken = self.taken.plus(sealed.window.sums());
-        debug_assert_eq!(
-            self.taken.requests,
-            sealed.totals.outcomes.seen(),
-            "each request is in one window"
-        );
+        let outcomes = &sealed.totals.outcomes;
+        let seen = Sums {
+            requests: outcomes.seen(),
+            errors: outcomes.errors(),
+        };
+        debug_assert_eq!(self.taken, seen, "each request is in one window");
         self.ring.push(sealed.window);
         self.metrics.ring(&self.ring);
     }
