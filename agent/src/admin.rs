@@ -13,10 +13,11 @@ use tokio::{
     time::sleep,
 };
 
+use coalmine_proto::exposition::CONTENT_TYPE;
+
 use crate::metrics::Metrics;
 
 const TEXT: &str = "text/plain; charset=utf-8";
-const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// A client that says nothing for so long is sent away.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,7 +67,7 @@ fn answer(request: &Request<Incoming>, metrics: &Metrics, is_draining: bool) -> 
         "/readyz" if is_draining => text(StatusCode::SERVICE_UNAVAILABLE, TEXT, "stopping\n".to_owned()),
         "/readyz" => text(StatusCode::OK, TEXT, "ok\n".to_owned()),
         "/metrics" => match metrics.text() {
-            Ok(body) => text(StatusCode::OK, METRICS, body),
+            Ok(body) => text(StatusCode::OK, CONTENT_TYPE, body),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
         },
         _ => {

@@ -5,7 +5,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError, atomic::AtomicU64};
 
-use coalmine_proto::{histogram::Histogram, names::Outcome};
+use coalmine_proto::{
+    exposition::{classic_buckets, classic_text},
+    histogram::Histogram,
+    names::Outcome,
+};
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet, text},
     metrics::{MetricType, TypedMetric, counter::Counter, family::Family, gauge::Gauge, info::Info},
@@ -49,10 +53,6 @@ struct ReasonLabel {
 /// Latency of all answered requests, as a classic histogram.
 #[derive(Debug, Clone, Default)]
 struct Durations(Arc<Mutex<Histogram>>);
-
-/// The classic bounds, as powers of two in seconds: 244 us to 64 s. They are bounds of the histogram
-/// too, so that the counts are exact.
-const EXPONENTS: std::ops::RangeInclusive<i32> = -12..=6;
 
 impl Metrics {
     /// Metrics of an agent with this configuration, all at zero.
@@ -223,39 +223,8 @@ impl Metrics {
     pub fn text(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         text::encode(&mut text, &self.registry)?;
-        Ok(classic(&text))
+        Ok(classic_text(&text))
     }
-}
-
-/// Turns OpenMetrics' text into Prometheus' older one, in which a family has its samples' name. In the
-/// newer one the gauge `connections` and the counter `connections_total` would be one family.
-fn classic(text: &str) -> String {
-    let mut classic = String::with_capacity(text.len());
-    let mut help = "";
-    for line in text.lines() {
-        let Some(about) = line.strip_prefix("# TYPE ") else {
-            match line.strip_prefix("# HELP ") {
-                Some(about) => help = about,
-                None if line == "# EOF" => {}
-                None => {
-                    classic.push_str(line);
-                    classic.push('\n');
-                }
-            }
-            continue;
-        };
-        let (name, kind) = about.rsplit_once(' ').unwrap_or((about, "untyped"));
-        let (suffix, kind) = match kind {
-            "counter" => ("_total", kind),
-            "info" => ("_info", "gauge"),
-            _ => ("", kind),
-        };
-        let help = help.strip_prefix(name).unwrap_or(help).trim_start();
-        classic.push_str(&format!(
-            "# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}\n"
-        ));
-    }
-    classic
 }
 
 /// Raises a counter to a sum that is kept elsewhere.
@@ -268,20 +237,7 @@ fn raise(counter: &Counter, sum: u64) {
 impl EncodeMetric for Durations {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
         let durations = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut buckets, mut below) = (Vec::new(), 0);
-        for exponent in EXPONENTS {
-            // floor(2^exponent * 10^9): whole nanoseconds are at most the bound if they are at most this.
-            let bound_ns = if exponent < 0 {
-                1_000_000_000_u64 >> exponent.unsigned_abs()
-            } else {
-                1_000_000_000_u64 << exponent.unsigned_abs()
-            };
-            let above = durations.count_above(bound_ns).at_least;
-            let up_to = durations.count() - above;
-            buckets.push((f64::from(exponent).exp2(), up_to - below));
-            below = up_to;
-        }
-        buckets.push((f64::INFINITY, durations.count() - below));
+        let buckets = classic_buckets(&durations);
         let sum = std::time::Duration::from_nanos(durations.sum_ns()).as_secs_f64();
         encoder.encode_histogram::<NoLabelSet>(sum, durations.count(), &buckets, None)
     }

@@ -8,7 +8,10 @@ use std::{
 };
 
 use coalmine_judge::v1::{Outcome, State, Verdict};
-use coalmine_proto::names::{Arm, Outcome as RequestOutcome};
+use coalmine_proto::{
+    exposition::{classic_buckets, classic_text},
+    names::{Arm, Outcome as RequestOutcome},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, text::encode},
@@ -26,10 +29,6 @@ use crate::{book::Book, clock, ingest::locked};
 
 /// After this long without a sign a connected agent counts as silent.
 const SILENT_MS: u64 = 10_000;
-
-/// Upper bounds of the classic latency histogram: powers of two from 1/1024 s to 128 s, which are bounds of our
-/// own buckets, so that the counts are exact.
-const CLASSIC_EXPONENTS: std::ops::RangeInclusive<i32> = -10..=7;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ServiceVerdict {
@@ -307,12 +306,12 @@ impl Metrics {
         }
     }
 
-    /// The exposition, in OpenMetrics text.
+    /// The exposition, in Prometheus' text format.
     pub fn render(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         let registry = self.registry.lock().map_err(|_| fmt::Error)?;
         encode(&mut text, &registry)?;
-        Ok(text)
+        Ok(classic_text(&text))
     }
 }
 
@@ -448,7 +447,8 @@ impl Collector for BookCollector {
         for (name, service) in book.services() {
             for arm in Arm::ALL {
                 if let (_, Some(histogram), _, _) = service.arm_totals(arm) {
-                    let (buckets, sum) = classic(histogram);
+                    let buckets = classic_buckets(histogram);
+                    let sum = std::time::Duration::from_nanos(histogram.sum_ns()).as_secs_f64();
                     let labels: Labels<'_> = vec![("service", name), ("arm", arm.as_str())];
                     family
                         .encode_family(&labels)?
@@ -481,30 +481,4 @@ fn encode_gauge(
 ) -> Result<(), fmt::Error> {
     use prometheus_client::encoding::EncodeMetric as _;
     gauge.encode(family.encode_family(labels)?)
-}
-
-/// The classic buckets of a histogram, each with its own count, and the sum in seconds.
-fn classic(histogram: &coalmine_proto::histogram::Histogram) -> (Vec<(f64, u64)>, f64) {
-    let mut buckets: Vec<(f64, u64)> = CLASSIC_EXPONENTS
-        .map(|exponent| (f64::from(exponent).exp2(), 0))
-        .chain([(f64::MAX, 0)])
-        .collect();
-    let mut put = |index: usize, count: u64| {
-        let last = buckets.len() - 1;
-        if let Some((_, sum)) = buckets.get_mut(index.min(last)) {
-            *sum += count;
-        }
-    };
-    put(0, histogram.underflow());
-    put(usize::MAX, histogram.overflow());
-    for (index, count) in histogram.buckets() {
-        // OpenTelemetry's bucket i ends at 2^((i + 1) / 16), so its power of two is ceil((i + 1) / 16).
-        let exponent = (index + 1 + 15).div_euclid(16);
-        put(
-            usize::try_from(exponent - CLASSIC_EXPONENTS.start()).unwrap_or(0),
-            count,
-        );
-    }
-    let sum = std::time::Duration::from_nanos(histogram.sum_ns()).as_secs_f64();
-    (buckets, sum)
 }

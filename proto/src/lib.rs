@@ -1,13 +1,20 @@
 //! The contract between agents and the aggregator.
 //!
 //! Read in this order: [`names`] (what things are called and which names are allowed), [`histogram`]
-//! (how latency is counted), [`v1`] (the messages, generated from `proto/coalmine/v1/telemetry.proto`).
+//! (how latency is counted), [`exposition`] (how it is shown to Prometheus), [`v1`] (the messages, generated from `proto/coalmine/v1/telemetry.proto`).
 
+pub mod exposition;
 pub mod histogram;
 pub mod names;
 
 /// Messages and services of protocol version 1, generated and committed.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction)]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
 pub mod v1 {
     include!("generated/coalmine.v1.rs");
 }

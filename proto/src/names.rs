@@ -49,8 +49,7 @@ pub fn check_name(name: &[u8]) -> Result<&str, NameError> {
 }
 
 const fn is_name_character(c: char) -> bool {
-    c.is_ascii_alphanumeric()
-        || matches!(c, '.' | '_' | '-' | ':' | '@' | '/' | '+' | '=' | '~')
+    c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | ':' | '@' | '/' | '+' | '=' | '~')
 }
 
 /// The validated name of a tenant; cheap to clone, ordered by its bytes.
@@ -352,7 +351,10 @@ mod tests {
         assert_eq!(TenantName::parse(&[b'a'; 200]), Err(NameError::TooLong(200)));
         assert_eq!(TenantName::parse(b"a b"), Err(NameError::BadCharacter(' ')));
         assert_eq!(TenantName::parse(b"a\n"), Err(NameError::BadCharacter('\n')));
-        assert_eq!(TenantName::parse(&[0xff]), Err(NameError::BadCharacter('\u{fffd}')));
+        assert_eq!(
+            TenantName::parse(&[0xff]),
+            Err(NameError::BadCharacter('\u{fffd}'))
+        );
         assert_eq!(TenantName::parse(b"__none__"), Err(NameError::Reserved));
         assert_eq!(TenantName::parse_counted("__none__").unwrap(), TenantName::none());
         assert_eq!(TenantName::parse_counted("__other"), Err(NameError::Reserved));

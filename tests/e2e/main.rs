@@ -1,1 +1,18 @@
-#[test] fn x(){}
+//! The end-to-end tests: one binary, real components.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
+mod bad_input;
+mod demo;
+mod house;
+mod judging;
+mod monitoring;
+mod rollout;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Lets one test at a time drive traffic, so that they do not starve each other of the machine.
+fn stage() -> MutexGuard<'static, ()> {
+    static STAGE: Mutex<()> = Mutex::new(());
+    STAGE.lock().unwrap_or_else(PoisonError::into_inner)
+}

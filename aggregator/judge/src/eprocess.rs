@@ -37,19 +37,24 @@
 //!
 //! # Many alternatives, unknown onset: [`Evidence`]
 //!
-//! The fault's size and start are not known. Over K sizes (the grid) take the mean; over starts t = 1..N
-//! take weights w_1 = 1/2, w_t = 1/2/(N-1). Keep for each size one number
+//! The fault's size and start are not known. Over K sizes (the grid) take the mean; over starts t = 1, 2, ...
+//! take weights that add up to 1: w_1 = 1/2; w_t = 3/8/(N-1) up to the planned number N of blocks; then
+//! w_t = 1/8 N/(t(t-1)), whose sum over t > N telescopes to 1/8, so that a rollout which outlives its plan is
+//! not judged blindly. Keep for each size one number
 //! L <- max(L, ln w_t) + l_t, and report max over the sizes minus ln K. By induction exp L <= the sum over
 //! j <= t of w_j exp(l_j + ... + l_t), a mixture of e-processes with weights that add up to at most 1, and
-//! the largest of K nonnegative numbers over K is at most their mean. QED. After block N no new start is
-//! added.
+//! the largest of K nonnegative numbers over K is at most their mean. QED.
+//!
+//! The live null is about each block as a whole: where the split of traffic moves within one block of several
+//! windows while the shared rate moves too, the block's average can differ between equal arms. Blocks of
+//! more than one window are only formed by tenants with fewer than five requests a window.
 //!
 //! # Cap
 //!
 //! l_t <- min(l_t, c) can only lower E. With c = (budget + 1 + log2 K) / 3 (the 1 is -log2 w_1) no two
 //! blocks reach the budget: at least three must agree, so that a burst in one window is not a verdict.
 
-use crate::fixed::{Bits, LOG2_E_CEIL, ONE, OutOfRange, log2_ceil, log2_floor, plus, times};
+use crate::fixed::{Bits, LOG2_E_CEIL, ONE, OutOfRange, log2_floor, plus, times};
 
 /// Sizes of fault that are looked for.
 pub const GRID: usize = 7;
@@ -57,14 +62,29 @@ pub const GRID: usize = 7;
 /// rho of the live test, in thousandths.
 const LIVE_GRID_MILLI: [u64; GRID] = [1_500, 2_000, 3_000, 5_000, 10_000, 30_000, 100_000];
 
+/// log2 rho, rounded down; a test computes them again.
+const LOG2_LIVE_GRID: [Bits; GRID] = [
+    2_512_394_809,
+    4_294_967_296,
+    6_807_362_105,
+    9_972_605_231,
+    14_267_572_527,
+    21_074_934_633,
+    28_535_145_054,
+];
+
+/// log2 K of the two grids, rounded up.
+const LOG2_GRID_CEIL: Bits = 12_057_497_579;
+const LOG2_SAFETY_GRID_CEIL: Bits = 9_972_605_232;
+
 /// p1/p0 of the ceiling test, in thousandths.
 const CEILING_GRID_MILLI: [u64; GRID] = [1_500, 2_000, 3_000, 5_000, 10_000, 20_000, 50_000];
 
 /// Sizes of safety that are looked for.
-pub const SAFETY_GRID: usize = 3;
+pub const SAFETY_GRID: usize = 5;
 
-/// p0/p1 of the proof of safety.
-const SAFETY_DIVISORS: [u64; SAFETY_GRID] = [30, 10, 3];
+/// p1/p0 of the proof of safety, as fractions. The last two find rates that are within the limit, but not far.
+const SAFETY_FRACTIONS: [(u64, u64); SAFETY_GRID] = [(1, 30), (1, 10), (1, 3), (2, 3), (9, 10)];
 
 /// One, in parts per billion.
 const BILLION: u64 = 1_000_000_000;
@@ -111,12 +131,13 @@ impl LiveTest {
         let n_c = u128::from(canary.requests);
         let n_b = u128::from(baseline.requests);
         let r = u128::from(self.max_ratio_milli);
-        for (bits, rho) in evidence.iter_mut().zip(LIVE_GRID_MILLI.map(u128::from)) {
+        let grid = LIVE_GRID_MILLI.map(u128::from).into_iter().zip(LOG2_LIVE_GRID);
+        for (bits, (rho, log2_rho)) in evidence.iter_mut().zip(grid) {
             // D = R n_c + n_b, in millionths.
             let d_micro = r * rho * n_c + 1_000_000 * n_b;
             if canary.events > 0 || baseline.events > 0 {
                 let ln_b = log2_floor(r * 1_000 * n_c + 1_000_000 * n_b, d_micro)?;
-                let ln_a = plus(log2_floor(rho, 1_000)?, ln_b)?;
+                let ln_a = plus(log2_rho, ln_b)?;
                 *bits = plus(times(canary.events, ln_a)?, times(baseline.events, ln_b)?)?;
             }
             // n_c (a - 1) = n_c n_b (rho - 1) / D, with 32 fractional bits, rounded up; below 2^64, as it is at most n_b / r.
@@ -189,7 +210,10 @@ impl Safety {
         if p0_ppb == 0 || p0_ppb >= BILLION {
             return Err(OutOfRange);
         }
-        Self::new(p0_ppb, SAFETY_DIVISORS.map(|divisor| (p0_ppb / divisor).max(1)))
+        Self::new(
+            p0_ppb,
+            SAFETY_FRACTIONS.map(|(part, whole)| (p0_ppb * part / whole).max(1)),
+        )
     }
 }
 
@@ -204,18 +228,18 @@ impl Onset {
     /// Plans for `planned` blocks, at least 2.
     pub fn new(planned: u32) -> Result<Self, OutOfRange> {
         let planned = planned.max(2);
-        Ok(Self {
-            planned,
-            later: -plus(ONE, log2_ceil(u128::from(planned - 1), 1)?)?,
-        })
+        // 3/8/(N-1)
+        let later = log2_floor(3, 8 * u128::from(planned - 1))?;
+        Ok(Self { planned, later })
     }
 
-    /// log2 w_t, for the `block`-th block, from 1; none after the planned end.
-    fn weight(self, block: u32) -> Option<Bits> {
+    /// log2 w_t, rounded down, for the `block`-th block, from 1.
+    fn weight(self, block: u32) -> Result<Bits, OutOfRange> {
+        let t = u128::from(block);
         match block {
-            1 => Some(-ONE),
-            _ if block <= self.planned => Some(self.later),
-            _ => None,
+            1 => Ok(-ONE),
+            _ if block <= self.planned => Ok(self.later),
+            _ => log2_floor(u128::from(self.planned), 8 * t * (t - 1)),
         }
     }
 }
@@ -228,6 +252,8 @@ const LOWEST_LEVEL: Bits = -(1 << 60);
 pub struct Evidence {
     levels: [Bits; GRID],
     blocks: u32,
+    /// The lowest that the best level ever was: where a change would have begun.
+    lowest: Bits,
 }
 
 impl Default for Evidence {
@@ -235,22 +261,39 @@ impl Default for Evidence {
         Self {
             levels: [LOWEST_LEVEL; GRID],
             blocks: 0,
+            lowest: Bits::MAX,
         }
     }
 }
 
 impl Evidence {
-    /// Adds a block, no more than `cap` of it for each size. Says whether there was nothing before it: no
-    /// size had more than the weight of the first start.
+    /// Adds a block, no more than `cap` of it for each size. Says whether there was nothing before it: the
+    /// evidence had never been lower, so that a change would have begun with this block.
     pub fn add(&mut self, block: [Bits; GRID], onset: Onset, cap: Bits) -> Result<bool, OutOfRange> {
         self.blocks = self.blocks.checked_add(1).ok_or(OutOfRange)?;
-        let start = onset.weight(self.blocks);
-        let begins = self.levels.iter().all(|level| *level <= -ONE);
+        let start = onset.weight(self.blocks)?;
+        let from = self.best().max(start);
+        let begins = from <= self.lowest;
+        if begins {
+            self.lowest = from;
+        }
         for (level, bits) in self.levels.iter_mut().zip(block) {
-            let from = start.map_or(*level, |weight| weight.max(*level));
-            *level = plus(from, bits.min(cap))?.max(LOWEST_LEVEL);
+            *level = plus(start.max(*level), bits.min(cap))?.max(LOWEST_LEVEL);
         }
         Ok(begins)
+    }
+
+    /// Gives up what is above `bits`. It only lowers the evidence, so it is always allowed.
+    pub fn lower_to(&mut self, bits: Bits) -> Result<(), OutOfRange> {
+        let highest = plus(bits, LOG2_GRID_CEIL)?;
+        for level in &mut self.levels {
+            *level = highest.min(*level);
+        }
+        Ok(())
+    }
+
+    fn best(&self) -> Bits {
+        self.levels.into_iter().max().unwrap_or(LOWEST_LEVEL)
     }
 
     /// log2 of the e-process; 0 before the first block.
@@ -258,8 +301,7 @@ impl Evidence {
         if self.blocks == 0 {
             return Ok(0);
         }
-        let best = self.levels.into_iter().max().unwrap_or(LOWEST_LEVEL);
-        plus(best, -log2_ceil(GRID as u128, 1)?)
+        plus(self.best(), -LOG2_GRID_CEIL)
     }
 
     /// How many blocks were added.
@@ -271,7 +313,7 @@ impl Evidence {
 /// The most that one block may add when a unit halts at `budget`: three are needed.
 pub fn cap(budget: Bits) -> Result<Bits, OutOfRange> {
     // Rounded up by one unit, so that three blocks at the cap are over the budget.
-    Ok(plus(plus(budget, ONE)?, log2_ceil(GRID as u128, 1)?)? / 3 + 1)
+    Ok(plus(plus(budget, ONE)?, LOG2_GRID_CEIL)? / 3 + 1)
 }
 
 /// Evidence that a rate is below a limit. It has no onset: it is about the whole rollout so far.
@@ -292,13 +334,14 @@ impl Proof {
     /// log2 of the e-process.
     pub fn bits(&self) -> Result<Bits, OutOfRange> {
         let best = self.levels.into_iter().max().unwrap_or(0);
-        plus(best, -log2_ceil(SAFETY_GRID as u128, 1)?)
+        plus(best, -LOG2_SAFETY_GRID_CEIL)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixed::log2_ceil;
 
     const LIVE: LiveTest = LiveTest {
         max_ratio_milli: 1_250,
@@ -407,15 +450,50 @@ mod tests {
         }
         let begins = evidence.add([10 * ONE; GRID], onset, 100 * ONE).unwrap();
         assert!(begins);
-        // 10 bits, less 1 + log2(179) for the start and log2(7) for the grid.
-        assert_eq!(evidence.bits().unwrap() * 100 / ONE, -129);
-        // After the planned end no start is added.
+        // 10 bits, less log2(8 * 179 / 3) for the start and log2(7) for the grid.
+        assert_eq!(evidence.bits().unwrap() * 100 / ONE, -170);
+        // Long after the planned end a start still costs only some bits more.
         let mut late = Evidence {
-            blocks: 180,
-            ..Evidence::default()
+            levels: [-500 * ONE; GRID],
+            blocks: 719,
+            lowest: -500 * ONE,
         };
-        late.levels = [-50 * ONE; GRID];
-        late.add([10 * ONE; GRID], onset, 100 * ONE).unwrap();
-        assert_eq!(late.levels, [-40 * ONE; GRID]);
+        late.add([40 * ONE; GRID], onset, 100 * ONE).unwrap();
+        assert_eq!(late.bits().unwrap() * 10 / ONE, 227);
+    }
+
+    #[test]
+    fn the_weights_of_the_starts_add_up_to_at_most_one() {
+        for planned in [2, 7, 180] {
+            let onset = Onset::new(planned).unwrap();
+            // 2^bits from above, in units of 2^-40.
+            let upper = |bits: Bits| {
+                let (whole, fraction) = (bits >> 32, bits & (ONE - 1));
+                // 2^f <= 1 + f for f in [0, 1].
+                (((1_i128 << 40) * i128::from(ONE + fraction)) >> 32) >> (-whole)
+            };
+            let sum: i128 = (1..20_000).map(|block| upper(onset.weight(block).unwrap())).sum();
+            // The bound 1 + f is at most 8.7 % too large, and exact for the first start, a half.
+            assert!(sum * 1_000 < (1_i128 << 40) * 1_045, "{planned}: {sum}");
+            assert!(sum * 1_000 > (1_i128 << 40) * 990, "{planned}: {sum}");
+        }
+    }
+
+    #[test]
+    fn the_constants_are_logarithms() {
+        for (rho, bits) in LIVE_GRID_MILLI.into_iter().zip(LOG2_LIVE_GRID) {
+            let computed = log2_floor(u128::from(rho), 1_000).unwrap();
+            assert!(
+                (0..=2).contains(&(bits - computed)),
+                "log2({rho}/1000): {computed}, not {bits}"
+            );
+        }
+        for (size, bits) in [(GRID, LOG2_GRID_CEIL), (SAFETY_GRID, LOG2_SAFETY_GRID_CEIL)] {
+            let computed = log2_ceil(size as u128, 1).unwrap();
+            assert!(
+                (0..=2).contains(&(computed - bits)),
+                "log2({size}): {computed}, not {bits}"
+            );
+        }
     }
 }

@@ -132,6 +132,14 @@ pub struct Pool {
 }
 
 impl Latency {
+    /// Requests that may have taken longer than `limit_us`: what a proof of safety must count.
+    pub fn over_at_most(&self, limit_us: u64) -> u64 {
+        match self.over_sla {
+            Some(over) if over.limit_us == limit_us => over.count,
+            _ => self.histogram.count_above(limit_us.saturating_mul(1_000)).at_most,
+        }
+    }
+
     /// Requests that surely took longer than `limit_us`: exact where the agents counted against this limit,
     /// else those in buckets wholly above it.
     pub fn over(&self, limit_us: u64) -> u64 {
@@ -380,6 +388,13 @@ fn half(row: Row) -> Result<(TenantName, Arm, ArmCounts), String> {
                 latency.sum_ns,
             )
             .map_err(|error| format!("latency: {error}"))?;
+            if histogram.count() > row.requests {
+                return Err(format!(
+                    "{} latencies of {} requests",
+                    histogram.count(),
+                    row.requests
+                ));
+            }
             if let Some(over) = latency.over_sla
                 && over.count > histogram.count()
             {

@@ -28,6 +28,9 @@ use serde::Deserialize;
 
 use crate::quantity::{PercentagePoints, Rate, Ratio, Share, Span, Times};
 
+/// Longest latency limit, in microseconds: the upper end of the histogram.
+const MAX_LATENCY_US: u64 = 128_000_000;
+
 /// Largest policy file that is read, in bytes.
 pub const MAX_POLICY_BYTES: usize = 4 << 20;
 
@@ -374,6 +377,7 @@ impl Policy {
     /// What the policy asks for that this version of the judge reads and does not yet judge.
     pub fn not_judged(&self) -> Vec<&'static str> {
         let mut notes = Vec::new();
+        notes.push("defaults.hold_deadline: plans the length of a rollout; a HOLD is not ended by it yet");
         if self.defaults.pool.is_some() {
             notes.push("defaults.pool: waits for a connection are not judged by judge-fx/1");
         }
@@ -429,6 +433,28 @@ impl Policy {
                 "rollout.rollback_threshold must be from 0.5 to below 1; 0.95 is usual".into(),
             );
         }
+        if self.defaults.required.is_empty() {
+            return fail(
+                "required",
+                "defaults.required is empty; say what APPROVE must prove, like [errors, latency]".into(),
+            );
+        }
+        let limits = self
+            .tiers
+            .values()
+            .map(|tier| tier.latency)
+            .chain(self.tenants.values().map(|tenant| tenant.latency));
+        for limit in limits
+            .chain([self.defaults.latency])
+            .filter_map(|latency| latency.p99)
+        {
+            if limit.micros > MAX_LATENCY_US {
+                return fail(
+                    "p99",
+                    "latency.p99 is longer than 128s, the longest latency that is measured".into(),
+                );
+            }
+        }
         if let Some(adjust) = self.adjust
             && (adjust.floor.milli > 1_000 || adjust.ceiling.milli < 1_000)
         {
@@ -476,7 +502,15 @@ impl PolicyError {
     fn at(source: &str, needle: &str, message: String) -> Self {
         for (number, line) in source.lines().enumerate() {
             let text = line.split('#').next().unwrap_or("");
-            if let Some(column) = text.find(needle) {
+            let is_name = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.');
+            let is_word = |at: &usize| {
+                let before = text.get(..*at).and_then(|before| before.chars().next_back());
+                let after = text
+                    .get(at + needle.len()..)
+                    .and_then(|after| after.chars().next());
+                !before.is_some_and(is_name) && !after.is_some_and(is_name)
+            };
+            if let Some(column) = text.match_indices(needle).map(|(at, _)| at).find(is_word) {
                 return Self {
                     line: number as u64 + 1,
                     column: text
@@ -528,7 +562,7 @@ adjust: { from_history: true, floor: 0.5x, ceiling: 2x }
         );
         let other = crate::threshold::Thresholds::default_of(&policy);
         assert_eq!((other.max_rate_ppb, other.p99_us), (10_000_000, Some(350_000)));
-        assert_eq!(policy.not_judged().len(), 3);
+        assert_eq!(policy.not_judged().len(), 4);
         assert_eq!(policy.rollout.critical().count(), 1);
     }
 

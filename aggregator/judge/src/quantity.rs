@@ -235,14 +235,14 @@ pub fn percent_of(part: u64, whole: u64) -> String {
 /// A number of microseconds as text: `350 ms`, `1.5 s`.
 pub fn micros(value: u64) -> String {
     let (unit, scale) = match value {
-        1_000_000.. => ("s", 1_000_000),
+        1_000_000.. => ("s", 1_000_000_u128),
         1_000.. => ("ms", 1_000),
         _ => ("us", 1),
     };
     if scale == 1 {
         return format!("{value} {unit}");
     }
-    let tenths = (value * 10 + scale / 2) / scale;
+    let tenths = (u128::from(value) * 10 + scale / 2) / scale;
     if tenths.is_multiple_of(10) {
         format!("{} {unit}", tenths / 10)
     } else {

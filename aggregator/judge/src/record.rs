@@ -449,22 +449,36 @@ impl Chain {
         Ok(record)
     }
 
-    /// Appends a record that this program has just made; gives its line and leaf hash.
-    pub fn append(&mut self, log: &str, time_ms: u64, body: Body) -> (Record, String, Hash) {
-        self.time_ms = self.time_ms.max(time_ms);
+    /// Appends a record that this program has just made; gives its line and leaf hash. A record that no reader
+    /// would accept is refused.
+    pub fn append(
+        &mut self,
+        log: &str,
+        time_ms: u64,
+        body: Body,
+    ) -> Result<(Record, String, Hash), ChainError> {
+        let time_ms = self.time_ms.max(time_ms);
         let record = Record {
             v: 1,
             log: log.to_owned(),
             seq: self.tree.size(),
             prev: self.head.unwrap_or(Hash::ZERO),
-            time_ms: self.time_ms,
+            time_ms,
             body,
         };
         let line = record.to_line();
+        if line.len() > MAX_LINE_BYTES {
+            let problem = format!("has {} bytes; at most {MAX_LINE_BYTES} are allowed", line.len());
+            return Err(ChainError {
+                seq: record.seq,
+                problem,
+            });
+        }
+        self.time_ms = time_ms;
         let leaf = Hash::leaf(line.as_bytes());
         self.log.get_or_insert_with(|| log.to_owned());
         self.push(leaf);
-        (record, line, leaf)
+        Ok((record, line, leaf))
     }
 
     fn push(&mut self, leaf: Hash) {
@@ -505,13 +519,11 @@ impl Chain {
 
 /// The number of records and the root that a checkpoint states.
 pub fn parse_checkpoint(text: &str) -> Option<(String, u64, String)> {
-    let mut lines = text.lines();
-    let log = lines.next()?.to_owned();
-    let size = lines.next()?;
-    let root = lines.next()?.to_owned();
+    let mut lines = text.strip_suffix('\n')?.split('\n');
+    let (log, size, root) = (lines.next()?, lines.next()?, lines.next()?);
     let plain = size == "0" || (!size.starts_with('0') && size.bytes().all(|b| b.is_ascii_digit()));
-    (plain && lines.next().is_none() && text.ends_with('\n')).then_some(())?;
-    Some((log, size.parse().ok()?, root))
+    (plain && lines.next().is_none()).then_some(())?;
+    Some((log.to_owned(), size.parse().ok()?, root.to_owned()))
 }
 
 /// Base64 with padding, RFC 4648 section 4.
@@ -555,7 +567,7 @@ mod tests {
                         verdict: "HOLD".into(),
                     })
                 };
-                chain.append("test", 1_700_000_000_000 + i, body).1
+                chain.append("test", 1_700_000_000_000 + i, body).unwrap().1
             })
             .collect();
         (lines, chain)

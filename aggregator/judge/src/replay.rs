@@ -2,7 +2,7 @@
 //!
 //! Nothing is needed but the log's records and the blobs that they name.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Debug};
 
 use crate::{
     evidence::Window,
@@ -42,6 +42,8 @@ pub struct Replay {
 /// A rollout as it stands after the records taken so far.
 #[derive(Debug)]
 pub struct Judged {
+    /// How it began.
+    pub start: RolloutStart,
     /// Its judge.
     pub judge: Judge,
     /// What the judge said last.
@@ -71,7 +73,18 @@ impl Replay {
                     .text(&start.policy)
                     .map_err(|error| format!("its policy {} {error}", start.policy))
                     .and_then(|policy| judge_for(start, &policy));
-                let judge = judge.map(|judge| Judged { judge, outcome: None });
+                let judge = judge.map(|judge| Judged {
+                    start: start.clone(),
+                    judge,
+                    outcome: None,
+                });
+                if self.rollouts.contains_key(&start.rollout) {
+                    let problem = "is begun twice".to_owned();
+                    return Replayed::Different {
+                        name: start.rollout.clone(),
+                        problem,
+                    };
+                }
                 let replayed = match &judge {
                     Ok(_) => Replayed::Other,
                     Err(problem) => Replayed::Different {
@@ -120,45 +133,179 @@ impl Replay {
         let evidence = blobs
             .text(&decision.evidence)
             .map_err(|error| format!("its evidence {} {error}", decision.evidence))?;
+        let start = &judged.start;
+        if (&decision.policy, &decision.judge) != (&start.policy, &start.judge) {
+            return Err("names another policy or judge than its rollout".to_owned());
+        }
         let window =
             Window::from_json(&evidence).map_err(|error| format!("its evidence is refused: {error}"))?;
+        let place = (judged.judge.last_window().unwrap_or(0) + 1, start.window_ms);
+        let begin = start.start_ms.checked_add((place.0 - 1).saturating_mul(place.1));
+        if (window.number, window.len_ms) != place || Some(window.start_ms) != begin {
+            return Err(format!("its evidence is not that of window {}", place.0));
+        }
         let outcome = judged.judge.step(&window).map_err(|error| error.to_string())?;
-        let same = compare(decision, &outcome);
+        let difference = Finding::recorded(decision).difference(&Finding::of(&outcome));
         judged.outcome = Some(outcome);
-        same
+        difference.map_or(Ok(()), Err)
     }
 }
 
-fn compare(decision: &Decision, outcome: &Outcome) -> Result<(), String> {
-    let differs = |field: &str, recorded: &dyn std::fmt::Display, replayed: &dyn std::fmt::Display| {
-        Err(format!(
-            "{field} differs: recorded {recorded}, replayed {replayed}"
+/// What a decision's record says of an outcome: all but names, times and steps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Number of the window.
+    pub window: u64,
+    /// APPROVE, HOLD or ROLLBACK.
+    pub verdict: String,
+    /// Health score in parts per million.
+    pub score_ppm: u32,
+    /// Probability that the verdict is right, in parts per million.
+    pub confidence_ppm: Option<u32>,
+    /// Why.
+    pub reason: String,
+    /// The unit with the lowest score.
+    pub worst: Option<Anomaly>,
+    /// What is not in order.
+    pub anomalies: Vec<Anomaly>,
+    /// How many anomalies there were.
+    pub anomalies_detected: u64,
+    /// Share of the canary's requests in judged tenants, in parts per million.
+    pub traffic_ppm: u32,
+    /// Share of the expected agents that reported, in parts per million.
+    pub agents_ppm: u32,
+    /// Tenants that were judged.
+    pub tenants_checked: u64,
+    /// Digest of the outcome's bytes.
+    pub outcome: Hash,
+}
+
+impl Finding {
+    /// What a record must say of this outcome.
+    pub fn of(outcome: &Outcome) -> Self {
+        Self {
+            window: outcome.window,
+            verdict: outcome.verdict.as_str().to_owned(),
+            score_ppm: outcome.score_ppm,
+            confidence_ppm: outcome.confidence_ppm,
+            reason: outcome.reason.clone(),
+            worst: outcome.worst.as_ref().map(anomaly),
+            anomalies: anomalies(outcome),
+            anomalies_detected: outcome
+                .units
+                .iter()
+                .filter(|report| report.state.is_trouble())
+                .count() as u64,
+            traffic_ppm: outcome.traffic_ppm,
+            agents_ppm: outcome.agents_ppm,
+            tenants_checked: outcome.tenants.total(),
+            outcome: Hash::of(outcome.to_json().as_bytes()),
+        }
+    }
+
+    /// What a record says.
+    fn recorded(decision: &Decision) -> Self {
+        Self {
+            window: decision.window,
+            verdict: decision.verdict.clone(),
+            score_ppm: decision.score_ppm,
+            confidence_ppm: decision.confidence_ppm,
+            reason: decision.reason.clone(),
+            worst: decision.worst.clone(),
+            anomalies: decision.anomalies.clone(),
+            anomalies_detected: decision.anomalies_detected,
+            traffic_ppm: decision.traffic_ppm,
+            agents_ppm: decision.agents_ppm,
+            tenants_checked: decision.tenants_checked,
+            outcome: decision.outcome,
+        }
+    }
+
+    /// The first field that differs, with both values.
+    fn difference(&self, replayed: &Self) -> Option<String> {
+        let fields: [(&str, &dyn Debug, &dyn Debug, bool); 12] = [
+            (
+                "window",
+                &self.window,
+                &replayed.window,
+                self.window == replayed.window,
+            ),
+            (
+                "verdict",
+                &self.verdict,
+                &replayed.verdict,
+                self.verdict == replayed.verdict,
+            ),
+            (
+                "score_ppm",
+                &self.score_ppm,
+                &replayed.score_ppm,
+                self.score_ppm == replayed.score_ppm,
+            ),
+            (
+                "confidence_ppm",
+                &self.confidence_ppm,
+                &replayed.confidence_ppm,
+                self.confidence_ppm == replayed.confidence_ppm,
+            ),
+            (
+                "reason",
+                &self.reason,
+                &replayed.reason,
+                self.reason == replayed.reason,
+            ),
+            (
+                "worst",
+                &self.worst,
+                &replayed.worst,
+                self.worst == replayed.worst,
+            ),
+            (
+                "anomalies",
+                &self.anomalies,
+                &replayed.anomalies,
+                self.anomalies == replayed.anomalies,
+            ),
+            (
+                "anomalies_detected",
+                &self.anomalies_detected,
+                &replayed.anomalies_detected,
+                self.anomalies_detected == replayed.anomalies_detected,
+            ),
+            (
+                "traffic_ppm",
+                &self.traffic_ppm,
+                &replayed.traffic_ppm,
+                self.traffic_ppm == replayed.traffic_ppm,
+            ),
+            (
+                "agents_ppm",
+                &self.agents_ppm,
+                &replayed.agents_ppm,
+                self.agents_ppm == replayed.agents_ppm,
+            ),
+            (
+                "tenants_checked",
+                &self.tenants_checked,
+                &replayed.tenants_checked,
+                self.tenants_checked == replayed.tenants_checked,
+            ),
+            (
+                "outcome",
+                &self.outcome,
+                &replayed.outcome,
+                self.outcome == replayed.outcome,
+            ),
+        ];
+        let (name, recorded, replayed, _) = fields.into_iter().find(|(_, _, _, same)| !same)?;
+        Some(format!(
+            "{name} differs: recorded {recorded:?}, replayed {replayed:?}"
         ))
-    };
-    if decision.window != outcome.window {
-        return differs("window", &decision.window, &outcome.window);
     }
-    if decision.verdict != outcome.verdict.as_str() {
-        return differs("verdict", &decision.verdict, &outcome.verdict);
-    }
-    if decision.score_ppm != outcome.score_ppm {
-        return differs("score_ppm", &decision.score_ppm, &outcome.score_ppm);
-    }
-    if decision.reason != outcome.reason {
-        return differs("reason", &decision.reason, &outcome.reason);
-    }
-    let replayed = Hash::of(outcome.to_json().as_bytes());
-    if decision.outcome != replayed {
-        return differs("outcome", &decision.outcome, &replayed);
-    }
-    if decision.anomalies != anomalies(outcome) {
-        return Err("anomalies differ from what the evidence gives".to_owned());
-    }
-    Ok(())
 }
 
 /// What is not in order, as a record lists it: the lowest score first.
-pub fn anomalies(outcome: &Outcome) -> Vec<Anomaly> {
+fn anomalies(outcome: &Outcome) -> Vec<Anomaly> {
     let mut reports: Vec<&UnitReport> = outcome
         .units
         .iter()
@@ -169,7 +316,7 @@ pub fn anomalies(outcome: &Outcome) -> Vec<Anomaly> {
 }
 
 /// One unit as a record lists it.
-pub fn anomaly(report: &UnitReport) -> Anomaly {
+fn anomaly(report: &UnitReport) -> Anomaly {
     Anomaly {
         unit: report.unit.to_string(),
         metric: report.metric.as_str().to_owned(),

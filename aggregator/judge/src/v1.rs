@@ -12,7 +12,7 @@ mod explain;
 mod outcome;
 mod track;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use coalmine_proto::names::TenantName;
 
@@ -24,7 +24,7 @@ use self::{
 use crate::{
     budget::{Metric, Share, budget},
     eprocess::{Ceiling, Counts, GRID, LiveTest, Onset, Proof, Safety},
-    evidence::{ArmCounts, TenantWindow, Window},
+    evidence::{ArmCounts, Coverage, Latency, TenantWindow, Window},
     fixed::{Bits, OutOfRange, log2_ceil},
     policy::{Policy, Requirement},
     threshold::Thresholds,
@@ -36,17 +36,22 @@ pub const ID: &str = "judge-fx/1";
 /// The share of slow requests that a p99 limit allows, in parts per billion.
 const SLOW_SHARE_PPB: u64 = 10_000_000;
 
-/// The fleet is held to a tighter margin than a tenant, since a diffuse rise is seen there or nowhere.
-const FLEET_LIVE: LiveTest = LiveTest {
-    max_ratio_milli: 1_100,
-    max_increase_ppb: 200_000,
-};
+/// The fleet is held to a tighter margin than its tenants, since a diffuse rise is seen there or nowhere: to 2/5
+/// of the tolerated ratio above 1, and to 1/5 of the tolerated increase. The defaults give 1.1 and 0.02 points.
+const FLEET_RATIO_FIFTHS: u64 = 2;
+const FLEET_INCREASE_PARTS: u64 = 5;
 
 /// Requests on each arm from which a block is closed.
 const BLOCK_REQUESTS: u64 = 5;
 
 /// Windows after which a block is closed in any case.
 const BLOCK_WINDOWS: u32 = 6;
+
+/// After so many windows in a row without canary requests, or without a comparison, there is no data.
+const NODATA_WINDOWS: u32 = 2 * BLOCK_WINDOWS;
+
+/// Over so many windows the agents' reports are held against the policy's minimum.
+const COVERAGE_WINDOWS: usize = 10;
 
 /// A tenant's proof of safety holds with probability 1 - 1/20, for the information of the reader.
 const TENANT_PROOF_ODDS: u128 = 20;
@@ -80,21 +85,16 @@ pub struct Judge {
     onset: Onset,
     tenants: BTreeMap<TenantName, Tenant>,
     fleet: Fleet,
+    /// Whether the tenants known at the start have their share.
+    begun: bool,
     /// Groups of newcomers so far.
     groups: u32,
     /// Windows taken.
     windows: u32,
     last: Option<u64>,
     halted: bool,
-    agents: AgentTotals,
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-struct AgentTotals {
-    canary_expected: u64,
-    canary_reported: u64,
-    baseline_expected: u64,
-    baseline_reported: u64,
+    /// Agents of the last windows, canary and baseline.
+    agents: VecDeque<[Coverage; 2]>,
 }
 
 /// What is kept of one tenant.
@@ -129,14 +129,22 @@ struct SlaTrack {
 #[derive(Debug, Clone)]
 struct Fleet {
     live: Track,
-    errors: Track,
-    latency: Track,
-    errors_safety: Safety,
-    errors_proof: Proof,
-    latency_safety: Safety,
-    latency_proof: Proof,
+    errors: FleetSla,
+    latency: FleetSla,
     totals: Arms,
-    slow: Counts,
+    /// Windows in a row without canary requests, and without a comparison with the baseline.
+    without_canary: u32,
+    without_live: u32,
+}
+
+/// The fleet against the SLA: the sums of the tenants' evidence on both arms, and safety on pooled counts.
+#[derive(Debug, Clone)]
+struct FleetSla {
+    canary: Track,
+    baseline: Track,
+    safety: Safety,
+    proof: Proof,
+    requests: u64,
 }
 
 /// What the tenants of one window add up to.
@@ -145,11 +153,19 @@ struct FleetWindow {
     live: [Bits; GRID],
     live_blocks: bool,
     live_counts: Arms,
-    errors: [Bits; GRID],
-    errors_counts: Counts,
-    latency: [Bits; GRID],
-    latency_counts: Counts,
+    errors: SlaSum,
+    latency: SlaSum,
     arms: Arms,
+}
+
+/// The tenants' evidence against the SLA in one window.
+#[derive(Debug, Default)]
+struct SlaSum {
+    canary: [Bits; GRID],
+    baseline: [Bits; GRID],
+    counts: Arms,
+    /// The canary's, where as many are counted as slow as could have been.
+    safety: Counts,
 }
 
 impl Judge {
@@ -162,11 +178,12 @@ impl Judge {
             onset,
             tenants: BTreeMap::new(),
             fleet,
+            begun: false,
             groups: 0,
             windows: 0,
             last: None,
             halted: false,
-            agents: AgentTotals::default(),
+            agents: VecDeque::new(),
         })
     }
 
@@ -198,7 +215,10 @@ impl Judge {
         self.admit(window)?;
         self.last = Some(window.number);
         self.windows = self.windows.saturating_add(1);
-        self.agents.add(window);
+        self.agents.push_back([window.canary, window.baseline]);
+        if self.agents.len() > COVERAGE_WINDOWS {
+            self.agents.pop_front();
+        }
 
         let mut sum = FleetWindow::default();
         let mut fleet_error = None;
@@ -218,7 +238,7 @@ impl Judge {
 
     /// Gives tenants that appear for the first time their share of the error probability.
     fn admit(&mut self, window: &Window) -> Result<(), StepError> {
-        let first = self.last.is_none();
+        let first = !self.begun;
         let mut newcomers: Vec<&TenantName> = window
             .rows
             .iter()
@@ -226,13 +246,14 @@ impl Judge {
             .map(|row| &row.tenant)
             .filter(|tenant| !self.tenants.contains_key(*tenant))
             .collect();
+        if newcomers.is_empty() {
+            return Ok(());
+        }
         if first {
+            self.begun = true;
             newcomers.extend(self.policy.tenants.keys());
             newcomers.sort();
             newcomers.dedup();
-        }
-        if newcomers.is_empty() {
-            return Ok(());
         }
         let share = if first {
             Share::of_known(newcomers.len())
@@ -251,7 +272,7 @@ impl Judge {
     /// Reads the verdict off the state.
     fn conclude(&mut self, window: &Window) -> Outcome {
         let mut findings = Findings::new(window, &self.policy, self.fleet.totals);
-        findings.require_data(window, &self.fleet, self.agents);
+        findings.require_data(window, &self.fleet, &self.agents);
         self.fleet.report(&self.policy, &mut findings);
         for (name, tenant) in &mut self.tenants {
             tenant.report(name, &mut findings);
@@ -262,15 +283,6 @@ impl Judge {
     }
 }
 
-impl AgentTotals {
-    fn add(&mut self, window: &Window) {
-        self.canary_expected += u64::from(window.canary.expected);
-        self.canary_reported += u64::from(window.canary.reported);
-        self.baseline_expected += u64::from(window.baseline.expected);
-        self.baseline_reported += u64::from(window.baseline.reported);
-    }
-}
-
 fn errors(counts: &ArmCounts) -> Counts {
     Counts {
         requests: counts.requests,
@@ -278,13 +290,13 @@ fn errors(counts: &ArmCounts) -> Counts {
     }
 }
 
-fn slow(counts: &ArmCounts, limit_us: u64) -> Counts {
+fn slow(counts: &ArmCounts, over: impl Fn(&Latency) -> u64) -> Counts {
     counts
         .latency
         .as_ref()
         .map_or_else(Counts::default, |latency| Counts {
             requests: latency.histogram.count(),
-            events: latency.over(limit_us),
+            events: over(latency),
         })
 }
 
@@ -329,20 +341,16 @@ impl Tenant {
         self.totals.add(arms);
         fleet.arms.add(arms);
         let live = self.take_live(arms, onset, fleet);
-        let errors = self.errors.take(arms, onset).and_then(|bits| {
-            fleet.errors_counts.add(arms.canary);
-            add(&mut fleet.errors, bits)
-        });
+        let errors = self.errors.take(arms, arms.canary, onset, &mut fleet.errors);
         let latency = match (&mut self.latency, self.thresholds.p99_us, row) {
             (Some(track), Some(limit), Some(row)) => {
+                let surely = |latency: &Latency| latency.over(limit);
                 let arms = Arms {
-                    canary: slow(&row.canary, limit),
-                    baseline: slow(&row.baseline, limit),
+                    canary: slow(&row.canary, surely),
+                    baseline: slow(&row.baseline, surely),
                 };
-                track.take(arms, onset).and_then(|bits| {
-                    fleet.latency_counts.add(arms.canary);
-                    add(&mut fleet.latency, bits)
-                })
+                let possibly = slow(&row.canary, |latency| latency.over_at_most(limit));
+                track.take(arms, possibly, onset, &mut fleet.latency)
             }
             _ => Ok(()),
         };
@@ -378,16 +386,35 @@ impl Tenant {
             .take(test.evidence(arms.canary, arms.baseline), arms, onset)?;
         fleet.live_blocks = true;
         fleet.live_counts.add(arms);
-        add(&mut fleet.live, FLEET_LIVE.evidence(arms.canary, arms.baseline)?)
+        add(
+            &mut fleet.live,
+            fleet_live(self.thresholds).evidence(arms.canary, arms.baseline)?,
+        )
     }
 
     fn report(&mut self, name: &TenantName, findings: &mut Findings) {
         let unit = Unit::Tenant(name.clone());
         let thresholds = self.thresholds;
         let mut suspected = findings.live(&unit, &mut self.live, thresholds);
-        suspected |= findings.sla(&unit, Metric::ErrorsSla, &mut self.errors, thresholds);
+        let (state, proven) = (self.errors.state(), self.errors.is_proven());
+        suspected |= findings.sla(
+            &unit,
+            Metric::ErrorsSla,
+            &self.errors.canary,
+            state,
+            proven,
+            thresholds,
+        );
         if let Some(latency) = &mut self.latency {
-            suspected |= findings.sla(&unit, Metric::LatencySla, latency, thresholds);
+            let (state, proven) = (latency.state(), latency.is_proven());
+            suspected |= findings.sla(
+                &unit,
+                Metric::LatencySla,
+                &latency.canary,
+                state,
+                proven,
+                thresholds,
+            );
         }
         findings.tenant_judged(name, self.totals.canary.requests, suspected);
     }
@@ -404,23 +431,43 @@ impl SlaTrack {
         })
     }
 
-    /// Adds a window; gives the canary's evidence of harm.
-    fn take(&mut self, arms: Arms, onset: Onset) -> Result<[Bits; GRID], OutOfRange> {
+    /// Adds a window, to the tenant and to the fleet's sum. `possibly` counts as many events as there can have been.
+    fn take(
+        &mut self,
+        arms: Arms,
+        possibly: Counts,
+        onset: Onset,
+        fleet: &mut SlaSum,
+    ) -> Result<(), OutOfRange> {
+        let result = self.try_take(arms, possibly, onset, fleet);
+        if result.is_err() {
+            self.canary.fail();
+        }
+        result
+    }
+
+    fn try_take(
+        &mut self,
+        arms: Arms,
+        possibly: Counts,
+        onset: Onset,
+        fleet: &mut SlaSum,
+    ) -> Result<(), OutOfRange> {
+        fleet.counts.add(arms);
         if arms.baseline.requests > 0 {
-            let only = Arms {
-                canary: arms.baseline,
-                baseline: Counts::default(),
-            };
+            let bits = self.ceiling.evidence(arms.baseline)?;
             self.baseline
-                .take(self.ceiling.evidence(arms.baseline), only, onset)?;
+                .take(Ok(bits), Arms::of_canary(arms.baseline), onset)?;
+            add(&mut fleet.baseline, bits)?;
         }
-        if arms.canary.requests == 0 {
-            return Ok([0; GRID]);
+        if arms.canary.requests > 0 {
+            let bits = self.ceiling.evidence(arms.canary)?;
+            self.canary.take(Ok(bits), arms, onset)?;
+            self.proof.add(self.safety.evidence(possibly)?)?;
+            fleet.safety.add(possibly);
+            add(&mut fleet.canary, bits)?;
         }
-        let bits = self.ceiling.evidence(arms.canary)?;
-        self.canary.take(Ok(bits), arms, onset)?;
-        self.proof.add(self.safety.evidence(arms.canary)?)?;
-        Ok(bits)
+        Ok(())
     }
 
     /// Whether the proof of safety stands.
@@ -429,62 +476,89 @@ impl SlaTrack {
         matches!((self.proof.bits(), needed), (Ok(bits), Ok(needed)) if bits >= needed)
     }
 
-    /// Whether the baseline is over the limit too, as far as can be said.
-    fn is_shared(&self) -> bool {
-        self.baseline.blocks() > 0 && self.baseline.bits().is_ok_and(|bits| bits >= 0)
+    /// The state of the canary against the limit, which the baseline may break too.
+    fn state(&mut self) -> State {
+        shared_state(&mut self.canary, &self.baseline)
+    }
+}
+
+/// The state of a canary whose baseline is held against the same limit. While the baseline is over it too, the
+/// canary's evidence says nothing about the new version: it is given up down to half of the budget, so that
+/// nothing is left over to halt the rollout when the trouble ends.
+fn shared_state(canary: &mut Track, baseline: &Track) -> State {
+    let is_shared = baseline.blocks() > 0 && baseline.bits().is_ok_and(|bits| bits >= 0);
+    if is_shared {
+        canary.excuse()
+    } else {
+        canary.state()
+    }
+}
+
+/// The fleet's tolerance, from a tenant's.
+fn fleet_live(thresholds: Thresholds) -> LiveTest {
+    LiveTest {
+        max_ratio_milli: 1_000 + (thresholds.max_ratio_milli - 1_000) * FLEET_RATIO_FIFTHS / 5,
+        max_increase_ppb: thresholds.max_increase_ppb / FLEET_INCREASE_PARTS,
+    }
+}
+
+impl FleetSla {
+    fn new(limit_ppb: u64, budget: Bits) -> Result<Self, OutOfRange> {
+        Ok(Self {
+            canary: Track::new(budget)?,
+            baseline: Track::new(budget)?,
+            safety: Safety::below(limit_ppb)?,
+            proof: Proof::default(),
+            requests: 0,
+        })
+    }
+
+    fn take(&mut self, sum: &SlaSum, error: Option<OutOfRange>, onset: Onset) {
+        let result = error.map_or(Ok(()), Err).and_then(|()| self.try_take(sum, onset));
+        if result.is_err() {
+            self.canary.fail();
+        }
+    }
+
+    fn try_take(&mut self, sum: &SlaSum, onset: Onset) -> Result<(), OutOfRange> {
+        if sum.counts.baseline.requests > 0 {
+            self.baseline
+                .take(Ok(sum.baseline), Arms::of_canary(sum.counts.baseline), onset)?;
+        }
+        if sum.counts.canary.requests > 0 {
+            self.requests = self.requests.saturating_add(sum.counts.canary.requests);
+            self.canary.take(Ok(sum.canary), sum.counts, onset)?;
+            self.proof.add(self.safety.evidence(sum.safety)?)?;
+        }
+        Ok(())
     }
 }
 
 impl Fleet {
     fn new(policy: &Policy) -> Result<Self, StepError> {
-        let track = |metric| {
-            Ok::<_, StepError>(Track::new(budget(
-                policy.rollout.alpha.ppb,
-                Share::FLEET,
-                metric,
-            )?)?)
-        };
+        let budget = |metric| budget(policy.rollout.alpha.ppb, Share::FLEET, metric);
         let limits = Thresholds::default_of(policy);
         Ok(Self {
-            live: track(Metric::ErrorsLive)?,
-            errors: track(Metric::ErrorsSla)?,
-            latency: track(Metric::LatencySla)?,
-            errors_safety: Safety::below(limits.max_rate_ppb)?,
-            errors_proof: Proof::default(),
-            latency_safety: Safety::below(SLOW_SHARE_PPB)?,
-            latency_proof: Proof::default(),
+            live: Track::new(budget(Metric::ErrorsLive)?)?,
+            errors: FleetSla::new(limits.max_rate_ppb, budget(Metric::ErrorsSla)?)?,
+            latency: FleetSla::new(SLOW_SHARE_PPB, budget(Metric::LatencySla)?)?,
             totals: Arms::default(),
-            slow: Counts::default(),
+            without_canary: 0,
+            without_live: 0,
         })
     }
 
     fn take(&mut self, sum: &FleetWindow, error: Option<OutOfRange>, onset: Onset) {
-        let canary_only = |counts| Arms {
-            canary: counts,
-            baseline: Counts::default(),
-        };
-        let bits = |bits| error.map_or(Ok(bits), Err);
+        let count = |idle: u32, is_there: bool| if is_there { 0 } else { idle.saturating_add(1) };
+        self.without_canary = count(self.without_canary, sum.arms.canary.requests > 0);
+        self.without_live = count(self.without_live, sum.live_blocks);
         self.totals.add(sum.arms);
-        self.slow.add(sum.latency_counts);
         if sum.live_blocks || error.is_some() {
-            self.live.take_or_fail(bits(sum.live), sum.live_counts, onset);
+            self.live
+                .take_or_fail(error.map_or(Ok(sum.live), Err), sum.live_counts, onset);
         }
-        if sum.errors_counts.requests > 0 || error.is_some() {
-            self.errors
-                .take_or_fail(bits(sum.errors), canary_only(sum.errors_counts), onset);
-            let proof = self.errors_safety.evidence(sum.errors_counts);
-            if proof.and_then(|bits| self.errors_proof.add(bits)).is_err() {
-                self.errors.fail();
-            }
-        }
-        if sum.latency_counts.requests > 0 || error.is_some() {
-            self.latency
-                .take_or_fail(bits(sum.latency), canary_only(sum.latency_counts), onset);
-            let proof = self.latency_safety.evidence(sum.latency_counts);
-            if proof.and_then(|bits| self.latency_proof.add(bits)).is_err() {
-                self.latency.fail();
-            }
-        }
+        self.errors.take(&sum.errors, error, onset);
+        self.latency.take(&sum.latency, error, onset);
     }
 
     fn report(&mut self, policy: &Policy, findings: &mut Findings) {
@@ -494,20 +568,24 @@ impl Fleet {
         let needed = log2_ceil(1_000_000_000, u128::from(parts.max(1)));
         let proven =
             |proof: &Proof| matches!((proof.bits(), needed), (Ok(bits), Ok(needed)) if bits >= needed);
+        let live = fleet_live(limits);
         findings.live(
             &Unit::Fleet,
             &mut self.live,
             Thresholds {
-                max_ratio_milli: FLEET_LIVE.max_ratio_milli,
-                max_increase_ppb: FLEET_LIVE.max_increase_ppb,
+                max_ratio_milli: live.max_ratio_milli,
+                max_increase_ppb: live.max_increase_ppb,
                 ..limits
             },
         );
-        let errors = proven(&self.errors_proof);
-        findings.fleet_sla(Metric::ErrorsSla, &mut self.errors, limits, errors);
-        findings.require_proof(Requirement::Errors, errors);
-        let latency = proven(&self.latency_proof);
-        findings.fleet_sla(Metric::LatencySla, &mut self.latency, limits, latency);
-        findings.require_proof(Requirement::Latency, latency);
+        for (metric, requirement, sla) in [
+            (Metric::ErrorsSla, Requirement::Errors, &mut self.errors),
+            (Metric::LatencySla, Requirement::Latency, &mut self.latency),
+        ] {
+            let state = shared_state(&mut sla.canary, &sla.baseline);
+            let proven = proven(&sla.proof);
+            findings.sla(&Unit::Fleet, metric, &sla.canary, state, proven, limits);
+            findings.require_proof(requirement, proven);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The aggregator's process.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::Parser as _;
 use coalmine_aggregator::server::{Action, Command, LogForm, Settings, StartError, serve, stop_signal};
@@ -49,6 +49,7 @@ fn log(form: LogForm) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
+    let builder = builder.with_ansi(std::io::stderr().is_terminal());
     match form {
         LogForm::Text => builder.init(),
         LogForm::Json => builder.json().init(),

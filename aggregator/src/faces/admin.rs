@@ -34,10 +34,7 @@ async fn metrics(State(faces): State<Faces>) -> impl IntoResponse {
     match faces.metrics.render() {
         Ok(text) => (
             StatusCode::OK,
-            [(
-                header::CONTENT_TYPE,
-                "application/openmetrics-text; version=1.0.0; charset=utf-8",
-            )],
+            [(header::CONTENT_TYPE, coalmine_proto::exposition::CONTENT_TYPE)],
             text,
         )
             .into_response(),

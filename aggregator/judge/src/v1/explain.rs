@@ -1,18 +1,18 @@
 //! From states to a verdict, a score and a sentence.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use coalmine_proto::names::TenantName;
 
 use super::{
-    AgentTotals, Fleet, SlaTrack, Tenant,
+    COVERAGE_WINDOWS, Fleet, NODATA_WINDOWS, Tenant,
     outcome::{Outcome, State, TenantStates, Unit, UnitReport, Verdict},
     track::Track,
 };
 use crate::{
     budget::Metric,
     eprocess::Counts,
-    evidence::Window,
+    evidence::{Coverage, Window},
     fixed::{Bits, ONE},
     policy::{Policy, Requirement},
     quantity::{micros, percent, percent_of},
@@ -30,6 +30,13 @@ pub(super) struct Arms {
 }
 
 impl Arms {
+    /// Counts of one arm alone, in the canary's place.
+    pub(super) fn of_canary(counts: Counts) -> Self {
+        Self {
+            canary: counts,
+            baseline: Counts::default(),
+        }
+    }
     pub(super) fn add(&mut self, other: Self) {
         self.canary.add(other.canary);
         self.baseline.add(other.baseline);
@@ -56,7 +63,7 @@ pub(super) struct Findings {
     worst: Option<UnitReport>,
     score_ppm: u32,
     /// Of the tenant being reported: its worst state and score.
-    current: (State, u32),
+    current: (Option<State>, u32),
     tenants: TenantStates,
     scores: Vec<(TenantName, u32)>,
     canary_requests: u64,
@@ -85,7 +92,7 @@ impl Findings {
             units: Vec::new(),
             worst: None,
             score_ppm: 1_000_000,
-            current: (State::Clear, 1_000_000),
+            current: (None, 1_000_000),
             tenants: TenantStates::default(),
             scores: Vec::new(),
             canary_requests: 0,
@@ -97,7 +104,7 @@ impl Findings {
     }
 
     /// Agents and data that must be there.
-    pub(super) fn require_data(&mut self, window: &Window, fleet: &Fleet, agents: AgentTotals) {
+    pub(super) fn require_data(&mut self, window: &Window, fleet: &Fleet, agents: &VecDeque<[Coverage; 2]>) {
         let nodata = |metric, seen: &str| UnitReport {
             unit: Unit::Fleet,
             metric,
@@ -107,51 +114,62 @@ impl Findings {
             score_ppm: 1_000_000,
             seen: seen.to_owned(),
         };
-        if window.canary.reported == 0 {
-            self.missing.push("no canary agent reported".into());
-            for metric in Metric::TESTS {
-                self.units.push(nodata(metric, "no canary agent reported"));
-            }
+        let idle = |windows: u32| windows >= NODATA_WINDOWS;
+        let arms_missing = if window.canary.reported == 0 {
+            Some((&Metric::TESTS[..], "no canary agent reported".to_owned()))
+        } else if idle(fleet.without_canary) {
+            let seen = format!("no canary request in the last {} windows", fleet.without_canary);
+            Some((&Metric::TESTS[..], seen))
         } else if window.baseline.reported == 0 {
+            let seen = "no baseline agent reported, so there is nothing to compare with".to_owned();
+            Some((&Metric::TESTS[..1], seen))
+        } else if idle(fleet.without_live) {
+            let seen = format!(
+                "in the last {} windows no tenant had requests on both arms to compare",
+                fleet.without_live
+            );
+            Some((&Metric::TESTS[..1], seen))
+        } else {
+            None
+        };
+        if let Some((metrics, seen)) = arms_missing {
+            for metric in metrics {
+                self.units.push(nodata(*metric, &seen));
+            }
+            self.missing.push(seen);
+        } else if fleet.live.blocks() == 0 {
             self.missing
-                .push("no baseline agent reported, so there is nothing to compare with".into());
-            self.units
-                .push(nodata(Metric::ErrorsLive, "no baseline agent reported"));
+                .push("no tenant has had requests on both arms to compare yet".to_owned());
         }
-        if fleet.totals.canary.requests > 0
-            && fleet.slow.requests == 0
-            && self.limits.p99_us.is_some()
-            && window.canary.reported > 0
-        {
-            self.units
-                .push(nodata(Metric::LatencySla, "no latency was measured"));
+        let measured = fleet.latency.requests > 0 || !self.required.contains(&Requirement::Latency);
+        if fleet.totals.canary.requests > 0 && !measured && window.canary.reported > 0 {
+            let seen = "no latency was measured, and the policy requires it";
+            self.missing.push(seen.to_owned());
+            self.units.push(nodata(Metric::LatencySla, seen));
         }
         let minimum = self.min_agents_ppm;
-        let arms = [
-            (
-                "canary",
-                window.canary,
-                agents.canary_reported,
-                agents.canary_expected,
-            ),
-            (
-                "baseline",
-                window.baseline,
-                agents.baseline_reported,
-                agents.baseline_expected,
-            ),
-        ];
         let mut gaps = Vec::new();
-        for (arm, now, reported, expected) in arms {
-            let now_ppm = share_ppm(u64::from(now.reported), u64::from(now.expected));
-            if now_ppm < minimum {
+        for (index, (arm, now)) in [("canary", window.canary), ("baseline", window.baseline)]
+            .into_iter()
+            .enumerate()
+        {
+            if share_ppm(u64::from(now.reported), u64::from(now.expected)) < minimum {
                 gaps.push(format!(
                     "{} of {} {arm} agents reported",
                     now.reported, now.expected
                 ));
-            } else if share_ppm(reported, expected) < minimum {
+                continue;
+            }
+            let sum = |count: fn(&Coverage) -> u32| {
+                agents
+                    .iter()
+                    .map(|arms| u64::from(count(&arms[index])))
+                    .sum::<u64>()
+            };
+            let (reported, expected) = (sum(|arm| arm.reported), sum(|arm| arm.expected));
+            if share_ppm(reported, expected) < minimum {
                 self.missing.push(format!(
-                    "only {} of the {arm} agents' windows arrived since the start",
+                    "only {} of the {arm} agents' windows arrived in the last {COVERAGE_WINDOWS} windows",
                     percent_of(reported, expected)
                 ));
             }
@@ -173,45 +191,36 @@ impl Findings {
 
     /// Reports a unit's evidence against the live baseline; says whether something is not in order.
     pub(super) fn live(&mut self, unit: &Unit, track: &mut Track, limits: Thresholds) -> bool {
-        let state = track.state(false);
-        let seen = || seen_live(track.episode(), limits);
-        let seen = if state.is_trouble() { seen() } else { String::new() };
+        let state = track.state();
+        let seen = if state.is_trouble() {
+            seen_live(track.episode(), limits)
+        } else {
+            String::new()
+        };
         self.push(unit, Metric::ErrorsLive, state, track, seen)
     }
 
-    /// Reports a tenant's evidence against its SLA.
+    /// Reports a unit's evidence against its SLA; says whether something is not in order.
     pub(super) fn sla(
         &mut self,
         unit: &Unit,
         metric: Metric,
-        track: &mut SlaTrack,
+        track: &Track,
+        state: State,
+        proven: bool,
         limits: Thresholds,
     ) -> bool {
-        let shared = track.is_shared();
-        let mut state = track.canary.state(shared);
-        if state == State::Clear && track.is_proven() {
-            state = State::Proven;
-        }
-        let seen = if state.is_trouble() {
-            seen_sla(metric, track.canary.episode(), limits)
+        let state = if state == State::Clear && proven {
+            State::Proven
         } else {
-            String::new()
+            state
         };
-        self.push(unit, metric, state, &track.canary, seen)
-    }
-
-    /// Reports the fleet's evidence against the SLA.
-    pub(super) fn fleet_sla(&mut self, metric: Metric, track: &mut Track, limits: Thresholds, proven: bool) {
-        let mut state = track.state(false);
-        if state == State::Clear && proven {
-            state = State::Proven;
-        }
         let seen = if state.is_trouble() {
             seen_sla(metric, track.episode(), limits)
         } else {
             String::new()
         };
-        self.push(&Unit::Fleet, metric, state, track, seen);
+        self.push(unit, metric, state, track, seen)
     }
 
     fn push(&mut self, unit: &Unit, metric: Metric, state: State, track: &Track, seen: String) -> bool {
@@ -220,7 +229,15 @@ impl Findings {
         let trouble = state.is_trouble();
         self.score_ppm = self.score_ppm.min(score_ppm);
         if *unit != Unit::Fleet {
-            self.current = (self.current.0.max(state), self.current.1.min(score_ppm));
+            // CLEAR on errors/live is as good as it gets there; it does not take PROVEN away.
+            if (metric, state) != (Metric::ErrorsLive, State::Clear) {
+                let worst = self
+                    .current
+                    .0
+                    .filter(|worst| worst.severity() >= state.severity());
+                self.current.0 = worst.or(Some(state));
+            }
+            self.current.1 = self.current.1.min(score_ppm);
         }
         if state == State::Clear {
             return trouble;
@@ -248,8 +265,8 @@ impl Findings {
 
     /// Ends the report of a tenant.
     pub(super) fn tenant_judged(&mut self, name: &TenantName, canary_requests: u64, suspected: bool) {
-        let (state, score) = std::mem::replace(&mut self.current, (State::Clear, 1_000_000));
-        self.tenants.count(state);
+        let (state, score) = std::mem::replace(&mut self.current, (None, 1_000_000));
+        self.tenants.count(state.unwrap_or(State::Clear));
         if score < 1_000_000 {
             self.scores.push((name.clone(), score));
         }
@@ -264,19 +281,9 @@ impl Findings {
         if proven || !self.required.contains(&requirement) {
             return;
         }
-        let limit = match requirement {
-            Requirement::Errors => {
-                format!(
-                    "that the canary's error rate is below {}",
-                    percent(u128::from(self.limits.max_rate_ppb))
-                )
-            }
-            Requirement::Latency => {
-                "that at most 1 % of the canary's requests are over their p99 limit".to_owned()
-            }
-        };
         self.missing.push(format!(
-            "not yet proven {limit} ({} canary requests so far)",
+            "not yet proven that {} ({} canary requests so far)",
+            self.claim(requirement),
             self.totals.canary.requests
         ));
     }
@@ -369,14 +376,31 @@ impl Findings {
             },
             (Verdict::Approve, _) => format!(
                 "no tenant is suspected; over {} canary requests the error rate is {} on the canary and {} on the \
-                 baseline, proven below {} with error probability {alpha}; {} of the canary's requests are in tenants \
-                 that were judged",
+                 baseline; proven, with error probability {alpha}: {}; {} of the canary's requests are in tenants that \
+                 were judged",
                 self.totals.canary.requests,
                 percent_of(self.totals.canary.events, self.totals.canary.requests),
                 percent_of(self.totals.baseline.events, self.totals.baseline.requests),
-                percent(u128::from(self.limits.max_rate_ppb)),
+                self.required
+                    .iter()
+                    .map(|requirement| self.claim(*requirement))
+                    .collect::<Vec<_>>()
+                    .join(" and "),
                 percent(u128::from(traffic_ppm) * 1_000),
             ),
+        }
+    }
+
+    /// What is proven when a requirement is met.
+    fn claim(&self, requirement: Requirement) -> String {
+        match requirement {
+            Requirement::Errors => {
+                format!(
+                    "the canary's error rate is below {}",
+                    percent(u128::from(self.limits.max_rate_ppb))
+                )
+            }
+            Requirement::Latency => "less than 1 % of its requests are over their p99 limit".to_owned(),
         }
     }
 }

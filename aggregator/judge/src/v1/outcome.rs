@@ -104,6 +104,19 @@ impl State {
         }
     }
 
+    /// The order in which states count when a tenant is put under one of them: the most serious last.
+    pub(super) const fn severity(self) -> u8 {
+        match self {
+            Self::Proven => 0,
+            Self::Clear => 1,
+            Self::NoData | Self::Gap => 2,
+            Self::Suspect => 3,
+            Self::Shared => 4,
+            Self::Breach => 5,
+            Self::Error => 6,
+        }
+    }
+
     /// Whether the unit is not in order.
     pub const fn is_trouble(self) -> bool {
         !matches!(self, Self::Clear | Self::Proven)

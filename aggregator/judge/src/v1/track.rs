@@ -77,21 +77,15 @@ impl Track {
         Ok(self.breached_at.map_or(now, |then| then.max(now)))
     }
 
-    /// The track's state. With `excused` a breach is one that the baseline shares, and is not kept.
-    pub(super) fn state(&mut self, excused: bool) -> State {
-        let Ok(bits) = self.bits() else {
-            return State::Error;
-        };
-        if self.failed {
-            return State::Error;
-        }
+    /// The track's state. A breach is kept.
+    pub(super) fn state(&mut self) -> State {
         if self.breached_at.is_some() {
             return State::Breach;
         }
+        let Some(bits) = self.sound_bits() else {
+            return State::Error;
+        };
         if bits > self.budget {
-            if excused {
-                return State::Shared;
-            }
             self.breached_at = Some(bits);
             return State::Breach;
         }
@@ -100,5 +94,28 @@ impl Track {
         } else {
             State::Clear
         }
+    }
+
+    /// The track's state while its evidence is not about the new version: what is above half of the budget is
+    /// given up.
+    pub(super) fn excuse(&mut self) -> State {
+        if self.breached_at.is_some() {
+            return State::Breach;
+        }
+        let Some(bits) = self.sound_bits() else {
+            return State::Error;
+        };
+        if bits < self.budget / 2 {
+            return State::Clear;
+        }
+        if self.evidence.lower_to(self.budget / 2).is_err() {
+            self.failed = true;
+            return State::Error;
+        }
+        State::Shared
+    }
+
+    fn sound_bits(&self) -> Option<Bits> {
+        if self.failed { None } else { self.bits().ok() }
     }
 }

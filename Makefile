@@ -1,0 +1,30 @@
+# Each target is one plain command; `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench image
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+demo: deps ## Judge a rollout on this machine, with one tenant failing
+	@cargo build --release --locked --quiet -p coalmine-agent -p coalmine-aggregator
+	@target/release/coalmine demo
+
+test: deps lint ## Run every test; installs nginx and prometheus through apt where they are missing
+	@deploy/deps.sh nginx=nginx-light promtool=prometheus prometheus=prometheus pgrep=procps
+	@cargo test --workspace --locked
+
+lint: deps ## Check the form and the lints
+	@cargo fmt --all --check
+	@cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+
+bench: deps ## Print speed and cost as ratios against peers, in one run
+	@deploy/deps.sh nginx=nginx-light taskset=util-linux
+	@cargo build --release --locked --quiet -p coalmine-agent -p coalmine-aggregator
+	@cargo run --release --locked --quiet -p coalmine-tests --bin bench
+
+image: ## Build both container images and run each
+	@deploy/image.sh
+
+.PHONY: deps
+deps:
+	@deploy/deps.sh cc=gcc

@@ -1,0 +1,209 @@
+//! The demonstration as a user runs it, its data, and what the README quotes of it.
+
+use std::{fs, path::Path, process::Command};
+
+use coalmine_tests::{
+    process::{coalmine, release_program, repository},
+    tools::tool,
+};
+use serde_json::Value;
+
+use crate::stage;
+
+fn demo(data: &Path, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(release_program("coalmine"));
+    command.arg("demo").arg("--data").arg(data).args(arguments);
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.stderr.is_empty() || arguments.contains(&"json"),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    (output.status.code(), said)
+}
+
+/// A line without what differs from run to run: numbers, hashes, paths, and the width of columns.
+fn shape(line: &str) -> String {
+    let words = line.split_whitespace().map(|word| {
+        let hex = word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
+        match word {
+            _ if hex => "HASH".to_owned(),
+            _ if word.contains("coalmine-demo") || word.starts_with('/') => "DIR".to_owned(),
+            _ => word
+                .chars()
+                .map(|c| if c.is_ascii_digit() { '0' } else { c })
+                .collect::<String>(),
+        }
+    });
+    let text = words.collect::<Vec<_>>().join(" ");
+    let mut shape = String::new();
+    for c in text.chars() {
+        if c != '0' || !shape.ends_with('0') {
+            shape.push(c);
+        }
+    }
+    shape
+}
+
+/// The parts of the demonstration's output that are the same in every run.
+fn skeleton(output: &str) -> Vec<String> {
+    // The README leaves rows out where three dots stand.
+    let lines = output
+        .lines()
+        .filter(|line| !line.trim().is_empty() && *line != "...");
+    let mut skeleton: Vec<String> = lines
+        .map(|line| match line.split_whitespace().next() {
+            Some("reason") => "reason".to_owned(),
+            // A row of the table.
+            Some(first)
+                if first.ends_with('s') && first[..first.len() - 1].bytes().all(|b| b.is_ascii_digit()) =>
+            {
+                "row".to_owned()
+            }
+            _ => shape(line),
+        })
+        .collect();
+    skeleton.dedup();
+    skeleton
+}
+
+#[test]
+fn the_demonstration_rolls_back_and_every_flipped_byte_of_its_data_is_found() {
+    let _stage = stage();
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path().join("coalmine-demo");
+    let (code, said) = demo(&data, &[]);
+    assert_eq!(code, Some(0), "{said}");
+
+    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
+    let quoted = readme
+        .split("```")
+        .find(|block| block.contains("Coalmine demo: "))
+        .expect("README quotes the demo");
+    let quoted: String = quoted
+        .lines()
+        .skip_while(|line| !line.starts_with("Coalmine demo: "))
+        .collect::<Vec<_>>()
+        .join("\n");
+    assert_eq!(
+        skeleton(&quoted),
+        skeleton(&said),
+        "the README's output is not that of the demo"
+    );
+
+    let check = |arguments: &[&str]| {
+        let mut all = arguments.to_vec();
+        let data = data.display().to_string();
+        all.extend(["--data", &data]);
+        let output = coalmine(all);
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr),
+        )
+    };
+    assert_eq!(check(&["replay", "--all"]).0, Some(0));
+    assert_eq!(check(&["audit", "verify"]).0, Some(0));
+
+    // A byte of each kind of place: every record at several positions, the newlines, the checkpoint, every blob.
+    let log = data.join("decisions.jsonl");
+    let whole = fs::read(&log).unwrap();
+    let lines = whole.iter().filter(|byte| **byte == b'\n').count();
+    let step = whole.len() / 80;
+    let newlines = whole
+        .iter()
+        .enumerate()
+        .filter(|(_, byte)| **byte == b'\n')
+        .map(|(at, _)| at);
+    for at in (0..whole.len())
+        .step_by(step)
+        .chain(newlines.step_by(7))
+        .chain([whole.len() - 1, whole.len() - 2])
+    {
+        let mut bad = whole.clone();
+        bad[at] ^= 1;
+        fs::write(&log, bad).unwrap();
+        let (code, said) = check(&["audit", "verify"]);
+        assert_eq!(code, Some(1), "byte {at} of {lines} records: {said}");
+        assert!(said.contains("record "), "byte {at}: {said}");
+    }
+    fs::write(&log, &whole[..whole.len() - 100]).unwrap();
+    assert_eq!(check(&["audit", "verify"]).0, Some(1), "a log that was cut");
+    fs::write(&log, &whole).unwrap();
+
+    for blob in blobs(&data.join("evidence")) {
+        let whole = fs::read(&blob).unwrap();
+        for at in [0, 5, whole.len() / 2, whole.len() - 1] {
+            let mut bad = whole.clone();
+            bad[at] ^= 1;
+            fs::write(&blob, bad).unwrap();
+            let (code, said) = check(&["audit", "verify"]);
+            assert!(
+                code == Some(1) && said.contains("record "),
+                "{}: byte {at}: {said}",
+                blob.display()
+            );
+        }
+        let (code, said) = check(&["replay", "--all"]);
+        assert!(
+            code == Some(1) && said.contains("record "),
+            "{}: {said}",
+            blob.display()
+        );
+        fs::write(&blob, whole).unwrap();
+    }
+    assert_eq!(check(&["audit", "verify"]).0, Some(0));
+}
+
+fn blobs(directory: &Path) -> Vec<std::path::PathBuf> {
+    let entries = |directory: &Path| {
+        fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+    };
+    entries(directory)
+        .flat_map(|prefix| entries(&prefix).collect::<Vec<_>>())
+        .collect()
+}
+
+#[test]
+fn the_healthy_demonstration_is_approved_and_leaves_no_process() {
+    let _stage = stage();
+    let directory = tempfile::tempdir().unwrap();
+    let (code, said) = demo(&directory.path().join("data"), &["--healthy", "--output", "json"]);
+    let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(
+        (&last["verdict"], &last["worst_tenant"]),
+        (&"APPROVE".into(), &Value::Null)
+    );
+    for field in ["decision_id", "score_ppm", "seconds"] {
+        assert!(!last[field].is_null(), "{last}");
+    }
+    nothing_runs_in(directory.path());
+}
+
+#[test]
+fn breaking_off_the_demonstration_leaves_nothing_behind() {
+    let _stage = stage();
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("demo.log");
+    let mut command = Command::new(release_program("coalmine"));
+    command
+        .args(["demo", "--data"])
+        .arg(directory.path().join("data"));
+    let mut demo = coalmine_tests::process::Process::start(command, &log);
+    coalmine_tests::eventually("the table begins", || demo.said().contains("HOLD").then_some(()));
+    demo.signal(rustix::process::Signal::INT);
+    coalmine_tests::eventually("the demo ends after Ctrl-C", || demo.ended());
+    nothing_runs_in(directory.path());
+}
+
+/// No process has the directory in its command line.
+fn nothing_runs_in(directory: &Path) {
+    let pgrep = tool("pgrep", "procps");
+    coalmine_tests::eventually("all processes of the demo are gone", || {
+        let output = Command::new(&pgrep).arg("-f").arg(directory).output().unwrap();
+        (!output.status.success()).then_some(())
+    });
+}

@@ -1,0 +1,166 @@
+//! Measures the design's budgets on this machine, as ratios in one run: `make bench`.
+//!
+//! Read in this order: [`proxies`] (the agent beside nginx, HAProxy and a bare relay), [`recorder`] (what a
+//! request costs in the agent's tables), [`ingest`] (what a window costs in the aggregator), [`decide`] (what
+//! a decision costs). What they share: [`child`] and [`programs`] (processes that never outlive the run),
+//! [`load`] (the clients), [`cpu`] (what a process or thread has used), [`sample`] (made-up traffic) and
+//! [`report`] (medians, tables, budgets).
+//!
+//! Everything is on loopback and in a temporary directory, and bounded in time.
+
+#![allow(clippy::print_stdout, reason = "an entry point: its output is its purpose")]
+
+mod proxies;
+
+mod recorder;
+
+mod ingest;
+
+mod decide;
+
+mod aggregator;
+mod child;
+mod programs;
+
+mod cpu;
+mod load;
+mod report;
+mod sample;
+
+use std::{path::Path, process::ExitCode, time::Duration};
+
+use anyhow::{Context as _, bail};
+use clap::{Parser, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{cpu::Cores, programs::Program, report::Report};
+
+// As in the agent and in the aggregator, whose code runs here too.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Whatever happens, the run is over after this.
+const LONGEST_RUN: Duration = Duration::from_secs(15 * 60);
+
+/// What the design has a budget for and nothing here measures.
+const NOT_MEASURED: &str = "Not measured here: linkerd2-proxy, HTTP/2 and gRPC, latency added at a constant rate, \
+    memory for each connection and tenant, transparency, Prometheus, face polls, the judge's quality, restarts.";
+
+/// Measures the budgets of Coalmine's design, as ratios in one run
+#[derive(Debug, Parser)]
+#[command(
+    name = "bench",
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true
+)]
+struct Options {
+    /// Few and short rounds: shows that the bench works, and no more
+    #[arg(long)]
+    quick: bool,
+
+    /// Only this part (repeatable)
+    #[arg(long, value_name = "NAME")]
+    only: Vec<Part>,
+
+    /// Rounds of a measurement that is interleaved [default: 7, or 2 with --quick]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: Option<u32>,
+
+    /// Length of a slice, in milliseconds [default: 1000, or 200 with --quick]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(50..=10_000))]
+    slice_ms: Option<u64>,
+
+    /// What a child of the bench runs.
+    #[command(subcommand)]
+    program: Option<Program>,
+}
+
+/// A part of the bench.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Requests through the agent, nginx, HAProxy and a bare relay
+    Proxies,
+    /// Recording a request into its window
+    Recorder,
+    /// Windows into the aggregator
+    Ingest,
+    /// Freezing, judging and recording a decision
+    Decide,
+}
+
+/// How long and how often to measure, and where.
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    quick: bool,
+    rounds: usize,
+    slice: Duration,
+    cores: Cores,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let result = match &options.program {
+        Some(program) => program.run(),
+        None => run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> anyhow::Result<()> {
+    let (rounds, slice_ms) = if options.quick { (2, 200) } else { (7, 1000) };
+    let plan = Plan {
+        quick: options.quick,
+        rounds: options.rounds.unwrap_or(rounds) as usize,
+        slice: Duration::from_millis(options.slice_ms.unwrap_or(slice_ms)),
+        cores: Cores::choose()?,
+    };
+    // Threads that are made later inherit it.
+    plan.cores.pin(plan.cores.load)?;
+    let directory = tempfile::Builder::new().prefix("coalmine-bench-").tempdir()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            result = measure(options, plan, directory.path()) => result,
+            _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+            _ = terminate.recv() => bail!("terminated"),
+            () = tokio::time::sleep(LONGEST_RUN) => bail!("not done after {} s", LONGEST_RUN.as_secs()),
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn measure(options: &Options, plan: Plan, directory: &Path) -> anyhow::Result<()> {
+    let chosen = |part| options.only.is_empty() || options.only.contains(&part);
+    let mut report = Report::default();
+    report.machine(&plan.cores);
+    if options.quick {
+        report.note("--quick: too short to hold a budget against; it shows that the bench works.");
+    }
+    if chosen(Part::Proxies) {
+        let proxies = proxies::measure(plan, directory, &mut report).await;
+        proxies.context("the proxies cannot be measured")?;
+    }
+    if chosen(Part::Recorder) {
+        recorder::measure(plan, &mut report).await?;
+    }
+    if chosen(Part::Ingest) {
+        let ingest = ingest::measure(plan, directory, &mut report).await;
+        ingest.context("the ingest cannot be measured")?;
+    }
+    if chosen(Part::Decide) {
+        let decide = decide::measure(plan, directory, &mut report).await;
+        decide.context("decisions cannot be measured")?;
+    }
+    report.finish(NOT_MEASURED);
+    Ok(())
+}
