@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use coalmine_judge::evidence::{ArmCounts, Coverage, Latency, OverSla, TenantWindow, Window};
 use coalmine_proto::{
     histogram::Histogram,
-    names::{Arm, Outcomes, TenantName},
+    names::{Arm, OVERFLOW_TENANT, Outcomes, TenantName},
     v1::{Gap, Histogram as WireHistogram, Totals},
 };
 use foldhash::HashMap;
@@ -79,6 +79,8 @@ pub struct Service {
     agents: BTreeMap<String, Agent>,
     /// Slots that start before this were judged.
     judged_until_ms: u64,
+    /// Slots that start before this are not kept: nobody will judge them.
+    keep_from_ms: u64,
     /// Per arm: requests in declared gaps, and requests that came after their slot was judged.
     gaps: BTreeMap<Arm, u64>,
     late: BTreeMap<Arm, u64>,
@@ -127,7 +129,12 @@ pub struct Agent {
     pub gone: bool,
     first_start_ms: u64,
     sealed_until_ms: u64,
+    /// Between the last window of an earlier life that ended without Bye and the first of this one: what was
+    /// counted there and not sent is lost.
+    hole: Option<(u64, u64)>,
     last_seen_ms: u64,
+    /// Whether what this epoch sent to an earlier data directory is known: not so at first if it had sent any.
+    based: bool,
     applied: Totals,
     gap_requests: u64,
 }
@@ -143,6 +150,8 @@ pub struct Introduction {
     pub build: Build,
     /// The life of its process.
     pub epoch: u64,
+    /// The first batch that it can still send.
+    pub first_seq: u64,
 }
 
 /// A batch, with the names of its tenants resolved.
@@ -221,9 +230,14 @@ pub enum BookError {
         /// Declared.
         gaps: u64,
     },
-    /// Too many tenants.
-    #[error("the service has more than {MAX_TENANTS} tenants")]
-    TooManyTenants,
+    /// A row contradicts itself.
+    #[error("the row of tenant {tenant} is refused: {problem}")]
+    Row {
+        /// The tenant.
+        tenant: TenantName,
+        /// Why.
+        problem: &'static str,
+    },
     /// The service is not known; an introduction is missing.
     #[error("nothing is known of this agent")]
     Unknown,
@@ -291,7 +305,11 @@ impl Book {
             .entry(who.instance.clone())
             .or_insert_with(|| Agent::new(who));
         if agent.epoch != who.epoch || agent.build != who.build {
-            *agent = Agent::new(who);
+            let hole = (!agent.gone && agent.build == who.build).then_some((agent.sealed_until_ms, u64::MAX));
+            *agent = Agent {
+                hole: hole.filter(|(from, _)| *from > 0),
+                ..Agent::new(who)
+            };
         }
         agent.session = session;
         agent.connected = true;
@@ -301,8 +319,8 @@ impl Book {
         agent.durable_seq
     }
 
-    /// Gives a tenant its number.
-    pub fn intern(&mut self, service: &str, tenant: &TenantName) -> Result<u32, BookError> {
+    /// Gives a tenant its number. Beyond [`MAX_TENANTS`] the rest is one tenant, [`TenantName::overflow`].
+    pub fn intern(&mut self, service: &str, tenant: &TenantName) -> u32 {
         self.service(service).intern(tenant)
     }
 
@@ -361,7 +379,8 @@ impl Book {
         if now_ms < end_ms {
             return false;
         }
-        let deadline = (end_ms + self.patience.grace_ms).max(self.started_ms + self.patience.return_ms);
+        let returned_ms = self.started_ms.saturating_add(self.patience.return_ms);
+        let deadline = end_ms.saturating_add(self.patience.grace_ms).max(returned_ms);
         let mut expected = [false; 2];
         let mut waiting = false;
         for agent in service.expected(comparison, start_ms, now_ms, self.patience.forget_ms) {
@@ -379,11 +398,27 @@ impl Book {
         service.freeze(comparison, start_ms, number, now_ms, patience.forget_ms)
     }
 
+    /// Before stored windows are read again: slots that nobody waits for get no place.
+    pub fn keep_only(&mut self, now_ms: u64, waiting: &BTreeMap<String, u64>) {
+        self.evict(now_ms, |_| None);
+        for (name, slot) in waiting {
+            self.service(name).keep_from_ms = *slot;
+        }
+    }
+
+    /// After they were read: what comes from now on for a slot that was judged comes too late.
+    pub fn judged(&mut self, waiting: &BTreeMap<String, u64>) {
+        for (name, slot) in waiting {
+            self.service(name).judged_until_ms = *slot;
+        }
+    }
+
     /// Lets go of slots that nobody waits for.
     pub fn evict(&mut self, now_ms: u64, waited_for: impl Fn(&str) -> Option<u64>) {
         for (name, service) in &mut self.services {
             let old = now_ms.saturating_sub(KEEP_SLOTS_MS + service.slot_ms);
             let keep = waited_for(name).map_or(old, |slot| slot.min(old));
+            service.keep_from_ms = service.keep_from_ms.max(keep);
             service.slots = service.slots.split_off(&keep);
         }
     }
@@ -401,6 +436,7 @@ impl Service {
             latency: BTreeMap::new(),
             agents: BTreeMap::new(),
             judged_until_ms: 0,
+            keep_from_ms: 0,
             gaps: BTreeMap::new(),
             late: BTreeMap::new(),
             windows: 0,
@@ -451,17 +487,27 @@ impl Service {
         (self.windows, self.tenant_windows, self.duplicates)
     }
 
-    fn intern(&mut self, tenant: &TenantName) -> Result<u32, BookError> {
+    fn intern(&mut self, tenant: &TenantName) -> u32 {
         if let Some(number) = self.names.get(tenant) {
-            return Ok(*number);
+            return *number;
         }
         if self.tenants.len() >= MAX_TENANTS {
-            return Err(BookError::TooManyTenants);
+            return self.names.get(OVERFLOW_TENANT).copied().unwrap_or_default();
         }
-        let number = u32::try_from(self.tenants.len()).map_err(|_| BookError::TooManyTenants)?;
+        if self.tenants.is_empty() {
+            // There is always a place for those beyond the limit: number 0.
+            self.add_tenant(&TenantName::overflow());
+            return self.intern(tenant);
+        }
+        self.add_tenant(tenant)
+    }
+
+    fn add_tenant(&mut self, tenant: &TenantName) -> u32 {
+        // MAX_TENANTS fits.
+        let number = u32::try_from(self.tenants.len()).unwrap_or(u32::MAX);
         self.tenants.push(tenant.clone());
         self.names.insert(tenant.clone(), number);
-        Ok(number)
+        number
     }
 
     fn apply(
@@ -486,13 +532,28 @@ impl Service {
                 last: agent.applied_seq,
             });
         }
-        let (mut requests, mut errors) = (agent.applied.requests, agent.applied.errors);
+        // Everything is checked before anything is counted: a batch counts whole or not at all.
+        let mut latencies = Vec::with_capacity(batch.rows.len());
+        let (mut requests, mut errors) = (0_u64, 0_u64);
         for row in &batch.rows {
             requests = requests.saturating_add(row.outcomes.seen());
             errors = errors.saturating_add(row.outcomes.errors());
+            latencies.push(latency_of(row, &self.tenants)?);
         }
         let gap = batch.gap.as_ref().map_or(0, |gap| gap.requests);
-        let gaps = agent.gap_requests.saturating_add(gap);
+        let before = if agent.based {
+            (agent.applied, agent.gap_requests)
+        } else {
+            // What the agent sent before this data directory was begun is a gap here.
+            let missing = batch
+                .cumulative
+                .requests
+                .saturating_sub(requests)
+                .saturating_sub(gap);
+            (Totals::default(), missing)
+        };
+        let requests = before.0.requests.saturating_add(requests);
+        let gaps = before.1.saturating_add(gap);
         if batch.cumulative.requests != requests.saturating_add(gaps) {
             return Err(BookError::Totals {
                 said: batch.cumulative.requests,
@@ -500,75 +561,75 @@ impl Service {
                 gaps,
             });
         }
-        // Decode every histogram before anything is counted: a batch counts whole or not at all.
-        let mut latencies = Vec::with_capacity(batch.rows.len());
-        for row in &batch.rows {
-            let latency = row.latency.map(Histogram::from_wire).transpose();
-            latencies.push(latency.map_err(|error| {
-                BookError::Latency {
-                    tenant: self
-                        .tenants
-                        .get(row.tenant as usize)
-                        .cloned()
-                        .unwrap_or_else(TenantName::none),
-                    problem: error.to_string(),
-                }
-            })?);
-        }
+        let declared = gaps.saturating_sub(agent.gap_requests);
+        agent.based = true;
         agent.applied_seq = batch.seq;
-        agent.applied.requests = requests;
-        agent.applied.errors = errors;
+        agent.applied = Totals {
+            requests,
+            errors: before.0.errors.saturating_add(errors),
+            gap_requests: gaps,
+        };
         agent.gap_requests = gaps;
         if agent.first_start_ms == 0 {
             agent.first_start_ms = batch.start_ms;
+            agent.hole = agent
+                .hole
+                .map(|(from, _)| (from, batch.start_ms))
+                .filter(|(from, to)| from < to);
         }
-        agent.sealed_until_ms = agent
-            .sealed_until_ms
-            .max(batch.start_ms + u64::from(batch.length_ms));
+        let end_ms = batch.start_ms.saturating_add(u64::from(batch.length_ms));
+        agent.sealed_until_ms = agent.sealed_until_ms.max(end_ms);
         let build = agent.build.clone();
-        self.count(&build, batch, latencies, gap);
+        self.count(&build, batch, latencies, declared);
         Ok(Applied::Now)
     }
 
     fn count(&mut self, build: &Build, batch: &Batch<'_>, latencies: Vec<Option<Histogram>>, gap: u64) {
         self.windows += 1;
         self.tenant_windows += batch.rows.len() as u64;
+        let raise = |counts: &mut BTreeMap<Arm, u64>, by: u64| {
+            let count = counts.entry(build.arm).or_default();
+            *count = count.saturating_add(by);
+        };
         if gap > 0 {
-            *self.gaps.entry(build.arm).or_default() += gap;
+            raise(&mut self.gaps, gap);
         }
-        let slot = batch.start_ms / self.slot_ms * self.slot_ms;
-        let late = slot < self.judged_until_ms;
+        if batch.rows.is_empty() {
+            return;
+        }
         let totals = self.totals.entry(build.clone()).or_default();
         if totals.len() < self.tenants.len() {
             totals.resize(self.tenants.len(), Outcomes::default());
         }
         let merged = self.latency.entry(build.arm).or_default();
-        let cells = self
-            .slots
-            .entry(slot)
-            .or_default()
-            .entry(build.clone())
-            .or_default();
-        if cells.len() < self.tenants.len() {
-            cells.resize_with(self.tenants.len(), Cell::default);
-        }
-        let mut late_requests = 0;
-        for (row, latency) in batch.rows.iter().zip(latencies) {
-            let tenant = row.tenant as usize;
-            if let Some(totals) = totals.get_mut(tenant) {
+        let mut seen = 0_u64;
+        for (row, latency) in batch.rows.iter().zip(&latencies) {
+            seen = seen.saturating_add(row.outcomes.seen());
+            if let Some(totals) = totals.get_mut(row.tenant as usize) {
                 totals.add(&row.outcomes);
             }
-            if let Some(latency) = &latency {
+            if let Some(latency) = latency {
                 merged.merge(latency);
             }
-            if late {
-                late_requests += row.outcomes.seen();
-            } else if let Some(cell) = cells.get_mut(tenant) {
-                cell.add(row, latency);
-            }
         }
-        if late_requests > 0 {
-            *self.late.entry(build.arm).or_default() += late_requests;
+        let slot = batch.start_ms / self.slot_ms * self.slot_ms;
+        if slot < self.judged_until_ms {
+            raise(&mut self.late, seen);
+        } else if slot >= self.keep_from_ms {
+            let cells = self
+                .slots
+                .entry(slot)
+                .or_default()
+                .entry(build.clone())
+                .or_default();
+            if cells.len() < self.tenants.len() {
+                cells.resize_with(self.tenants.len(), Cell::default);
+            }
+            for (row, latency) in batch.rows.iter().zip(latencies) {
+                if let Some(cell) = cells.get_mut(row.tenant as usize) {
+                    cell.add(row, latency);
+                }
+            }
         }
     }
 
@@ -582,9 +643,11 @@ impl Service {
     ) -> impl Iterator<Item = &'a Agent> {
         let end_ms = start_ms + self.slot_ms;
         self.agents.values().filter(move |agent| {
-            let begun = agent.first_start_ms == 0 || agent.first_start_ms < end_ms;
+            let begun = agent.first_start_ms == 0
+                || agent.first_start_ms < end_ms
+                || agent.has_hole(start_ms, end_ms);
             let ended = agent.gone && agent.sealed_until_ms <= start_ms;
-            let forgotten = !agent.connected && agent.last_seen_ms + forget_ms < now_ms;
+            let forgotten = !agent.connected && agent.last_seen_ms.saturating_add(forget_ms) < now_ms;
             comparison.covers(&agent.build) && begun && !ended && !forgotten
         })
     }
@@ -602,7 +665,7 @@ impl Service {
         for agent in self.expected(comparison, start_ms, now_ms, forget_ms) {
             let coverage = &mut coverage[agent.build.arm as usize];
             coverage.expected += 1;
-            coverage.reported += u32::from(agent.has_reported(end_ms));
+            coverage.reported += u32::from(agent.has_reported(end_ms) && !agent.has_hole(start_ms, end_ms));
         }
         if self.sorted.len() < self.tenants.len() {
             self.sorted = (0..u32::try_from(self.tenants.len()).unwrap_or(u32::MAX)).collect();
@@ -649,11 +712,44 @@ impl Service {
             pool: Vec::new(),
         }
     }
+}
 
-    /// Marks slots before `until_ms` as judged, when rollouts are restored.
-    pub fn judged_until(&mut self, until_ms: u64) {
-        self.judged_until_ms = self.judged_until_ms.max(until_ms);
+/// Most requests of one row that are believed: more than any pod can answer in a window.
+const MAX_ROW_REQUESTS: u64 = 1 << 32;
+
+/// The latency of a row, if the row makes sense.
+fn latency_of(row: &Row<'_>, tenants: &[TenantName]) -> Result<Option<Histogram>, BookError> {
+    let tenant = || {
+        tenants
+            .get(row.tenant as usize)
+            .cloned()
+            .unwrap_or_else(TenantName::none)
+    };
+    let refuse = |problem: &'static str| {
+        Err(BookError::Row {
+            tenant: tenant(),
+            problem,
+        })
+    };
+    if row.outcomes.seen() > MAX_ROW_REQUESTS {
+        return refuse("more requests than a window can hold");
     }
+    let latency = row
+        .latency
+        .map(Histogram::from_wire)
+        .transpose()
+        .map_err(|error| BookError::Latency {
+            tenant: tenant(),
+            problem: error.to_string(),
+        })?;
+    let count = latency.as_ref().map_or(0, Histogram::count);
+    if count > row.outcomes.requests() {
+        return refuse("more latencies than requests");
+    }
+    if row.over > count {
+        return refuse("more requests over the limit than latencies");
+    }
+    Ok(latency)
 }
 
 impl Cell {
@@ -719,14 +815,16 @@ impl Agent {
         Self {
             build: who.build.clone(),
             epoch: who.epoch,
-            applied_seq: 0,
-            durable_seq: 0,
+            applied_seq: who.first_seq.saturating_sub(1),
+            durable_seq: who.first_seq.saturating_sub(1),
             session: 0,
             connected: false,
             gone: false,
             first_start_ms: 0,
             sealed_until_ms: 0,
+            hole: None,
             last_seen_ms: 0,
+            based: who.first_seq <= 1,
             applied: Totals::default(),
             gap_requests: 0,
         }
@@ -735,6 +833,11 @@ impl Agent {
     /// Whether its stream is open and it spoke within the last `silent_ms`.
     pub fn is_alive(&self, now_ms: u64, silent_ms: u64) -> bool {
         self.connected && self.last_seen_ms + silent_ms >= now_ms
+    }
+
+    /// Whether what an earlier life of the agent counted in a slot may be lost.
+    fn has_hole(&self, start_ms: u64, end_ms: u64) -> bool {
+        self.hole.is_some_and(|(from, to)| from < end_ms && start_ms < to)
     }
 
     /// Whether all that the agent will say about a slot that ends at `end_ms` is here.

@@ -103,10 +103,18 @@ pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Appends and syncs. A failed sync ends the process: the kernel may have dropped the pages and would say
-/// yes the next time, so nothing that this process knows of the file is certain any more.
+/// Appends and syncs. After an error nothing of `bytes` is in the file. A failed sync ends the process: the
+/// kernel may have dropped the pages and would say yes the next time, so nothing that this process knows of
+/// the file is certain any more.
 pub(crate) fn append_durably(file: &mut File, path: &Path, bytes: &[u8]) -> io::Result<()> {
-    file.write_all(bytes)?;
+    let before = file.metadata()?.len();
+    if let Err(error) = file.write_all(bytes) {
+        if let Err(worse) = file.set_len(before).and_then(|()| file.sync_all()) {
+            tracing::error!(path = %path.display(), error = %worse, "cannot take back a part of a write; exiting");
+            std::process::exit(1);
+        }
+        return Err(error);
+    }
     if let Err(error) = file.sync_data() {
         tracing::error!(path = %path.display(), %error, "cannot sync; exiting, since what is on disk is unknown");
         std::process::exit(1);

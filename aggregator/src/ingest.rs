@@ -44,6 +44,12 @@ const MAX_SESSION_NAMES: usize = 200_000;
 /// Longest window that an agent may report, in milliseconds.
 const MAX_WINDOW_MS: u32 = 3_600_000;
 
+/// How far an agent's clock may be from ours, in milliseconds: its windows must fall into the right slots.
+const MAX_SKEW_MS: u64 = 5_000;
+
+/// Most requests that one gap can declare.
+const MAX_GAP_REQUESTS: u64 = 1 << 40;
+
 /// How long an agent that spoke another protocol, or nonsense, shall wait.
 const RETRY_REFUSED_MS: u32 = 30_000;
 
@@ -82,6 +88,21 @@ pub(crate) enum SessionError {
     Book(#[from] BookError),
 }
 
+/// Takes note that a session is over, however it ends.
+struct Leaving<'a> {
+    ingest: &'a Ingest,
+    who: &'a Introduction,
+    session: u64,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        let Self { ingest, who, session } = self;
+        locked(&ingest.book).disconnect(&who.service, &who.instance, *session, false, clock::now_ms());
+        ingest.news.notify_waiters();
+    }
+}
+
 /// Reads a Hello, or says what is wrong with it.
 pub(crate) fn introduction(hello: &Hello) -> Result<Introduction, String> {
     if hello.protocol != PROTOCOL {
@@ -107,6 +128,11 @@ pub(crate) fn introduction(hello: &Hello) -> Result<Introduction, String> {
             version: hello.version.clone(),
         },
         epoch: hello.epoch,
+        first_seq: if hello.oldest_seq > 0 {
+            hello.oldest_seq
+        } else {
+            hello.next_seq
+        },
     })
 }
 
@@ -128,7 +154,7 @@ pub(crate) fn apply(
                 "more than {MAX_SESSION_NAMES} tenants in one session"
             )));
         }
-        let number = book.intern(&who.service, &tenant)?;
+        let number = book.intern(&who.service, &tenant);
         names.0.insert(name.r#ref, number);
     }
     if batch.length_ms == 0 || batch.length_ms > MAX_WINDOW_MS {
@@ -136,6 +162,17 @@ pub(crate) fn apply(
             "a window of {} ms",
             batch.length_ms
         )));
+    }
+    if batch.start_unix_ms > now_ms.saturating_add(MAX_SKEW_MS) {
+        let ahead = batch.start_unix_ms - now_ms;
+        return Err(SessionError::Refused(format!(
+            "a window that starts {ahead} ms from now; synchronise the clocks"
+        )));
+    }
+    if batch.gap.is_some_and(|gap| gap.requests > MAX_GAP_REQUESTS) {
+        return Err(SessionError::Refused(
+            "a gap of more requests than there can be".to_owned(),
+        ));
     }
     let mut rows = Vec::with_capacity(batch.rows.len());
     for row in &batch.rows {
@@ -245,9 +282,27 @@ impl Ingest {
             Ok(who) => who,
             Err(reason) => return self.reject(&out, reason).await,
         };
-        let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
-        let durable_seq = locked(&self.book).introduce(&who, session, clock::now_ms());
-        self.store.append(&Entry::Hello(session, hello), || {});
+        let skew_ms = hello.now_unix_ms.abs_diff(clock::now_ms());
+        if skew_ms > MAX_SKEW_MS {
+            let reason = format!(
+                "the agent's clock and the aggregator's differ by {skew_ms} ms; at most {MAX_SKEW_MS} are allowed, so \
+                 synchronise the clocks"
+            );
+            return self.reject(&out, reason).await;
+        }
+        // The store must see sessions and batches in the order in which the book does.
+        let (session, durable_seq) = {
+            let mut book = locked(&self.book);
+            let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
+            let durable_seq = book.introduce(&who, session, clock::now_ms());
+            self.store.append(Entry::Hello(session, hello), || {});
+            (session, durable_seq)
+        };
+        let _leaving = Leaving {
+            ingest: &self,
+            who: &who,
+            session,
+        };
         tracing::info!(
             session,
             service = who.service,
@@ -264,18 +319,20 @@ impl Ingest {
             now_unix_ms: clock::now_ms(),
         };
         if !send(&out, aggregator_message::Kind::HelloAck(greeting)).await {
-            return self.end(&who, session, false);
+            return;
         }
         if let Some(config) = self.configs.get(&who.service)
             && !send(&out, aggregator_message::Kind::Config(config.clone())).await
         {
-            return self.end(&who, session, false);
+            return;
         }
         self.news.notify_waiters();
-        let gone = self
+        if self
             .converse(&who, session, durable_seq, &mut inbound, &out)
-            .await;
-        self.end(&who, session, gone);
+            .await
+        {
+            locked(&self.book).disconnect(&who.service, &who.instance, session, true, clock::now_ms());
+        }
     }
 
     /// Takes messages until the stream ends; says whether the agent said Bye.
@@ -360,45 +417,33 @@ impl Ingest {
         acks: &Arc<watch::Sender<Ack>>,
     ) -> Result<(), SessionError> {
         let seq = batch.seq;
-        let applied = apply(
-            &mut locked(&self.book),
-            who,
-            session,
-            names,
-            &batch,
-            clock::now_ms(),
-        )?;
+        let mut book = locked(&self.book);
+        let applied = apply(&mut book, who, session, names, &batch, clock::now_ms())?;
         acks.send_modify(|ack| ack.received_seq = ack.received_seq.max(seq));
         if applied == Applied::Before {
-            if batch.names.is_empty() {
-                return Ok(());
-            }
-            // The counts are stored already; the names are needed to read what follows in this session.
+            // The counts are stored already. What is stored now are the names, which are needed to read what follows
+            // in this session, and that the counts before it are on disk.
             batch.rows.clear();
         }
-        let (acks, book, news) = (Arc::clone(acks), Arc::clone(&self.book), Arc::clone(&self.news));
+        let (acks, shared, news) = (Arc::clone(acks), Arc::clone(&self.book), Arc::clone(&self.news));
         let who = who.clone();
-        self.store.append(&Entry::Batch(session, batch), move || {
-            locked(&book).durable(&who.service, &who.instance, who.epoch, seq);
+        self.store.append(Entry::Batch(session, batch), move || {
+            locked(&shared).durable(&who.service, &who.instance, who.epoch, seq);
             acks.send_modify(|ack| ack.durable_seq = ack.durable_seq.max(seq));
             news.notify_waiters();
         });
+        drop(book);
         Ok(())
     }
 
     /// Stores the agent's farewell, and everything before it.
     async fn farewell(&self, session: u64, bye: Bye) {
         let (tell, told) = tokio::sync::oneshot::channel();
-        self.store.append(&Entry::Bye(session, bye), move || {
+        self.store.append(Entry::Bye(session, bye), move || {
             // The receiver waits below.
             tell.send(()).ok();
         });
         drop(told.await);
-    }
-
-    fn end(&self, who: &Introduction, session: u64, gone: bool) {
-        locked(&self.book).disconnect(&who.service, &who.instance, session, gone, clock::now_ms());
-        self.news.notify_waiters();
     }
 
     async fn reject(&self, out: &mpsc::Sender<Result<AggregatorMessage, Status>>, reason: String) {
@@ -420,7 +465,7 @@ impl SessionError {
             Self::Book(BookError::Superseded) => "superseded",
             Self::Book(BookError::Latency { .. }) => "histogram",
             Self::Book(BookError::Totals { .. }) => "totals",
-            Self::Book(BookError::TooManyTenants) => "tenants",
+            Self::Book(BookError::Row { .. }) => "row",
             Self::Book(BookError::Unknown) => "unknown",
         }
     }

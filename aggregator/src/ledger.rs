@@ -23,7 +23,7 @@ use std::{
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
-        mpsc::{self, SyncSender},
+        mpsc::{self, Sender},
     },
     time::Instant,
 };
@@ -47,9 +47,6 @@ const MAX_BLOB_BYTES: u64 = 1 << 30;
 /// zstd's level: higher ones cost fifty times the time for a tenth of the size.
 const ZSTD_LEVEL: i32 = 3;
 
-/// Jobs that may wait for the writer.
-const QUEUE: usize = 256;
-
 /// A record that is on disk.
 #[derive(Debug, Clone)]
 pub struct Appended {
@@ -65,6 +62,9 @@ pub enum AppendError {
     /// The disk refused.
     #[error("the decision log cannot be written: {0}")]
     Disk(String),
+    /// It cannot be a record.
+    #[error("the record is refused: {0}")]
+    Refused(String),
     /// The server is stopping.
     #[error("the decision log is closed")]
     Closed,
@@ -154,7 +154,7 @@ impl Blobs for BlobStore {
 /// The decision log of a running aggregator.
 #[derive(Debug, Clone)]
 pub struct Ledger {
-    queue: SyncSender<Job>,
+    queue: Sender<Job>,
     writable: Arc<AtomicBool>,
     index: Arc<RwLock<Index>>,
     /// Where decisions are read from.
@@ -243,8 +243,8 @@ pub struct Scan {
     pub whole_bytes: u64,
     /// Bytes after the last newline.
     pub torn_bytes: u64,
-    /// Whether the checkpoint covers every record.
-    pub covered: bool,
+    /// How many records the checkpoint covers.
+    pub covered: u64,
 }
 
 impl LedgerFiles {
@@ -282,7 +282,7 @@ impl LedgerFiles {
             chain: Chain::default(),
             whole_bytes: 0,
             torn_bytes: 0,
-            covered: checkpoint.is_none(),
+            covered: 0,
         };
         let mut reader = file.map(BufReader::new);
         let mut line = Vec::new();
@@ -317,7 +317,7 @@ impl LedgerFiles {
                         size - 1
                     )));
                 }
-                scan.covered = true;
+                scan.covered = *size;
             }
         }
         if let Some((_, size, _)) = checkpoint
@@ -359,12 +359,19 @@ impl Ledger {
                 problem: error.problem,
             })?;
         let path = files.log_path();
+        if scan.covered == 0 && scan.chain.size() > 1 {
+            let problem = "is missing, so nobody can tell whether the log was cut".to_owned();
+            return Err(DiskError::Corrupt {
+                path: files.checkpoint_path(),
+                problem,
+            });
+        }
         if scan.torn_bytes > 0 {
             set_aside(&path, scan.whole_bytes, scan.torn_bytes)?;
         }
         let file = disk::open_append(&path)?;
         disk::sync_directory(&path).map_err(|error| DiskError::io("sync", &path, error))?;
-        let (queue, jobs) = mpsc::sync_channel(QUEUE);
+        let (queue, jobs) = mpsc::channel();
         let writable = Arc::new(AtomicBool::new(true));
         let log = scan.chain.log().unwrap_or(name).to_owned();
         let mut writer = Writer {
@@ -375,6 +382,7 @@ impl Ledger {
             metrics,
             writable: Arc::clone(&writable),
             index: Arc::new(RwLock::new(index)),
+            has_checkpoint: true,
         };
         let index = Arc::clone(&writer.index);
         if writer.chain.size() == 0 {
@@ -382,9 +390,9 @@ impl Ledger {
                 build: BUILD.to_owned(),
             };
             writer
-                .write(&[(start, Vec::new())])
+                .write(vec![(start, Vec::new())])
                 .map_err(|error| DiskError::io("write", &path, error))?;
-        } else if !scan.covered || scan.torn_bytes > 0 {
+        } else if scan.covered < writer.chain.size() {
             writer
                 .write_checkpoint()
                 .map_err(|error| DiskError::io("write", &path, error))?;
@@ -405,16 +413,18 @@ impl Ledger {
         })
     }
 
+    /// Queues a record and its blobs; the answer comes when they are on disk. It is written even if nobody waits
+    /// for the answer. Each caller waits before it queues more, so the queue is bounded by the callers.
+    pub fn submit(&self, body: Body, blobs: Vec<Blob>) -> oneshot::Receiver<Result<Appended, AppendError>> {
+        let (answer, answered) = oneshot::channel();
+        // When the writer is gone the answer's sender is dropped, which the receiver sees.
+        drop(self.queue.send(Job { body, blobs, answer }));
+        answered
+    }
+
     /// Appends a record and its blobs; returns when they are on disk.
     pub async fn append(&self, body: Body, blobs: Vec<Blob>) -> Result<Appended, AppendError> {
-        let (answer, answered) = oneshot::channel();
-        let queue = self.queue.clone();
-        // The queue is bounded; waiting for room must not hold up the runtime.
-        let sent = tokio::task::spawn_blocking(move || queue.send(Job { body, blobs, answer }).is_ok()).await;
-        if !sent.unwrap_or(false) {
-            return Err(AppendError::Closed);
-        }
-        answered.await.unwrap_or(Err(AppendError::Closed))
+        self.submit(body, blobs).await.unwrap_or(Err(AppendError::Closed))
     }
 
     /// Where records are.
@@ -469,6 +479,8 @@ struct Writer {
     metrics: Arc<Metrics>,
     writable: Arc<AtomicBool>,
     index: Arc<RwLock<Index>>,
+    /// Whether the checkpoint covers the log.
+    has_checkpoint: bool,
 }
 
 impl Writer {
@@ -481,18 +493,19 @@ impl Writer {
                 answers.push(job.answer);
                 bodies.push((job.body, job.blobs));
             }
-            let result = self.write(&bodies);
-            self.writable.store(result.is_ok(), Ordering::Relaxed);
-            self.metrics.audit_writable.set(i64::from(result.is_ok()));
+            let result = self.write(bodies);
+            self.set_writable(result.is_ok() && self.has_checkpoint);
             self.metrics
                 .audit_append_seconds
                 .observe(begun.elapsed().as_secs_f64());
             match result {
-                Ok(appended) => {
-                    for (answer, appended) in answers.into_iter().zip(appended) {
-                        self.metrics.audit_record(appended.record.body.kind());
+                Ok(results) => {
+                    for (answer, result) in answers.into_iter().zip(results) {
+                        if let Ok(appended) = &result {
+                            self.metrics.audit_record(appended.record.body.kind());
+                        }
                         // A caller that has gone away needs no answer.
-                        drop(answer.send(Ok(appended)));
+                        drop(answer.send(result));
                     }
                 }
                 Err(error) => {
@@ -505,41 +518,54 @@ impl Writer {
         }
     }
 
-    /// Writes a group: blobs, lines, checkpoint, each synced. On an error nothing of the group is in the log.
-    fn write(&mut self, group: &[(Body, Vec<Blob>)]) -> io::Result<Vec<Appended>> {
+    fn set_writable(&self, writable: bool) {
+        self.writable.store(writable, Ordering::Relaxed);
+        self.metrics.audit_writable.set(i64::from(writable));
+    }
+
+    /// Writes a group: blobs, lines, checkpoint, each synced. On an error nothing of the group is in the log; a
+    /// record that cannot be one is refused alone.
+    fn write(&mut self, group: Vec<(Body, Vec<Blob>)>) -> io::Result<Vec<Result<Appended, AppendError>>> {
         for blob in group.iter().flat_map(|(_, blobs)| blobs) {
             self.files.blobs.write(blob)?;
         }
         let mut chain = self.chain.clone();
         let mut lines = Vec::new();
         let mut places = Vec::with_capacity(group.len());
-        let mut appended = Vec::with_capacity(group.len());
+        let mut results = Vec::with_capacity(group.len());
         let before = self.file.metadata()?.len();
         for (body, _) in group {
-            let (record, line, hash) = chain.append(&self.log, clock::now_ms(), body.clone());
-            places.push(Place {
-                offset: before + lines.len() as u64,
-                length: line.len(),
+            results.push(match chain.append(&self.log, clock::now_ms(), body) {
+                Ok((record, line, hash)) => {
+                    places.push(Place {
+                        offset: before + lines.len() as u64,
+                        length: line.len(),
+                    });
+                    lines.extend_from_slice(line.as_bytes());
+                    lines.push(b'\n');
+                    Ok(Appended { record, hash })
+                }
+                Err(error) => Err(AppendError::Refused(error.to_string())),
             });
-            lines.extend_from_slice(line.as_bytes());
-            lines.push(b'\n');
-            appended.push(Appended { record, hash });
         }
-        let path = self.files.log_path();
-        if let Err(error) = disk::append_durably(&mut self.file, &path, &lines) {
-            // Take back what may have been written of the group, so that the log stays whole.
-            self.file.set_len(before)?;
-            self.file.sync_all()?;
-            return Err(error);
-        }
+        disk::append_durably(&mut self.file, &self.files.log_path(), &lines)?;
         self.chain = chain;
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-        for (appended, place) in appended.iter().zip(places) {
+        for (appended, place) in results
+            .iter()
+            .filter_map(|result| result.as_ref().ok())
+            .zip(places)
+        {
             index.add(&appended.record, place);
         }
         drop(index);
-        self.write_checkpoint()?;
-        Ok(appended)
+        // The records are on disk, whatever becomes of the checkpoint; it is written again with the next group.
+        let checkpoint = self.write_checkpoint();
+        self.has_checkpoint = checkpoint.is_ok();
+        if let Err(error) = checkpoint {
+            tracing::error!(%error, "cannot write the checkpoint of the decision log");
+        }
+        Ok(results)
     }
 
     fn write_checkpoint(&self) -> io::Result<()> {

@@ -25,7 +25,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{book::Book, clock, ingest::locked};
+use crate::{book::Book, clock, ingest::locked, rollouts::View};
 
 /// After this long without a sign a connected agent counts as silent.
 const SILENT_MS: u64 = 10_000;
@@ -217,8 +217,13 @@ impl Metrics {
         self.records.get_or_create(&Kind { r#type: kind }).inc();
     }
 
-    /// Shows a decision.
-    pub fn decided(&self, service: &str, rollout: &str, outcome: &Outcome, before: Option<&Outcome>) {
+    /// Shows a decision as it is published: an approval that is held back is a HOLD here too.
+    pub fn decided(&self, view: &View, outcome: &Outcome, before: Option<&Outcome>) {
+        let (service, rollout) = (view.service.as_str(), view.id.as_str());
+        let shown = Verdict::ALL
+            .into_iter()
+            .find(|verdict| verdict.as_str() == view.verdict);
+        let shown = shown.unwrap_or(Verdict::Hold);
         let label = || RolloutLabel {
             service: service.to_owned(),
             rollout: rollout.to_owned(),
@@ -226,7 +231,7 @@ impl Metrics {
         self.decisions
             .get_or_create(&ServiceVerdict {
                 service: service.to_owned(),
-                verdict: outcome.verdict.as_str(),
+                verdict: shown.as_str(),
             })
             .inc();
         self.score.get_or_create(&label()).set(ratio(outcome.score_ppm));
@@ -237,7 +242,7 @@ impl Metrics {
                     rollout: rollout.to_owned(),
                     verdict: verdict.as_str(),
                 })
-                .set(i64::from(verdict == outcome.verdict));
+                .set(i64::from(verdict == shown));
         }
         for state in TENANT_STATES {
             self.tenants

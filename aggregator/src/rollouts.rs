@@ -97,8 +97,9 @@ struct Shared {
 struct Handle {
     key: String,
     service: String,
-    commands: mpsc::Sender<Command>,
-    view: watch::Receiver<Arc<View>>,
+    /// The owner's inbox, if it has an owner.
+    commands: Option<mpsc::Sender<Command>>,
+    view: Arc<watch::Sender<Arc<View>>>,
 }
 
 /// A rollout as the log tells it.
@@ -174,7 +175,7 @@ impl Rollouts {
         }
         if let Some(end) = end {
             view.end(&end);
-            self.insert(&start, view, None);
+            self.keep(&start, None, view);
             return Ok(());
         }
         let mut replay = Replay::default();
@@ -208,6 +209,15 @@ impl Rollouts {
                 take(&read.record);
             }
         }
+        let policy_window = self.0.policies.get(&start.service).map(Policy::window_ms);
+        if policy_window != Some(start.window_ms) {
+            problem.get_or_insert(format!(
+                "it was begun with windows of {} ms, and the policy of {} now has {}",
+                start.window_ms,
+                start.service,
+                policy_window.map_or_else(|| "none".to_owned(), |ms| format!("{ms} ms"))
+            ));
+        }
         let Some(judged) = replay.remove(&start.rollout).filter(|_| problem.is_none()) else {
             let problem = problem.unwrap_or_else(|| "it has no judge".to_owned());
             tracing::error!(
@@ -216,10 +226,10 @@ impl Rollouts {
                 "rollout cannot be continued; it stays on HOLD"
             );
             view.broken(&problem);
-            self.insert(&start, view, None);
+            self.keep(&start, None, view);
             return Ok(());
         };
-        let owner = Owner::new(start.clone(), judged, view, shared.clone());
+        let owner = Owner::new(judged, view, shared.clone());
         tracing::info!(
             rollout = start.rollout,
             window = owner.next_window(),
@@ -231,26 +241,34 @@ impl Rollouts {
 
     fn spawn(&self, start: &RolloutStart, owner: Owner) {
         let (commands, inbox) = mpsc::channel(8);
-        let (publish, view) = watch::channel(owner.view());
-        self.keep(start, commands, view);
-        tokio::spawn(owner.run(inbox, publish));
+        let publish = self.keep(start, Some(commands), (*owner.view()).clone());
+        let rollout = start.rollout.clone();
+        let running = tokio::spawn(owner.run(inbox, Arc::clone(&publish)));
+        tokio::spawn(async move {
+            // A verdict that nobody stands behind any more must not stay up.
+            if running.await.is_err_and(|error| error.is_panic()) {
+                tracing::error!(rollout, "the rollout's owner has failed");
+                publish.send_modify(|view| Arc::make_mut(view).broken("its owner has failed"));
+            }
+        });
     }
 
-    fn insert(&self, start: &RolloutStart, view: View, commands: Option<mpsc::Sender<Command>>) {
-        let (_, view) = watch::channel(Arc::new(view));
-        // A closed channel: nobody owns an ended rollout.
-        let commands = commands.unwrap_or_else(|| mpsc::channel(1).0);
-        self.keep(start, commands, view);
-    }
-
-    fn keep(&self, start: &RolloutStart, commands: mpsc::Sender<Command>, view: watch::Receiver<Arc<View>>) {
+    /// Keeps a rollout; one without commands has no owner.
+    fn keep(
+        &self,
+        start: &RolloutStart,
+        commands: Option<mpsc::Sender<Command>>,
+        view: View,
+    ) -> Arc<watch::Sender<Arc<View>>> {
+        let publish = Arc::new(watch::Sender::new(Arc::new(view)));
         let handle = Handle {
             key: start.key.clone(),
             service: start.service.clone(),
             commands,
-            view,
+            view: Arc::clone(&publish),
         };
         self.handles_mut().insert(start.rollout.clone(), handle);
+        publish
     }
 
     fn handles(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Handle>> {
@@ -283,6 +301,7 @@ impl Rollouts {
             ("canary_version", Some(&request.canary_version)),
             ("baseline_version", request.baseline_version.as_ref()),
             ("key", request.key.as_ref()),
+            ("actor", request.actor.as_ref()),
         ] {
             if let Some(name) = name {
                 check_name(name.as_bytes())
@@ -308,7 +327,12 @@ impl Rollouts {
             && let Some(handle) = self.handles().values().find(|handle| handle.key == *key)
         {
             let view = handle.view.borrow().clone();
-            if view.service != request.service || view.canary_version != request.canary_version {
+            let asked = (
+                &request.service,
+                &request.canary_version,
+                &request.baseline_version,
+            );
+            if asked != (&view.service, &view.canary_version, &view.baseline_version) {
                 return Err(RolloutError::Conflict(format!(
                     "the key {key:?} belongs to rollout {} of {} {}; use a new key",
                     view.id, view.service, view.canary_version
@@ -335,8 +359,12 @@ impl Rollouts {
             .await?;
         let judge = v1::Judge::new(policy.clone(), Some(start.max_windows))
             .map_err(|error| RolloutError::Invalid(error.to_string()))?;
-        let judged = coalmine_judge::replay::Judged { judge, outcome: None };
-        let owner = Owner::new(start.clone(), judged, View::new(&start), self.0.shared.clone());
+        let judged = coalmine_judge::replay::Judged {
+            start: start.clone(),
+            judge,
+            outcome: None,
+        };
+        let owner = Owner::new(judged, View::new(&start), self.0.shared.clone());
         let view = owner.view();
         self.spawn(&start, owner);
         self.forget();
@@ -398,14 +426,41 @@ impl Rollouts {
         if handle.view.borrow().state == State::Ended {
             return Ok(handle.view.borrow().clone());
         }
+        let Some(commands) = handle.commands.as_ref().filter(|commands| !commands.is_closed()) else {
+            return self.end_without_owner(id, &handle, actor, reason).await;
+        };
         let (reply, answer) = oneshot::channel();
-        let ended = RolloutError::Conflict(format!("rollout {id} cannot be ended: it has no owner"));
-        handle
-            .commands
+        let stopping =
+            || RolloutError::Conflict(format!("rollout {id} cannot be ended while the server stops"));
+        commands
             .send(Command::End { actor, reason, reply })
             .await
-            .map_err(|_| ended.clone())?;
-        answer.await.map_err(|_| ended)??;
+            .map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())??;
+        Ok(handle.view.borrow().clone())
+    }
+
+    /// A rollout that cannot be judged any more can still be ended.
+    async fn end_without_owner(
+        &self,
+        id: &str,
+        handle: &Handle,
+        actor: String,
+        reason: String,
+    ) -> Result<Arc<View>, RolloutError> {
+        let verdict = handle.view.borrow().verdict.clone();
+        let end = RolloutEnd {
+            rollout: id.to_owned(),
+            actor,
+            reason,
+            verdict,
+        };
+        self.0
+            .shared
+            .ledger
+            .append(Body::End(end.clone()), Vec::new())
+            .await?;
+        handle.view.send_modify(|view| Arc::make_mut(view).end(&end));
         Ok(handle.view.borrow().clone())
     }
 
@@ -439,6 +494,31 @@ impl Rollouts {
         let open = handles.values().filter(|handle| handle.service == service);
         open.filter_map(|handle| handle.view.borrow().waits_for_ms).min()
     }
+}
+
+/// Of each service, the slot that its open rollout waits for.
+pub fn waiting(ledger: &Ledger) -> Result<BTreeMap<String, u64>, String> {
+    let mut open: BTreeMap<String, (RolloutStart, u64)> = BTreeMap::new();
+    let read = ledger.files.scan(|record, _, _| match record.body {
+        Body::Rollout(start) => {
+            open.insert(start.rollout.clone(), (start, 0));
+        }
+        Body::Decision(decision) => {
+            if let Some((_, windows)) = open.get_mut(&decision.rollout) {
+                *windows = decision.window;
+            }
+        }
+        Body::End(end) => {
+            open.remove(&end.rollout);
+        }
+        Body::LogStart { .. } => {}
+    });
+    read.map_err(|error| error.to_string())?;
+    let slot = |(start, windows): (RolloutStart, u64)| {
+        let passed = windows.saturating_mul(start.window_ms);
+        (start.service, start.start_ms.saturating_add(passed))
+    };
+    Ok(open.into_values().map(slot).collect())
 }
 
 /// What a rollout compares.

@@ -103,20 +103,10 @@ pub struct Settings {
     )]
     pub log_name: String,
     /// Seconds after a window's end that its agents may still report
-    #[arg(
-        long,
-        env = "COALMINE_GRACE_SECONDS",
-        default_value_t = 10,
-        value_name = "SECONDS"
-    )]
+    #[arg(long, env = "COALMINE_GRACE_SECONDS", default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub grace_seconds: u64,
     /// Seconds without a sign after which an agent is no longer expected
-    #[arg(
-        long,
-        env = "COALMINE_FORGET_SECONDS",
-        default_value_t = 60,
-        value_name = "SECONDS"
-    )]
+    #[arg(long, env = "COALMINE_FORGET_SECONDS", default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub forget_seconds: u64,
     /// Form of the log lines
     #[arg(long, env = "COALMINE_LOG", default_value = "text", value_name = "FORM")]
@@ -242,9 +232,13 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     for (service, policy) in &policies {
         book.set_slot(service, policy.window_ms());
     }
+    // Windows that were judged already are counted again, and need no place.
+    let waiting = rollouts::waiting(&opened.ledger).map_err(|error| failed(&error))?;
+    book.keep_only(started_ms, &waiting);
     let mut rebuild = Rebuild::default();
     let store = Store::open(&settings.data, |entry| rebuild.take(&mut book, entry, started_ms))
         .map_err(|error| failed(&error))?;
+    book.judged(&waiting);
     if rebuild.refused > 0 {
         tracing::error!(
             entries = rebuild.refused,

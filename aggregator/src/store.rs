@@ -20,7 +20,8 @@ use std::{
     fs::File,
     io::{self, BufReader, Read as _},
     path::{Path, PathBuf},
-    sync::mpsc::{self, SyncSender},
+    sync::mpsc::{self, Sender},
+    time::Duration,
 };
 
 use coalmine_proto::v1::{Bye, Hello, WindowBatch};
@@ -31,8 +32,8 @@ use crate::disk::{self, DiskError};
 /// Largest frame, in bytes; a message of the protocol is smaller.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
 
-/// Jobs that may wait for the writer.
-const QUEUE: usize = 4_096;
+/// How long to wait before a write that the disk refused is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 
 const HEADER_BYTES: usize = 12;
 
@@ -105,18 +106,18 @@ type Done = Box<dyn FnOnce() + Send>;
 /// The write-ahead log of windows.
 #[derive(Debug, Clone)]
 pub struct Store {
-    queue: SyncSender<Job>,
+    queue: Sender<Job>,
 }
 
 struct Job {
-    frame: Vec<u8>,
+    entry: Entry,
     done: Done,
 }
 
 impl std::fmt::Debug for Job {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Job")
-            .field("bytes", &self.frame.len())
+            .field("entry", &self.entry)
             .finish_non_exhaustive()
     }
 }
@@ -139,7 +140,7 @@ impl Store {
             file.sync_all().map_err(fail)?;
         }
         disk::sync_directory(&path).map_err(fail)?;
-        let (queue, jobs) = mpsc::sync_channel(QUEUE);
+        let (queue, jobs) = mpsc::channel();
         let thread_path = path.clone();
         std::thread::Builder::new()
             .name("windows".to_owned())
@@ -148,11 +149,12 @@ impl Store {
         Ok(Self { queue })
     }
 
-    /// Appends an entry; `done` is called when it is on disk. Waits while the writer is behind, which slows the
-    /// agent down: the queue is the back-pressure.
-    pub fn append(&self, entry: &Entry, done: impl FnOnce() + Send + 'static) {
+    /// Appends an entry; `done` is called when it is on disk. Never waits, so that it may be called while the book
+    /// is locked: entries stand in the log in the order in which they were applied. What may queue up is bounded
+    /// by the number of batches that an agent may send ahead.
+    pub fn append(&self, entry: Entry, done: impl FnOnce() + Send + 'static) {
         let job = Job {
-            frame: entry.encode(),
+            entry,
             done: Box::new(done),
         };
         // The writer ends only with the process.
@@ -165,12 +167,12 @@ fn run(mut file: File, path: &Path, jobs: &mpsc::Receiver<Job>) {
     while let Some(group) = disk::next_group(jobs) {
         bytes.clear();
         for job in &group {
-            bytes.extend_from_slice(&job.frame);
+            bytes.extend_from_slice(&job.entry.encode());
         }
-        if let Err(error) = disk::append_durably(&mut file, path, &bytes) {
-            // A part of a frame may stand in the file; only a restart can tell. The agents still hold the windows.
-            tracing::error!(%error, path = %path.display(), "cannot write windows; exiting, the agents keep them");
-            std::process::exit(1);
+        // A full disk is no reason to stop judging: the agents keep what is not acknowledged.
+        while let Err(error) = disk::append_durably(&mut file, path, &bytes) {
+            tracing::error!(%error, path = %path.display(), "cannot write windows; the agents keep them, trying again");
+            std::thread::sleep(RETRY);
         }
         for job in group {
             (job.done)();
@@ -259,7 +261,7 @@ mod tests {
         let (tell, told) = mpsc::channel();
         for entry in &written {
             let tell = tell.clone();
-            store.append(entry, move || tell.send(()).unwrap());
+            store.append(entry.clone(), move || tell.send(()).unwrap());
         }
         written.iter().for_each(|_| told.recv().unwrap());
         written

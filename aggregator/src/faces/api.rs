@@ -59,7 +59,11 @@ async fn start(
 ) -> Result<impl IntoResponse, Problem> {
     let Json(request) = request.map_err(|error| Problem::new(error.status(), error.body_text()))?;
     let version = request.canary_version.clone();
-    let (view, new) = faces.rollouts.start(request).await?;
+    // A caller that goes away must not leave half a start behind.
+    let rollouts = faces.rollouts.clone();
+    let started = tokio::spawn(async move { rollouts.start(request).await }).await;
+    let (view, new) =
+        started.map_err(|error| Problem::internal("the rollout cannot be started", &error))??;
     let warnings = missing_version(&faces, &view.service, &version);
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     let location = format!("/v1/rollouts/{}", view.id);

@@ -8,9 +8,9 @@ use std::{
 
 use coalmine_judge::{
     evidence::Window,
-    record::{Body, Decision, Hash, RolloutEnd, RolloutStart, Step},
-    replay::{Judged, anomalies},
-    v1::{Judge, Outcome},
+    record::{Body, Decision, RolloutEnd, RolloutStart, Step},
+    replay::{Finding, Judged},
+    v1::{Judge, Outcome, Verdict},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -23,11 +23,14 @@ use crate::{
     book::Comparison,
     clock,
     ingest::locked,
-    ledger::{AppendError, Blob},
+    ledger::{AppendError, Appended, Blob},
 };
 
 /// How often a slot's deadline is looked at when nothing else happens.
 const TICK: Duration = Duration::from_millis(100);
+
+/// How long a decision waits for the log before it is shown without.
+const RECORD_WITHIN: Duration = Duration::from_secs(2);
 
 /// Decisions that may wait for a log that cannot be written; then judging pauses.
 const MAX_PENDING: usize = 1_000;
@@ -46,10 +49,21 @@ pub(super) enum Command {
 enum Event {
     /// A slot is complete, or late enough.
     Slot,
+    /// The log may have answered, or may be tried again.
+    Record,
     /// Somebody asks for something.
     Command(Command),
     /// Nobody can ask any more: the server stops.
     Closed,
+}
+
+/// A decision on its way into the log.
+#[derive(Debug)]
+struct Pending {
+    decision: Decision,
+    blobs: Vec<Blob>,
+    /// The log's answer, while it is awaited.
+    answer: Option<oneshot::Receiver<Result<Appended, AppendError>>>,
 }
 
 /// A rollout and its state.
@@ -62,15 +76,15 @@ pub(super) struct Owner {
     view: View,
     shared: Shared,
     /// Decisions that are not in the log yet, in order.
-    pending: VecDeque<(Decision, Vec<Blob>)>,
+    pending: VecDeque<Pending>,
     broken: bool,
 }
 
 impl Owner {
-    pub(super) fn new(start: RolloutStart, judged: Judged, view: View, shared: Shared) -> Self {
+    pub(super) fn new(judged: Judged, view: View, shared: Shared) -> Self {
         let owner = Self {
-            comparison: comparison(&start),
-            start,
+            comparison: comparison(&judged.start),
+            start: judged.start,
             judge: judged.judge,
             outcome: judged.outcome,
             view,
@@ -79,10 +93,7 @@ impl Owner {
             broken: false,
         };
         if let Some(outcome) = &owner.outcome {
-            owner
-                .shared
-                .metrics
-                .decided(&owner.start.service, &owner.start.rollout, outcome, None);
+            owner.shared.metrics.decided(&owner.view, outcome, None);
         }
         owner
     }
@@ -100,10 +111,16 @@ impl Owner {
         self.start.start_ms + (self.next_window() - 1) * self.start.window_ms
     }
 
-    pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Command>, publish: watch::Sender<Arc<View>>) {
+    pub(super) async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Command>,
+        publish: Arc<watch::Sender<Arc<View>>>,
+    ) {
         loop {
-            match self.select(&mut inbox).await {
+            let event = self.select(&mut inbox).await;
+            match event {
                 Event::Slot => self.judge_slot().await,
+                Event::Record => self.record().await,
                 Event::Command(Command::End { actor, reason, reply }) => {
                     let result = self.end(actor, reason).await;
                     let ended = result.is_ok();
@@ -122,18 +139,22 @@ impl Owner {
 
     /// Waits for the next thing to do.
     async fn select(&self, inbox: &mut mpsc::Receiver<Command>) -> Event {
-        let idle = self.view.state == State::Halted && self.pending.is_empty();
+        let judging = self.view.state != State::Halted && !self.broken && self.pending.len() < MAX_PENDING;
         loop {
             let news = self.shared.news.notified();
             tokio::pin!(news);
             news.as_mut().enable();
-            if !idle && !self.broken && self.is_ready() {
+            if judging && self.is_ready() {
                 return Event::Slot;
             }
             tokio::select! {
                 command = inbox.recv() => return command.map_or(Event::Closed, Event::Command),
                 () = &mut news => {}
-                () = tokio::time::sleep(TICK) => {}
+                () = tokio::time::sleep(TICK) => {
+                    if !self.pending.is_empty() {
+                        return Event::Record;
+                    }
+                }
             }
         }
     }
@@ -145,77 +166,92 @@ impl Owner {
     /// Freezes the next slot, judges it, records the decision and shows it.
     async fn judge_slot(&mut self) {
         let begun = Instant::now();
-        if self.view.state != State::Halted && self.pending.len() < MAX_PENDING {
-            let window = locked(&self.shared.book).freeze(
-                &self.comparison,
-                self.next_slot_ms(),
-                self.next_window(),
-                clock::now_ms(),
-            );
-            let frozen = begun.elapsed();
-            let judging = Instant::now();
-            match self.judge.step(&window) {
-                Ok(outcome) => {
-                    let judged = judging.elapsed();
-                    match self.decide(&window, &outcome, frozen, judged) {
-                        Ok(decision) => self.pending.push_back(decision),
-                        Err(error) => return self.fail(&error.to_string()),
-                    }
-                    let before = self.outcome.replace(outcome);
-                    if let Some(outcome) = &self.outcome {
-                        let (service, rollout) = (&self.start.service, &self.start.rollout);
-                        self.shared
-                            .metrics
-                            .decided(service, rollout, outcome, before.as_ref());
-                    }
-                }
-                Err(error) => return self.fail(&error.to_string()),
-            }
+        let window = locked(&self.shared.book).freeze(
+            &self.comparison,
+            self.next_slot_ms(),
+            self.next_window(),
+            clock::now_ms(),
+        );
+        let frozen = begun.elapsed();
+        let judging = Instant::now();
+        let outcome = match self.judge.step(&window) {
+            Ok(outcome) => outcome,
+            Err(error) => return self.fail(&error.to_string()),
+        };
+        let judged = judging.elapsed();
+        match self.decide(&window, &outcome, frozen, judged) {
+            Ok((decision, blobs)) => self.pending.push_back(Pending {
+                decision,
+                blobs,
+                answer: None,
+            }),
+            Err(error) => return self.fail(&error.to_string()),
         }
+        let before = self.outcome.replace(outcome);
         self.record().await;
+        if let Some(outcome) = &self.outcome {
+            self.shared.metrics.decided(&self.view, outcome, before.as_ref());
+        }
         self.shared
             .metrics
             .decision_seconds
             .observe(begun.elapsed().as_secs_f64());
     }
 
-    /// Writes what is pending, in order, and shows the newest decision as recorded or not.
+    /// Writes what is pending, in order, and shows the newest decision as recorded or not. Waits for the log only
+    /// for a while: HOLD and ROLLBACK take effect without it, APPROVE does not.
     async fn record(&mut self) {
-        while let Some((decision, blobs)) = self.pending.front().cloned() {
-            self.view.decision(&decision);
-            match self
-                .shared
-                .ledger
-                .append(Body::Decision(Box::new(decision.clone())), blobs)
-                .await
-            {
-                Ok(appended) => {
-                    self.view.recorded_decision(&decision, &appended.hash.to_string());
-                    self.pending.pop_front();
-                    tracing::info!(
-                        rollout = decision.rollout,
-                        window = decision.window,
-                        verdict = decision.verdict,
-                        score_ppm = decision.score_ppm,
-                        reason = decision.reason,
-                        "decision recorded"
-                    );
-                }
-                Err(error) => return self.unrecorded(&error).await,
+        while let Some(pending) = self.pending.front_mut() {
+            let ledger = &self.shared.ledger;
+            let answer = pending.answer.get_or_insert_with(|| {
+                ledger.submit(
+                    Body::Decision(Box::new(pending.decision.clone())),
+                    pending.blobs.clone(),
+                )
+            });
+            let answer = match tokio::time::timeout(RECORD_WITHIN, answer).await {
+                Ok(answer) => answer.unwrap_or(Err(AppendError::Closed)),
+                // Still on its way: what was submitted is not submitted again.
+                Err(_) => return self.unrecorded("the decision log does not answer"),
+            };
+            pending.answer = None;
+            match answer {
+                Ok(appended) => self.recorded(&appended.hash.to_string()),
+                Err(error) => return self.unrecorded(&error.to_string()),
             }
         }
     }
 
-    /// HOLD and ROLLBACK take effect without a log; APPROVE does not.
-    async fn unrecorded(&mut self, error: &AppendError) {
-        for (decision, _) in &mut self.pending {
-            decision.late = true;
+    fn recorded(&mut self, hash: &str) {
+        if let Some(Pending { decision, .. }) = self.pending.pop_front() {
+            tracing::info!(
+                rollout = decision.rollout,
+                window = decision.window,
+                verdict = decision.verdict,
+                score_ppm = decision.score_ppm,
+                reason = decision.reason,
+                "decision recorded"
+            );
+            self.view.recorded_decision(&decision, hash);
         }
-        if let Some((newest, _)) = self.pending.back() {
-            self.view.decision(newest);
+    }
+
+    /// Shows the newest decision although the log does not have it.
+    fn unrecorded(&mut self, error: &str) {
+        tracing::error!(
+            rollout = self.start.rollout,
+            pending = self.pending.len(),
+            error,
+            "decision not recorded yet"
+        );
+        for pending in self.pending.iter_mut().filter(|pending| pending.answer.is_none()) {
+            // An approval that is held back has no effect, so it is not recorded late.
+            pending.decision.late = pending.decision.verdict != Verdict::Approve.as_str();
         }
-        self.view.unrecorded(&error.to_string());
-        tokio::time::sleep(TICK).await;
+        if let Some(newest) = self.pending.back() {
+            self.view.decision(&newest.decision);
+        }
+        self.view.unrecorded(error);
     }
 
     fn fail(&mut self, problem: &str) {
@@ -231,41 +267,41 @@ impl Owner {
         frozen: Duration,
         judged: Duration,
     ) -> Result<(Decision, Vec<Blob>), AppendError> {
-        let evidence = Blob::pack(window.to_json().as_bytes())?;
-        let result = outcome.to_json();
+        let line = window.to_json();
+        // What could not be read back must not be written.
+        Window::from_json(&line).map_err(|error| AppendError::Refused(format!("the evidence: {error}")))?;
+        let evidence = Blob::pack(line.as_bytes())?;
+        let finding = Finding::of(outcome);
         let now_ms = clock::now_ms();
-        let all = anomalies(outcome);
-        let detected = outcome
-            .units
-            .iter()
-            .filter(|report| report.state.is_trouble())
-            .count() as u64;
-        let digest = Hash::of(result.as_bytes());
         let decision = Decision {
             id: format!("{}-{}", self.start.rollout, outcome.window),
-            execution_id: format!("canary-{}-{:.5}", clock::rfc3339(now_ms), digest.to_string()),
+            execution_id: format!(
+                "canary-{}-{:.5}",
+                clock::rfc3339(now_ms),
+                finding.outcome.to_string()
+            ),
             task: "orchestrate_canary_health_checks".to_owned(),
             rollout: self.start.rollout.clone(),
             service: self.start.service.clone(),
             canary_version: self.start.canary_version.clone(),
-            window: outcome.window,
-            verdict: outcome.verdict.as_str().to_owned(),
-            score_ppm: outcome.score_ppm,
-            confidence_ppm: outcome.confidence_ppm,
-            reason: outcome.reason.clone(),
-            worst: view::worst(outcome),
-            anomalies: all,
-            anomalies_detected: detected,
-            traffic_ppm: outcome.traffic_ppm,
-            agents_ppm: outcome.agents_ppm,
-            tenants_checked: outcome.tenants.total(),
+            steps: self.steps(window, outcome, frozen, judged, finding.anomalies_detected),
+            window: finding.window,
+            verdict: finding.verdict,
+            score_ppm: finding.score_ppm,
+            confidence_ppm: finding.confidence_ppm,
+            reason: finding.reason,
+            worst: finding.worst,
+            anomalies: finding.anomalies,
+            anomalies_detected: finding.anomalies_detected,
+            traffic_ppm: finding.traffic_ppm,
+            agents_ppm: finding.agents_ppm,
+            tenants_checked: finding.tenants_checked,
+            outcome: finding.outcome,
             evidence: evidence.digest,
             policy: self.start.policy,
-            outcome: digest,
             judge: self.start.judge.clone(),
             build: BUILD.to_owned(),
             late: false,
-            steps: self.steps(window, outcome, frozen, judged, detected),
         };
         Ok((decision, vec![evidence]))
     }
@@ -363,6 +399,13 @@ impl Owner {
 
     async fn end(&mut self, actor: String, reason: String) -> Result<(), RolloutError> {
         self.record().await;
+        if !self.pending.is_empty() {
+            let problem = format!(
+                "{} decisions are not in the log yet; try again",
+                self.pending.len()
+            );
+            return Err(AppendError::Disk(problem).into());
+        }
         let end = RolloutEnd {
             rollout: self.start.rollout.clone(),
             actor,

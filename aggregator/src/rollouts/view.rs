@@ -2,7 +2,6 @@
 
 use coalmine_judge::{
     record::{Anomaly, Decision, RolloutEnd, RolloutStart},
-    replay::anomaly,
     v1::{self, Outcome, Unit},
 };
 use serde::Serialize;
@@ -160,6 +159,7 @@ impl View {
             self.confidence_ppm = None;
             self.reason = format!("APPROVE is held back: {error}");
         }
+        self.recorded = false;
     }
 
     /// Shows that the rollout cannot go on.
@@ -180,12 +180,7 @@ impl View {
     }
 }
 
-/// The worst unit of an outcome, as a record has it.
-pub(super) fn worst(outcome: &Outcome) -> Option<Anomaly> {
-    outcome.worst.as_ref().map(anomaly)
-}
-
-/// The unit's name in a sentence.
+/// The tenant that is suspected most.
 pub(super) fn tenant_of(outcome: &Outcome) -> Option<&str> {
     match &outcome.worst.as_ref()?.unit {
         Unit::Tenant(name) => Some(name.as_str()),

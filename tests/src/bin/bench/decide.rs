@@ -142,7 +142,7 @@ impl Rollout {
         for arm in Arm::ALL {
             book.introduce(&introduction(arm), 1 + arm as u64, START_MS);
         }
-        let numbers = (0..tenants).map(|number| Ok(book.intern(SERVICE, &tenant_name(number)?)?));
+        let numbers = (0..tenants).map(|number| Ok(book.intern(SERVICE, &tenant_name(number)?)));
         let opened = Ledger::open(data, "coalmine/bench", Arc::new(Metrics::new()))?;
         Ok(Self {
             traffic: Traffic::new(5, 20.0, 0.45),
@@ -251,6 +251,7 @@ fn introduction(arm: Arm) -> Introduction {
             version: format!("{arm}-1"),
         },
         epoch: 1,
+        first_seq: 1,
     }
 }
 
