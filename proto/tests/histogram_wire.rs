@@ -254,7 +254,7 @@ fn the_otel_form_is_dense_and_carries_the_overflow_above_the_range() {
         (only_overflow.offset, only_overflow.bucket_counts),
         (112, vec![9])
     );
-    assert_eq!(Histogram::new().to_otel().bucket_counts, []);
+    assert_eq!(Histogram::new().to_otel().bucket_counts, Vec::<u64>::new());
 }
 
 #[test]

@@ -233,7 +233,10 @@ fn questions_to_a_server() {
         started.json()["warnings"][0]
             .as_str()
             .unwrap()
-            .contains("no canary agent reports version v9"), "{}", started.body);
+            .contains("no canary agent reports version v9"),
+        "{}",
+        started.body
+    );
     let again = aggregator.post(
         "/v1/rollouts",
         &json!({ "service": "checkout", "canary_version": "v9", "key": "k1" }),
@@ -356,7 +359,10 @@ fn agents() {
     let said = eventually("the agent says that it has no aggregator", || {
         Some(agent.said()).filter(|said| said.contains("WARN"))
     });
-    assert!(said.contains("no-such-host.invalid") && said.contains("--aggregator"), "{said}");
+    assert!(
+        said.contains("no-such-host.invalid") && said.contains("--aggregator"),
+        "{said}"
+    );
     assert_eq!(get(admin, "/readyz").unwrap().status, 200);
     assert!(agent.terminate().success());
 }

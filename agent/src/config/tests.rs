@@ -1,3 +1,5 @@
+//! Tests of the configuration.
+
 use super::*;
 
 const GOOD: &[&str] = &[

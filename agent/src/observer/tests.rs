@@ -1,3 +1,5 @@
+//! Tests of the observer.
+
 use coalmine_proto::names::Outcome::{self, *};
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Tests of the recorder.
+
 use super::*;
 use crate::tenant::Header;
 

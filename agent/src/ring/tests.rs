@@ -1,3 +1,5 @@
+//! Tests of the ring.
+
 use coalmine_proto::{
     histogram::Histogram,
     names::{Outcome, Outcomes, TenantName},

@@ -276,6 +276,8 @@ pub struct Decision {
     pub reason: String,
     /// The unit with the lowest score, if one is suspected.
     pub worst: Option<Anomaly>,
+    /// The tenant to look at first, if anything is suspected.
+    pub worst_tenant: Option<String>,
     /// What is not in order, worst first, at most [`MAX_ANOMALIES`].
     pub anomalies: Vec<Anomaly>,
     /// How many anomalies there were.

@@ -166,6 +166,8 @@ pub struct Finding {
     pub reason: String,
     /// The unit with the lowest score.
     pub worst: Option<Anomaly>,
+    /// The tenant to look at first.
+    pub worst_tenant: Option<String>,
     /// What is not in order.
     pub anomalies: Vec<Anomaly>,
     /// How many anomalies there were.
@@ -190,6 +192,10 @@ impl Finding {
             confidence_ppm: outcome.confidence_ppm,
             reason: outcome.reason.clone(),
             worst: outcome.worst.as_ref().map(anomaly),
+            worst_tenant: outcome
+                .worst_tenant
+                .as_ref()
+                .map(|tenant| tenant.as_str().to_owned()),
             anomalies: anomalies(outcome),
             anomalies_detected: outcome
                 .units
@@ -212,6 +218,7 @@ impl Finding {
             confidence_ppm: decision.confidence_ppm,
             reason: decision.reason.clone(),
             worst: decision.worst.clone(),
+            worst_tenant: decision.worst_tenant.clone(),
             anomalies: decision.anomalies.clone(),
             anomalies_detected: decision.anomalies_detected,
             traffic_ppm: decision.traffic_ppm,
@@ -223,7 +230,7 @@ impl Finding {
 
     /// The first field that differs, with both values.
     fn difference(&self, replayed: &Self) -> Option<String> {
-        let fields: [(&str, &dyn Debug, &dyn Debug, bool); 12] = [
+        let fields: [(&str, &dyn Debug, &dyn Debug, bool); 13] = [
             (
                 "window",
                 &self.window,
@@ -259,6 +266,12 @@ impl Finding {
                 &self.worst,
                 &replayed.worst,
                 self.worst == replayed.worst,
+            ),
+            (
+                "worst_tenant",
+                &self.worst_tenant,
+                &replayed.worst_tenant,
+                self.worst_tenant == replayed.worst_tenant,
             ),
             (
                 "anomalies",

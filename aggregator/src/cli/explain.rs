@@ -54,10 +54,10 @@ pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Fai
         if let Body::Decision(decision) = &record.body
             && decision.id == id
         {
-            let thresholds = decision.worst.as_ref().and_then(|worst| {
-                let tenant = worst.unit.strip_prefix("tenant:")?;
-                replay.judged(&decision.rollout)?.judge.thresholds(tenant)
-            });
+            let thresholds = decision
+                .worst_tenant
+                .as_ref()
+                .and_then(|tenant| replay.judged(&decision.rollout)?.judge.thresholds(tenant));
             found = Some((record.clone(), hash, replayed, thresholds));
         }
     });

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     RolloutError, Shared, comparison,
-    view::{self, State, View},
+    view::{State, View},
 };
 use crate::{
     BUILD,
@@ -291,6 +291,7 @@ impl Owner {
             confidence_ppm: finding.confidence_ppm,
             reason: finding.reason,
             worst: finding.worst,
+            worst_tenant: finding.worst_tenant,
             anomalies: finding.anomalies,
             anomalies_detected: finding.anomalies_detected,
             traffic_ppm: finding.traffic_ppm,
@@ -367,7 +368,7 @@ impl Owner {
                     "score {} ppm, threshold {} ppm, {}",
                     outcome.score_ppm,
                     policy.rollout.rollback_threshold.ppm,
-                    view::tenant_of(outcome).map_or_else(
+                    outcome.worst_tenant.as_ref().map_or_else(
                         || "no tenant suspected".to_owned(),
                         |tenant| format!("worst tenant {tenant}")
                     )

@@ -2,7 +2,7 @@
 
 use coalmine_judge::{
     record::{Anomaly, Decision, RolloutEnd, RolloutStart},
-    v1::{self, Outcome, Unit},
+    v1,
 };
 use serde::Serialize;
 
@@ -53,7 +53,7 @@ pub struct View {
     pub reason: String,
     /// The unit with the lowest score, if one is suspected.
     pub worst: Option<Anomaly>,
-    /// The tenant with the lowest score, if one is suspected.
+    /// The tenant to look at first, if anything is suspected.
     pub worst_tenant: Option<String>,
     /// The decision that this is.
     pub decision_id: Option<String>,
@@ -132,11 +132,7 @@ impl View {
         self.score = f64::from(decision.score_ppm) / 1e6;
         self.reason.clone_from(&decision.reason);
         self.worst.clone_from(&decision.worst);
-        self.worst_tenant = decision
-            .worst
-            .as_ref()
-            .and_then(|worst| worst.unit.strip_prefix("tenant:"))
-            .map(str::to_owned);
+        self.worst_tenant.clone_from(&decision.worst_tenant);
         self.decision_id = Some(decision.id.clone());
         self.decision_hash = None;
         self.recorded = false;
@@ -177,13 +173,5 @@ impl View {
         self.state = State::Ended;
         self.waits_for_ms = None;
         self.ended = Some(end.clone());
-    }
-}
-
-/// The tenant that is suspected most.
-pub(super) fn tenant_of(outcome: &Outcome) -> Option<&str> {
-    match &outcome.worst.as_ref()?.unit {
-        Unit::Tenant(name) => Some(name.as_str()),
-        Unit::Fleet => None,
     }
 }

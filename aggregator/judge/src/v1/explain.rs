@@ -61,6 +61,8 @@ pub(super) struct Findings {
     limits: Thresholds,
     units: Vec<UnitReport>,
     worst: Option<UnitReport>,
+    /// The tenant with the lowest score below 1, whatever its state: where a finding about the fleet comes from.
+    worst_tenant: Option<UnitReport>,
     score_ppm: u32,
     /// Of the tenant being reported: its worst state and score.
     current: (Option<State>, u32),
@@ -91,6 +93,7 @@ impl Findings {
             limits: Thresholds::default_of(policy),
             units: Vec::new(),
             worst: None,
+            worst_tenant: None,
             score_ppm: 1_000_000,
             current: (None, 1_000_000),
             tenants: TenantStates::default(),
@@ -192,11 +195,7 @@ impl Findings {
     /// Reports a unit's evidence against the live baseline; says whether something is not in order.
     pub(super) fn live(&mut self, unit: &Unit, track: &mut Track, limits: Thresholds) -> bool {
         let state = track.state();
-        let seen = if state.is_trouble() {
-            seen_live(track.episode(), limits)
-        } else {
-            String::new()
-        };
+        let seen = || seen_live(track.episode(), limits);
         self.push(unit, Metric::ErrorsLive, state, track, seen)
     }
 
@@ -215,18 +214,34 @@ impl Findings {
         } else {
             state
         };
-        let seen = if state.is_trouble() {
-            seen_sla(metric, track.episode(), limits)
-        } else {
-            String::new()
-        };
+        let seen = || seen_sla(metric, track.episode(), limits);
         self.push(unit, metric, state, track, seen)
     }
 
-    fn push(&mut self, unit: &Unit, metric: Metric, state: State, track: &Track, seen: String) -> bool {
+    fn push(
+        &mut self,
+        unit: &Unit,
+        metric: Metric,
+        state: State,
+        track: &Track,
+        seen: impl Fn() -> String,
+    ) -> bool {
         let bits = track.bits().unwrap_or(0);
         let score_ppm = score(bits, track.budget(), self.theta_ppm, state);
         let trouble = state.is_trouble();
+        let report = || UnitReport {
+            unit: unit.clone(),
+            metric,
+            state,
+            bits,
+            budget: track.budget(),
+            score_ppm,
+            seen: if trouble || score_ppm < 1_000_000 {
+                seen()
+            } else {
+                String::new()
+            },
+        };
         self.score_ppm = self.score_ppm.min(score_ppm);
         if *unit != Unit::Fleet {
             // CLEAR on errors/live is as good as it gets there; it does not take PROVEN away.
@@ -238,19 +253,18 @@ impl Findings {
                 self.current.0 = worst.or(Some(state));
             }
             self.current.1 = self.current.1.min(score_ppm);
+            let lowest = self
+                .worst_tenant
+                .as_ref()
+                .map_or(1_000_000, |worst| worst.score_ppm);
+            if score_ppm < lowest {
+                self.worst_tenant = Some(report());
+            }
         }
         if state == State::Clear {
             return trouble;
         }
-        let report = UnitReport {
-            unit: unit.clone(),
-            metric,
-            state,
-            bits,
-            budget: track.budget(),
-            score_ppm,
-            seen,
-        };
+        let report = report();
         if trouble
             && self
                 .worst
@@ -340,6 +354,12 @@ impl Findings {
             score_ppm: self.score_ppm,
             halted,
             reason,
+            worst_tenant: self.worst.as_ref().and(self.worst_tenant.as_ref()).and_then(
+                |report| match &report.unit {
+                    Unit::Tenant(name) => Some(name.clone()),
+                    Unit::Fleet => None,
+                },
+            ),
             worst: self.worst,
             units: self.units,
             worst_tenants: self.scores,
@@ -354,18 +374,20 @@ impl Findings {
         let alpha = percent(u128::from(self.alpha_ppb));
         match (verdict, &self.worst) {
             (Verdict::Rollback, Some(worst)) => format!(
-                "{}: {}; evidence {} bits of {} needed, which a healthy canary reaches in at most {alpha} of rollouts",
+                "{}: {}{}; evidence {} bits of {} needed, which a healthy canary reaches in at most {alpha} of rollouts",
                 unit_name(&worst.unit),
                 worst.seen,
+                self.where_from(worst),
                 bits_text(worst.bits),
                 bits_text(worst.budget),
             ),
             (Verdict::Hold, Some(worst)) => format!(
-                "{} is {} on {}: {}; evidence {} bits of {} needed to roll back",
+                "{} is {} on {}: {}{}; evidence {} bits of {} needed to roll back",
                 unit_name(&worst.unit),
                 worst.state.as_str(),
                 worst.metric.as_str(),
                 worst.seen,
+                self.where_from(worst),
                 bits_text(worst.bits),
                 bits_text(worst.budget),
             ),
@@ -388,6 +410,16 @@ impl Findings {
                     .join(" and "),
                 percent(u128::from(traffic_ppm) * 1_000),
             ),
+        }
+    }
+
+    /// Of a finding about the fleet: the tenant that it shows in most.
+    fn where_from(&self, worst: &UnitReport) -> String {
+        match (&worst.unit, &self.worst_tenant) {
+            (Unit::Fleet, Some(tenant)) => {
+                format!("; most of it in {}: {}", unit_name(&tenant.unit), tenant.seen)
+            }
+            _ => String::new(),
         }
     }
 

@@ -159,6 +159,9 @@ pub struct Outcome {
     pub reason: String,
     /// The unit with the lowest score, if any is suspected.
     pub worst: Option<UnitReport>,
+    /// The tenant with the lowest score, if anything is suspected: the one to look at, also when it is the fleet
+    /// that is in breach.
+    pub worst_tenant: Option<TenantName>,
     /// The tenants with the lowest scores below 1, worst first, at most ten.
     pub worst_tenants: Vec<(TenantName, u32)>,
     /// Probability that the verdict is right, in parts per million; none for HOLD.

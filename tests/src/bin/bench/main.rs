@@ -3,12 +3,16 @@
 //! Read in this order: [`proxies`] (the agent beside nginx, HAProxy and a bare relay), [`recorder`] (what a
 //! request costs in the agent's tables), [`ingest`] (what a window costs in the aggregator), [`decide`] (what
 //! a decision costs). What they share: [`child`] and [`programs`] (processes that never outlive the run),
-//! [`load`] (the clients), [`cpu`] (what a process or thread has used), [`sample`] (made-up traffic) and
+//! [`aggregator`] (a real one), [`load`] (the clients), [`cpu`] (what a process or thread has used), [`sample`] (made-up traffic) and
 //! [`report`] (medians, tables, budgets).
 //!
 //! Everything is on loopback and in a temporary directory, and bounded in time.
 
-#![allow(clippy::print_stdout, reason = "an entry point: its output is its purpose")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "an entry point: its output is its purpose"
+)]
 
 mod proxies;
 
@@ -106,7 +110,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            println!("bench: {error:#}");
+            eprintln!("bench: {error:#}");
             ExitCode::FAILURE
         }
     }

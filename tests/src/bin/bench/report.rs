@@ -9,6 +9,7 @@ use crate::cpu::Cores;
 pub(crate) struct Report {
     met: usize,
     missed: Vec<String>,
+    left_out: Vec<String>,
 }
 
 /// Median and range of what the rounds gave.
@@ -118,12 +119,23 @@ impl Report {
         [text, if met { "met" } else { "NOT met" }.to_owned()]
     }
 
+    /// Something that the machine does not have, so that its budgets are not held.
+    pub(crate) fn left_out(&mut self, program: &str, package: &str) {
+        let text =
+            format!("{program} is not installed, so its rows are missing; run apt-get install {package}");
+        println!("{text}");
+        self.left_out.push(text);
+    }
+
     /// The last words.
     pub(crate) fn finish(&self, not_measured: &str) {
         self.title("Budgets");
         println!("{} met, {} not met", self.met, self.missed.len());
         for what in &self.missed {
             println!("  NOT met: {what}");
+        }
+        for what in &self.left_out {
+            println!("  NOT held: {what}");
         }
         println!("{not_measured}");
     }

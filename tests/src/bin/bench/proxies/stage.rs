@@ -43,7 +43,7 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    pub(super) async fn start(plan: Plan, directory: &Path, report: &Report) -> anyhow::Result<Self> {
+    pub(super) async fn start(plan: Plan, directory: &Path, report: &mut Report) -> anyhow::Result<Self> {
         let [upstream, relay, agent, agent_admin, nginx, haproxy] = free_addresses()?;
         let (core, load) = (plan.cores.proxy, plan.cores.load);
         let arguments = ["upstream".to_owned(), load.to_string(), upstream.to_string()];
@@ -70,7 +70,7 @@ impl Stage {
                 nginx,
                 start_nginx(core, directory, &program, nginx, upstream)?,
             )),
-            None => report.note("nginx is not installed: its rows are missing; apt-get install nginx-light"),
+            None => report.left_out("nginx", "nginx-light"),
         }
         match installed("haproxy") {
             Some(program) => proxies.push((
@@ -78,7 +78,7 @@ impl Stage {
                 haproxy,
                 start_haproxy(core, directory, &program, haproxy, upstream)?,
             )),
-            None => report.note("haproxy is not installed: its rows are missing; apt-get install haproxy"),
+            None => report.left_out("haproxy", "haproxy"),
         }
         for (name, address, mut child) in proxies {
             child.listening(address).await?;
