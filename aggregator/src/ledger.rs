@@ -29,7 +29,8 @@ use std::{
 };
 
 use coalmine_judge::{
-    record::{Body, Chain, Hash, Record, base64, parse_checkpoint},
+    chain::{Chain, Hash, base64, parse_checkpoint},
+    record::{Body, Record},
     replay::Blobs,
 };
 use foldhash::HashMap;

@@ -185,7 +185,7 @@ impl Rollouts {
             v: 1,
             log: String::new(),
             seq: 0,
-            prev: coalmine_judge::record::Hash::ZERO,
+            prev: coalmine_judge::chain::Hash::ZERO,
             time_ms: 0,
             body: Body::Rollout(start.clone()),
         };
@@ -411,7 +411,7 @@ impl Rollouts {
             service: request.service,
             canary_version: request.canary_version,
             baseline_version: request.baseline_version,
-            policy: coalmine_judge::record::Hash::ZERO,
+            policy: coalmine_judge::chain::Hash::ZERO,
             judge: v1::ID.to_owned(),
             max_windows: policy.planned_windows(),
             window_ms: policy.window_ms(),

@@ -3,8 +3,8 @@
 use std::{fs, process::Command};
 
 use coalmine_judge::{
+    chain::Hash,
     evidence::{ArmCounts, Coverage, Latency, OverSla, TenantWindow, Window},
-    record::Hash,
 };
 use coalmine_proto::{histogram::Histogram, names::TenantName};
 use coalmine_tests::{

@@ -4,7 +4,11 @@
 //! requests, wait for what must become true. Nothing sleeps for a fixed time: [`eventually`] waits for a
 //! condition, with a deadline.
 
-#![allow(clippy::expect_used, clippy::print_stderr, reason = "a harness fails a test by panicking, and says why")]
+#![allow(
+    clippy::expect_used,
+    clippy::print_stderr,
+    reason = "a harness fails a test by panicking, and says why"
+)]
 
 pub mod components;
 pub mod http;

@@ -5,9 +5,10 @@
 use std::{collections::BTreeMap, fmt::Debug};
 
 use crate::{
+    chain::Hash,
     evidence::Window,
     policy::Policy,
-    record::{Anomaly, Body, Decision, Hash, MAX_ANOMALIES, Record, RolloutStart},
+    record::{Anomaly, Body, Decision, MAX_ANOMALIES, Record, RolloutStart},
     v1::{self, Judge, Outcome, State, UnitReport},
 };
 

@@ -9,9 +9,9 @@
 use std::fmt::Write as _;
 
 use coalmine_judge::{
+    chain::Hash,
     evidence::{ArmCounts, Coverage, Latency, OverSla, TenantWindow, Window},
     policy::Policy,
-    record::Hash,
     v1::{Judge, Outcome, State, Unit, Verdict},
 };
 use coalmine_proto::{histogram::Histogram, names::TenantName};

@@ -13,9 +13,10 @@ use coalmine_aggregator::{
     metrics::Metrics,
 };
 use coalmine_judge::{
+    chain::Hash,
     evidence::Window,
     policy::Policy,
-    record::{Body, Hash, RolloutEnd},
+    record::{Body, RolloutEnd},
     v1::{Judge, Outcome, Verdict},
 };
 use coalmine_proto::{

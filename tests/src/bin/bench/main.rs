@@ -2,9 +2,9 @@
 //!
 //! Read in this order: [`proxies`] (the agent beside nginx, HAProxy and a bare relay), [`recorder`] (what a
 //! request costs in the agent's tables), [`ingest`] (what a window costs in the aggregator), [`decide`] (what
-//! a decision costs). What they share: [`child`] and [`programs`] (processes that never outlive the run),
-//! [`aggregator`] (a real one), [`load`] (the clients), [`cpu`] (what a process or thread has used), [`sample`] (made-up traffic) and
-//! [`report`] (medians, tables, budgets).
+//! a decision costs). What they share: [`aggregator`] (a real one), [`child`] and [`programs`] (processes that
+//! never outlive the run), [`load`] (the clients), [`cpu`] (what a process or thread has used), [`sample`]
+//! (made-up traffic) and [`report`] (medians, tables, budgets).
 //!
 //! Everything is on loopback and in a temporary directory, and bounded in time.
 

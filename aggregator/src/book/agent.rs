@@ -1,0 +1,70 @@
+//! An agent as the book knows it.
+
+use coalmine_proto::v1::Totals;
+
+use super::{Build, Introduction};
+
+/// An agent, from its first Hello on.
+#[derive(Debug, Clone)]
+pub struct Agent {
+    /// What it measures.
+    pub build: Build,
+    /// The life of its process.
+    pub epoch: u64,
+    /// The last batch that was applied.
+    pub applied_seq: u64,
+    /// The last batch that is on disk.
+    pub durable_seq: u64,
+    /// The session that may send; an older one is superseded.
+    pub session: u64,
+    /// Whether the session's stream is open.
+    pub connected: bool,
+    /// Whether it said Bye.
+    pub gone: bool,
+    pub(super) first_start_ms: u64,
+    pub(super) sealed_until_ms: u64,
+    /// Between the last window of an earlier life that ended without Bye and the first of this one: what was
+    /// counted there and not sent is lost.
+    pub(super) hole: Option<(u64, u64)>,
+    pub(super) last_seen_ms: u64,
+    /// Whether what this epoch sent to an earlier data directory is known: not so at first if it had sent any.
+    pub(super) based: bool,
+    pub(super) applied: Totals,
+    pub(super) gap_requests: u64,
+}
+
+impl Agent {
+    pub(super) fn new(who: &Introduction) -> Self {
+        Self {
+            build: who.build.clone(),
+            epoch: who.epoch,
+            applied_seq: who.first_seq.saturating_sub(1),
+            durable_seq: who.first_seq.saturating_sub(1),
+            session: 0,
+            connected: false,
+            gone: false,
+            first_start_ms: 0,
+            sealed_until_ms: 0,
+            hole: None,
+            last_seen_ms: 0,
+            based: who.first_seq <= 1,
+            applied: Totals::default(),
+            gap_requests: 0,
+        }
+    }
+
+    /// Whether its stream is open and it spoke within the last `silent_ms`.
+    pub fn is_alive(&self, now_ms: u64, silent_ms: u64) -> bool {
+        self.connected && self.last_seen_ms + silent_ms >= now_ms
+    }
+
+    /// Whether what an earlier life of the agent counted in a slot may be lost.
+    pub(super) fn has_hole(&self, start_ms: u64, end_ms: u64) -> bool {
+        self.hole.is_some_and(|(from, to)| from < end_ms && start_ms < to)
+    }
+
+    /// Whether all that the agent will say about a slot that ends at `end_ms` is here.
+    pub(super) fn has_reported(&self, end_ms: u64) -> bool {
+        self.gone || self.sealed_until_ms >= end_ms
+    }
+}

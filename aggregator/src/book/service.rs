@@ -1,0 +1,338 @@
+//! One service: its tenants, slots, totals and agents.
+
+use std::collections::BTreeMap;
+
+use coalmine_judge::evidence::{Coverage, TenantWindow, Window};
+use coalmine_proto::{
+    histogram::Histogram,
+    names::{Arm, OVERFLOW_TENANT, Outcomes, TenantName},
+    v1::Totals,
+};
+use foldhash::HashMap;
+
+use super::{
+    Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS,
+    cell::{Cell, latency_of},
+};
+
+/// What is known of one service.
+#[derive(Debug)]
+pub struct Service {
+    pub(super) slot_ms: u64,
+    pub(super) names: HashMap<TenantName, u32>,
+    pub(super) tenants: Vec<TenantName>,
+    /// Tenants in the order of their names; rebuilt when there are new ones.
+    pub(super) sorted: Vec<u32>,
+    pub(super) slots: BTreeMap<u64, BTreeMap<Build, Vec<Cell>>>,
+    /// Per build, what was counted since the beginning, by tenant.
+    pub(super) totals: BTreeMap<Build, Vec<Outcomes>>,
+    /// Per arm, the latency of all requests since the beginning.
+    pub(super) latency: BTreeMap<Arm, Histogram>,
+    pub(super) agents: BTreeMap<String, Agent>,
+    /// Slots that start before this were judged.
+    pub(super) judged_until_ms: u64,
+    /// Slots that start before this are not kept: nobody will judge them.
+    pub(super) keep_from_ms: u64,
+    /// Per arm: requests in declared gaps, and requests that came after their slot was judged.
+    pub(super) gaps: BTreeMap<Arm, u64>,
+    pub(super) late: BTreeMap<Arm, u64>,
+    pub(super) windows: u64,
+    pub(super) tenant_windows: u64,
+    pub(super) duplicates: u64,
+}
+
+impl Service {
+    pub(super) fn new() -> Self {
+        Self {
+            slot_ms: DEFAULT_SLOT_MS,
+            names: HashMap::default(),
+            tenants: Vec::new(),
+            sorted: Vec::new(),
+            slots: BTreeMap::new(),
+            totals: BTreeMap::new(),
+            latency: BTreeMap::new(),
+            agents: BTreeMap::new(),
+            judged_until_ms: 0,
+            keep_from_ms: 0,
+            gaps: BTreeMap::new(),
+            late: BTreeMap::new(),
+            windows: 0,
+            tenant_windows: 0,
+            duplicates: 0,
+        }
+    }
+
+    /// Length of a slot.
+    pub fn slot_ms(&self) -> u64 {
+        self.slot_ms
+    }
+
+    /// The agents, by instance.
+    pub fn agents(&self) -> impl Iterator<Item = (&str, &Agent)> {
+        self.agents
+            .iter()
+            .map(|(instance, agent)| (instance.as_str(), agent))
+    }
+
+    /// All that was counted since the beginning: build, tenant, outcomes.
+    pub fn totals(&self) -> impl Iterator<Item = (&Build, &TenantName, &Outcomes)> {
+        self.totals.iter().flat_map(|(build, totals)| {
+            self.tenants
+                .iter()
+                .zip(totals)
+                .map(move |(tenant, outcomes)| (build, tenant, outcomes))
+        })
+    }
+
+    /// The sums of an arm: outcomes, latency, requests in declared gaps, requests that came too late.
+    pub fn arm_totals(&self, arm: Arm) -> (Outcomes, Option<&Histogram>, u64, u64) {
+        let mut sum = Outcomes::default();
+        for totals in self
+            .totals
+            .iter()
+            .filter(|(build, _)| build.arm == arm)
+            .map(|(_, totals)| totals)
+        {
+            totals.iter().for_each(|outcomes| sum.add(outcomes));
+        }
+        let at = |counts: &BTreeMap<Arm, u64>| counts.get(&arm).copied().unwrap_or(0);
+        (sum, self.latency.get(&arm), at(&self.gaps), at(&self.late))
+    }
+
+    /// Windows, tenant windows and duplicates received.
+    pub fn received(&self) -> (u64, u64, u64) {
+        (self.windows, self.tenant_windows, self.duplicates)
+    }
+
+    pub(super) fn intern(&mut self, tenant: &TenantName) -> u32 {
+        if let Some(number) = self.names.get(tenant) {
+            return *number;
+        }
+        if self.tenants.len() >= MAX_TENANTS {
+            return self.names.get(OVERFLOW_TENANT).copied().unwrap_or_default();
+        }
+        if self.tenants.is_empty() {
+            // There is always a place for those beyond the limit: number 0.
+            self.add_tenant(&TenantName::overflow());
+            return self.intern(tenant);
+        }
+        self.add_tenant(tenant)
+    }
+
+    pub(super) fn add_tenant(&mut self, tenant: &TenantName) -> u32 {
+        // MAX_TENANTS fits.
+        let number = u32::try_from(self.tenants.len()).unwrap_or(u32::MAX);
+        self.tenants.push(tenant.clone());
+        self.names.insert(tenant.clone(), number);
+        number
+    }
+
+    pub(super) fn apply(
+        &mut self,
+        instance: &str,
+        session: u64,
+        batch: &Batch<'_>,
+        now_ms: u64,
+    ) -> Result<Applied, BookError> {
+        let agent = self.agents.get_mut(instance).ok_or(BookError::Unknown)?;
+        if agent.session != session {
+            return Err(BookError::Superseded);
+        }
+        agent.last_seen_ms = now_ms;
+        if batch.seq <= agent.applied_seq {
+            self.duplicates += 1;
+            return Ok(Applied::Before);
+        }
+        if batch.seq != agent.applied_seq + 1 {
+            return Err(BookError::Order {
+                got: batch.seq,
+                last: agent.applied_seq,
+            });
+        }
+        // Everything is checked before anything is counted: a batch counts whole or not at all.
+        let mut latencies = Vec::with_capacity(batch.rows.len());
+        let (mut requests, mut errors) = (0_u64, 0_u64);
+        for row in &batch.rows {
+            requests = requests.saturating_add(row.outcomes.seen());
+            errors = errors.saturating_add(row.outcomes.errors());
+            latencies.push(latency_of(row, &self.tenants)?);
+        }
+        let gap = batch.gap.as_ref().map_or(0, |gap| gap.requests);
+        let before = if agent.based {
+            (agent.applied, agent.gap_requests)
+        } else {
+            // What the agent sent before this data directory was begun is a gap here.
+            let missing = batch
+                .cumulative
+                .requests
+                .saturating_sub(requests)
+                .saturating_sub(gap);
+            (Totals::default(), missing)
+        };
+        let requests = before.0.requests.saturating_add(requests);
+        let gaps = before.1.saturating_add(gap);
+        if batch.cumulative.requests != requests.saturating_add(gaps) {
+            return Err(BookError::Totals {
+                said: batch.cumulative.requests,
+                applied: requests,
+                gaps,
+            });
+        }
+        let declared = gaps.saturating_sub(agent.gap_requests);
+        agent.based = true;
+        agent.applied_seq = batch.seq;
+        agent.applied = Totals {
+            requests,
+            errors: before.0.errors.saturating_add(errors),
+            gap_requests: gaps,
+        };
+        agent.gap_requests = gaps;
+        if agent.first_start_ms == 0 {
+            agent.first_start_ms = batch.start_ms;
+            agent.hole = agent
+                .hole
+                .map(|(from, _)| (from, batch.start_ms))
+                .filter(|(from, to)| from < to);
+        }
+        let end_ms = batch.start_ms.saturating_add(u64::from(batch.length_ms));
+        agent.sealed_until_ms = agent.sealed_until_ms.max(end_ms);
+        let build = agent.build.clone();
+        self.count(&build, batch, latencies, declared);
+        Ok(Applied::Now)
+    }
+
+    pub(super) fn count(
+        &mut self,
+        build: &Build,
+        batch: &Batch<'_>,
+        latencies: Vec<Option<Histogram>>,
+        gap: u64,
+    ) {
+        self.windows += 1;
+        self.tenant_windows += batch.rows.len() as u64;
+        let raise = |counts: &mut BTreeMap<Arm, u64>, by: u64| {
+            let count = counts.entry(build.arm).or_default();
+            *count = count.saturating_add(by);
+        };
+        if gap > 0 {
+            raise(&mut self.gaps, gap);
+        }
+        if batch.rows.is_empty() {
+            return;
+        }
+        let totals = self.totals.entry(build.clone()).or_default();
+        if totals.len() < self.tenants.len() {
+            totals.resize(self.tenants.len(), Outcomes::default());
+        }
+        let merged = self.latency.entry(build.arm).or_default();
+        let mut seen = 0_u64;
+        for (row, latency) in batch.rows.iter().zip(&latencies) {
+            seen = seen.saturating_add(row.outcomes.seen());
+            if let Some(totals) = totals.get_mut(row.tenant as usize) {
+                totals.add(&row.outcomes);
+            }
+            if let Some(latency) = latency {
+                merged.merge(latency);
+            }
+        }
+        let slot = batch.start_ms / self.slot_ms * self.slot_ms;
+        if slot < self.judged_until_ms {
+            raise(&mut self.late, seen);
+        } else if slot >= self.keep_from_ms {
+            let cells = self
+                .slots
+                .entry(slot)
+                .or_default()
+                .entry(build.clone())
+                .or_default();
+            if cells.len() < self.tenants.len() {
+                cells.resize_with(self.tenants.len(), Cell::default);
+            }
+            for (row, latency) in batch.rows.iter().zip(latencies) {
+                if let Some(cell) = cells.get_mut(row.tenant as usize) {
+                    cell.add(row, latency);
+                }
+            }
+        }
+    }
+
+    /// The agents that should report a slot.
+    pub(super) fn expected<'a>(
+        &'a self,
+        comparison: &'a Comparison,
+        start_ms: u64,
+        now_ms: u64,
+        forget_ms: u64,
+    ) -> impl Iterator<Item = &'a Agent> {
+        let end_ms = start_ms + self.slot_ms;
+        self.agents.values().filter(move |agent| {
+            let begun = agent.first_start_ms == 0
+                || agent.first_start_ms < end_ms
+                || agent.has_hole(start_ms, end_ms);
+            let ended = agent.gone && agent.sealed_until_ms <= start_ms;
+            let forgotten = !agent.connected && agent.last_seen_ms.saturating_add(forget_ms) < now_ms;
+            comparison.covers(&agent.build) && begun && !ended && !forgotten
+        })
+    }
+
+    pub(super) fn freeze(
+        &mut self,
+        comparison: &Comparison,
+        start_ms: u64,
+        number: u64,
+        now_ms: u64,
+        forget_ms: u64,
+    ) -> Window {
+        let end_ms = start_ms + self.slot_ms;
+        let mut coverage = [Coverage::default(); 2];
+        for agent in self.expected(comparison, start_ms, now_ms, forget_ms) {
+            let coverage = &mut coverage[agent.build.arm as usize];
+            coverage.expected += 1;
+            coverage.reported += u32::from(agent.has_reported(end_ms) && !agent.has_hole(start_ms, end_ms));
+        }
+        if self.sorted.len() < self.tenants.len() {
+            self.sorted = (0..u32::try_from(self.tenants.len()).unwrap_or(u32::MAX)).collect();
+            let tenants = &self.tenants;
+            self.sorted
+                .sort_unstable_by_key(|tenant| tenants.get(*tenant as usize));
+        }
+        let mut rows = Vec::new();
+        if let Some(builds) = self.slots.get(&start_ms) {
+            let chosen: Vec<_> = builds
+                .iter()
+                .filter(|(build, _)| comparison.covers(build))
+                .collect();
+            for tenant in &self.sorted {
+                let mut arms = [Cell::default(), Cell::default()];
+                for (build, cells) in &chosen {
+                    if let Some(cell) = cells.get(*tenant as usize)
+                        && !cell.outcomes.is_empty()
+                    {
+                        arms[build.arm as usize].merge(cell);
+                    }
+                }
+                let [canary, baseline] = arms.map(Cell::into_counts);
+                if !(canary.is_empty() && baseline.is_empty())
+                    && let Some(tenant) = self.tenants.get(*tenant as usize)
+                {
+                    rows.push(TenantWindow {
+                        tenant: tenant.clone(),
+                        canary,
+                        baseline,
+                    });
+                }
+            }
+        }
+        self.judged_until_ms = self.judged_until_ms.max(end_ms);
+        let [canary, baseline] = coverage;
+        Window {
+            number,
+            start_ms,
+            len_ms: self.slot_ms,
+            canary,
+            baseline,
+            rows,
+            pool: Vec::new(),
+        }
+    }
+}
