@@ -7,6 +7,8 @@
 mod agent;
 mod cell;
 mod service;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -233,9 +235,10 @@ impl Book {
             .entry(who.instance.clone())
             .or_insert_with(|| Agent::new(who));
         if agent.epoch != who.epoch || agent.build != who.build {
-            let hole = (!agent.gone && agent.build == who.build).then_some((agent.sealed_until_ms, u64::MAX));
+            let crashed = !agent.gone && agent.build == who.build && agent.sealed_until_ms > 0;
             *agent = Agent {
-                hole: hole.filter(|(from, _)| *from > 0),
+                hole: crashed.then_some((agent.sealed_until_ms, u64::MAX)),
+                first_start_ms: if crashed { agent.first_start_ms } else { 0 },
                 ..Agent::new(who)
             };
         }
@@ -346,8 +349,7 @@ impl Book {
         for (name, service) in &mut self.services {
             let old = now_ms.saturating_sub(KEEP_SLOTS_MS + service.slot_ms);
             let keep = waited_for(name).map_or(old, |slot| slot.min(old));
-            service.keep_from_ms = service.keep_from_ms.max(keep);
-            service.slots = service.slots.split_off(&keep);
+            service.evict(keep);
         }
     }
 }

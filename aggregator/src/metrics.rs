@@ -380,7 +380,7 @@ impl Collector for BookCollector {
             duplicates.push((vec![("service", name)], received.2));
             for arm in Arm::ALL {
                 let labels = vec![("service", name), ("arm", arm.as_str())];
-                let (outcomes, _, gap, late) = service.arm_totals(arm);
+                let (outcomes, gap, late) = service.arm_totals(arm);
                 gaps.push((labels.clone(), gap));
                 lates.push((labels.clone(), late));
                 for outcome in RequestOutcome::ALL {
@@ -451,14 +451,17 @@ impl Collector for BookCollector {
         )?;
         for (name, service) in book.services() {
             for arm in Arm::ALL {
-                if let (_, Some(histogram), _, _) = service.arm_totals(arm) {
-                    let buckets = classic_buckets(histogram);
-                    let sum = std::time::Duration::from_nanos(histogram.sum_ns()).as_secs_f64();
-                    let labels: Labels<'_> = vec![("service", name), ("arm", arm.as_str())];
-                    family
-                        .encode_family(&labels)?
-                        .encode_histogram::<[(&str, &str); 0]>(sum, histogram.count(), &buckets, None)?;
-                }
+                let histogram = service.latency(arm);
+                let sum = std::time::Duration::from_nanos(histogram.sum_ns()).as_secs_f64();
+                let labels: Labels<'_> = vec![("service", name), ("arm", arm.as_str())];
+                family
+                    .encode_family(&labels)?
+                    .encode_histogram::<[(&str, &str); 0]>(
+                        sum,
+                        histogram.count(),
+                        &classic_buckets(&histogram),
+                        None,
+                    )?;
             }
         }
         Ok(())

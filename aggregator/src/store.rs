@@ -49,31 +49,35 @@ pub enum Entry {
 }
 
 impl Entry {
-    fn encode(&self) -> Vec<u8> {
-        let (kind, session, length) = match self {
-            Self::Hello(session, hello) => (1, session, hello.encoded_len()),
-            Self::Batch(session, batch) => (2, session, batch.encoded_len()),
-            Self::Bye(session, bye) => (3, session, bye.encoded_len()),
+    /// Appends the entry's frame to `frames`.
+    fn encode(&self, frames: &mut Vec<u8>) {
+        let begin = frames.len();
+        frames.extend_from_slice(&[0; HEADER_BYTES]);
+        let (kind, session) = match self {
+            Self::Hello(session, _) => (1, session),
+            Self::Batch(session, _) => (2, session),
+            Self::Bye(session, _) => (3, session),
         };
-        let mut frame = vec![0; HEADER_BYTES];
-        frame.reserve(9 + length);
-        frame.push(kind);
-        frame.extend_from_slice(&session.to_le_bytes());
+        frames.push(kind);
+        frames.extend_from_slice(&session.to_le_bytes());
         // Encoding into a Vec that grows cannot fail.
         let encoded = match self {
-            Self::Hello(_, hello) => hello.encode(&mut frame),
-            Self::Batch(_, batch) => batch.encode(&mut frame),
-            Self::Bye(_, bye) => bye.encode(&mut frame),
+            Self::Hello(_, hello) => hello.encode(frames),
+            Self::Batch(_, batch) => batch.encode(frames),
+            Self::Bye(_, bye) => bye.encode(frames),
         };
         debug_assert!(encoded.is_ok());
-        let payload = frame.split_off(HEADER_BYTES);
-        frame.clear();
+        let Some((header, payload)) = frames
+            .get_mut(begin..)
+            .and_then(|frame| frame.split_at_mut_checked(HEADER_BYTES))
+        else {
+            return;
+        };
         let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        frame.extend_from_slice(&length.to_le_bytes());
-        frame.extend_from_slice(&(!length).to_le_bytes());
-        frame.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
-        frame.extend_from_slice(&payload);
-        frame
+        let numbers = [length, !length, crc32fast::hash(payload)];
+        for (place, number) in header.chunks_exact_mut(4).zip(numbers) {
+            place.copy_from_slice(&number.to_le_bytes());
+        }
     }
 
     fn decode(payload: &[u8]) -> Result<Self, String> {
@@ -167,7 +171,7 @@ fn run(mut file: File, path: &Path, jobs: &mpsc::Receiver<Job>) {
     while let Some(group) = disk::next_group(jobs) {
         bytes.clear();
         for job in &group {
-            bytes.extend_from_slice(&job.entry.encode());
+            job.entry.encode(&mut bytes);
         }
         // A full disk is no reason to stop judging: the agents keep what is not acknowledged.
         while let Err(error) = disk::append_durably(&mut file, path, &bytes) {

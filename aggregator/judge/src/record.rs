@@ -1,4 +1,4 @@
-//! The decision log: its records, their exact bytes, and the chain that holds them together.
+//! The decision log: its records and their exact bytes; `chain` holds them together.
 //!
 //! `decisions.jsonl` has one record a line:
 //!

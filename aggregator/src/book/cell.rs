@@ -12,7 +12,7 @@ use super::{BookError, Row};
 #[derive(Debug, Clone, Default)]
 pub(super) struct Cell {
     pub(super) outcomes: Outcomes,
-    latency: Histogram,
+    pub(super) latency: Histogram,
     limit: Limit,
     over: u64,
 }

@@ -26,7 +26,7 @@ pub struct Service {
     pub(super) slots: BTreeMap<u64, BTreeMap<Build, Vec<Cell>>>,
     /// Per build, what was counted since the beginning, by tenant.
     pub(super) totals: BTreeMap<Build, Vec<Outcomes>>,
-    /// Per arm, the latency of all requests since the beginning.
+    /// Per arm, the latency of all requests since the beginning that are in no slot any more.
     pub(super) latency: BTreeMap<Arm, Histogram>,
     pub(super) agents: BTreeMap<String, Agent>,
     /// Slots that start before this were judged.
@@ -84,8 +84,32 @@ impl Service {
         })
     }
 
-    /// The sums of an arm: outcomes, latency, requests in declared gaps, requests that came too late.
-    pub fn arm_totals(&self, arm: Arm) -> (Outcomes, Option<&Histogram>, u64, u64) {
+    /// Lets go of the slots before `keep_ms`.
+    pub(super) fn evict(&mut self, keep_ms: u64) {
+        self.keep_from_ms = self.keep_from_ms.max(keep_ms);
+        let kept = self.slots.split_off(&self.keep_from_ms);
+        for (build, cells) in std::mem::replace(&mut self.slots, kept).into_values().flatten() {
+            let merged = self.latency.entry(build.arm).or_default();
+            cells.iter().for_each(|cell| merged.merge(&cell.latency));
+        }
+    }
+
+    /// The latency of an arm's requests since the beginning.
+    pub fn latency(&self, arm: Arm) -> Histogram {
+        let mut sum = self.latency.get(&arm).cloned().unwrap_or_default();
+        let builds = self
+            .slots
+            .values()
+            .flatten()
+            .filter(|(build, _)| build.arm == arm);
+        builds
+            .flat_map(|(_, cells)| cells)
+            .for_each(|cell| sum.merge(&cell.latency));
+        sum
+    }
+
+    /// The sums of an arm: outcomes, requests in declared gaps, requests that came too late.
+    pub fn arm_totals(&self, arm: Arm) -> (Outcomes, u64, u64) {
         let mut sum = Outcomes::default();
         for totals in self
             .totals
@@ -96,7 +120,7 @@ impl Service {
             totals.iter().for_each(|outcomes| sum.add(outcomes));
         }
         let at = |counts: &BTreeMap<Arm, u64>| counts.get(&arm).copied().unwrap_or(0);
-        (sum, self.latency.get(&arm), at(&self.gaps), at(&self.late))
+        (sum, at(&self.gaps), at(&self.late))
     }
 
     /// Windows, tenant windows and duplicates received.
@@ -189,10 +213,9 @@ impl Service {
         agent.gap_requests = gaps;
         if agent.first_start_ms == 0 {
             agent.first_start_ms = batch.start_ms;
-            agent.hole = agent
-                .hole
-                .map(|(from, _)| (from, batch.start_ms))
-                .filter(|(from, to)| from < to);
+        }
+        if let Some((from, u64::MAX)) = agent.hole {
+            agent.hole = (from < batch.start_ms).then_some((from, batch.start_ms));
         }
         let end_ms = batch.start_ms.saturating_add(u64::from(batch.length_ms));
         agent.sealed_until_ms = agent.sealed_until_ms.max(end_ms);
@@ -224,21 +247,25 @@ impl Service {
         if totals.len() < self.tenants.len() {
             totals.resize(self.tenants.len(), Outcomes::default());
         }
-        let merged = self.latency.entry(build.arm).or_default();
         let mut seen = 0_u64;
-        for (row, latency) in batch.rows.iter().zip(&latencies) {
+        for row in &batch.rows {
             seen = seen.saturating_add(row.outcomes.seen());
             if let Some(totals) = totals.get_mut(row.tenant as usize) {
                 totals.add(&row.outcomes);
             }
-            if let Some(latency) = latency {
-                merged.merge(latency);
-            }
         }
         let slot = batch.start_ms / self.slot_ms * self.slot_ms;
-        if slot < self.judged_until_ms {
+        let late = slot < self.judged_until_ms;
+        if late {
             raise(&mut self.late, seen);
-        } else if slot >= self.keep_from_ms {
+        }
+        if late || slot < self.keep_from_ms {
+            let merged = self.latency.entry(build.arm).or_default();
+            latencies
+                .iter()
+                .flatten()
+                .for_each(|latency| merged.merge(latency));
+        } else {
             let cells = self
                 .slots
                 .entry(slot)

@@ -311,7 +311,7 @@ async fn service(State(faces): State<Faces>, Path(name): Path<String>) -> Result
     let gaps: serde_json::Map<_, _> = coalmine_proto::names::Arm::ALL
         .into_iter()
         .map(|arm| {
-            let (_, _, gap, late) = service.arm_totals(arm);
+            let (_, gap, late) = service.arm_totals(arm);
             (
                 arm.as_str().to_owned(),
                 json!({ "gap_requests": gap, "late_requests": late }),

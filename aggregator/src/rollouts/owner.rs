@@ -163,8 +163,27 @@ impl Owner {
         locked(&self.shared.book).is_ready(&self.comparison, self.next_slot_ms(), clock::now_ms())
     }
 
-    /// Freezes the next slot, judges it, records the decision and shows it.
+    /// Judges the next slot, records the decision and shows it.
     async fn judge_slot(&mut self) {
+        let begun = Instant::now();
+        let before = self.outcome.take();
+        // With very many tenants this takes a while, which must not keep others from being served.
+        if let Err(problem) = tokio::task::block_in_place(|| self.judge_next()) {
+            self.outcome = before;
+            return self.fail(&problem);
+        }
+        self.record().await;
+        if let Some(outcome) = &self.outcome {
+            self.shared.metrics.decided(&self.view, outcome, before.as_ref());
+        }
+        self.shared
+            .metrics
+            .decision_seconds
+            .observe(begun.elapsed().as_secs_f64());
+    }
+
+    /// Freezes the next slot, judges it, and puts the decision in line for the log.
+    fn judge_next(&mut self) -> Result<(), String> {
         let begun = Instant::now();
         let window = locked(&self.shared.book).freeze(
             &self.comparison,
@@ -174,28 +193,18 @@ impl Owner {
         );
         let frozen = begun.elapsed();
         let judging = Instant::now();
-        let outcome = match self.judge.step(&window) {
-            Ok(outcome) => outcome,
-            Err(error) => return self.fail(&error.to_string()),
-        };
+        let outcome = self.judge.step(&window).map_err(|error| error.to_string())?;
         let judged = judging.elapsed();
-        match self.decide(&window, &outcome, frozen, judged) {
-            Ok((decision, blobs)) => self.pending.push_back(Pending {
-                decision,
-                blobs,
-                answer: None,
-            }),
-            Err(error) => return self.fail(&error.to_string()),
-        }
-        let before = self.outcome.replace(outcome);
-        self.record().await;
-        if let Some(outcome) = &self.outcome {
-            self.shared.metrics.decided(&self.view, outcome, before.as_ref());
-        }
-        self.shared
-            .metrics
-            .decision_seconds
-            .observe(begun.elapsed().as_secs_f64());
+        let (decision, blobs) = self
+            .decide(&window, &outcome, frozen, judged)
+            .map_err(|error| error.to_string())?;
+        self.pending.push_back(Pending {
+            decision,
+            blobs,
+            answer: None,
+        });
+        self.outcome = Some(outcome);
+        Ok(())
     }
 
     /// Writes what is pending, in order, and shows the newest decision as recorded or not. Waits for the log only

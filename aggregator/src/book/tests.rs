@@ -1,0 +1,367 @@
+//! Tests of the book: exactly once, whatever comes twice, late, out of order or not at all.
+
+use coalmine_proto::{
+    histogram::Histogram,
+    names::{Arm, Outcome, Outcomes, TenantName},
+    v1::{Gap, Totals},
+};
+
+use super::{Applied, Batch, Book, BookError, Build, Comparison, Introduction, Patience, Row};
+
+const SERVICE: &str = "checkout";
+
+/// An agent that counts what it sent.
+struct Sender {
+    who: Introduction,
+    session: u64,
+    seq: u64,
+    sent: u64,
+    gaps: u64,
+}
+
+impl Sender {
+    fn new(book: &mut Book, name: &str, arm: Arm, epoch: u64) -> Self {
+        let who = Introduction {
+            service: SERVICE.to_owned(),
+            instance: name.to_owned(),
+            build: Build {
+                arm,
+                version: if arm == Arm::Canary { "v2" } else { "v1" }.to_owned(),
+            },
+            epoch,
+            first_seq: 1,
+        };
+        let mut sender = Self {
+            who,
+            session: 0,
+            seq: 0,
+            sent: 0,
+            gaps: 0,
+        };
+        sender.connect(book, epoch * 100 + 1, 0);
+        sender
+    }
+
+    fn connect(&mut self, book: &mut Book, session: u64, now_ms: u64) -> u64 {
+        self.session = session;
+        book.introduce(&self.who, session, now_ms)
+    }
+
+    /// Sends the next window: `requests` of one tenant, of which `errors` fail.
+    fn window(
+        &mut self,
+        book: &mut Book,
+        start_ms: u64,
+        requests: u64,
+        errors: u64,
+    ) -> Result<Applied, BookError> {
+        self.seq += 1;
+        self.sent += requests;
+        let seq = self.seq;
+        self.send(book, seq, start_ms, requests, errors, 0)
+    }
+
+    fn send(
+        &self,
+        book: &mut Book,
+        seq: u64,
+        start_ms: u64,
+        requests: u64,
+        errors: u64,
+        gap: u64,
+    ) -> Result<Applied, BookError> {
+        let tenant = book.intern(SERVICE, &TenantName::parse(b"acme").unwrap());
+        let mut outcomes = Outcomes::default();
+        let mut histogram = Histogram::new();
+        for i in 0..requests {
+            outcomes.record(if i < errors {
+                Outcome::ServerError
+            } else {
+                Outcome::Success
+            });
+            histogram.record(5_000_000);
+        }
+        let latency = histogram.to_wire();
+        let row = Row {
+            tenant,
+            outcomes,
+            latency: Some(&latency),
+            limit_us: 350_000,
+            over: 0,
+        };
+        let batch = Batch {
+            seq,
+            start_ms,
+            length_ms: 1_000,
+            rows: if requests > 0 { vec![row] } else { Vec::new() },
+            cumulative: Totals {
+                requests: self.sent + self.gaps,
+                errors,
+                gap_requests: self.gaps,
+            },
+            gap: (gap > 0).then_some(Gap {
+                requests: gap,
+                ..Gap::default()
+            }),
+        };
+        book.apply(
+            SERVICE,
+            &self.who.instance,
+            self.session,
+            &batch,
+            start_ms + 1_000,
+        )
+    }
+}
+
+fn book() -> Book {
+    let mut book = Book::new(
+        Patience {
+            grace_ms: 10_000,
+            return_ms: 0,
+            forget_ms: 60_000,
+        },
+        0,
+    );
+    book.set_slot(SERVICE, 1_000);
+    book
+}
+
+fn comparison() -> Comparison {
+    Comparison {
+        service: SERVICE.to_owned(),
+        canary_version: "v2".to_owned(),
+        baseline_version: None,
+    }
+}
+
+fn counted(book: &Book) -> u64 {
+    book.get(SERVICE)
+        .unwrap()
+        .totals()
+        .map(|(_, _, outcomes)| outcomes.seen())
+        .sum()
+}
+
+#[test]
+fn a_batch_counts_once_however_often_it_comes() {
+    let mut book = book();
+    let mut agent = Sender::new(&mut book, "a", Arm::Canary, 1);
+    assert_eq!(agent.window(&mut book, 1_000, 7, 1), Ok(Applied::Now));
+    assert_eq!(agent.window(&mut book, 2_000, 5, 0), Ok(Applied::Now));
+    book.durable(SERVICE, "a", 1, 1);
+    // The stream breaks; the agent begins again after the last durable batch.
+    assert_eq!(agent.connect(&mut book, 102, 3_000), 1);
+    assert_eq!(agent.send(&mut book, 2, 2_000, 5, 0, 0), Ok(Applied::Before));
+    assert_eq!(agent.window(&mut book, 3_000, 3, 0), Ok(Applied::Now));
+    assert_eq!(counted(&book), 15);
+    assert_eq!(book.get(SERVICE).unwrap().received(), (3, 3, 1));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_whole() {
+    let mut book = book();
+    let mut agent = Sender::new(&mut book, "a", Arm::Canary, 1);
+    agent.window(&mut book, 1_000, 7, 1).unwrap();
+    assert_eq!(
+        agent.send(&mut book, 3, 3_000, 0, 0, 0),
+        Err(BookError::Order { got: 3, last: 1 })
+    );
+    agent.sent += 4;
+    assert_eq!(
+        agent.send(&mut book, 2, 2_000, 3, 0, 0),
+        Err(BookError::Totals {
+            said: 11,
+            applied: 10,
+            gaps: 0
+        }),
+        "a request that the agent counted and did not send"
+    );
+    agent.sent -= 4;
+    // A newer session takes over; the older one may not send.
+    let old = agent.session;
+    agent.connect(&mut book, 200, 2_000);
+    agent.session = old;
+    assert_eq!(
+        agent.send(&mut book, 2, 2_000, 0, 0, 0),
+        Err(BookError::Superseded)
+    );
+    assert_eq!(counted(&book), 7);
+}
+
+#[test]
+fn a_row_that_contradicts_itself_is_refused() {
+    let mut book = book();
+    let agent = Sender::new(&mut book, "a", Arm::Canary, 1);
+    let tenant = book.intern(SERVICE, &TenantName::parse(b"acme").unwrap());
+    let mut histogram = Histogram::new();
+    histogram.record(1_000_000);
+    let latency = histogram.to_wire();
+    let mut outcomes = Outcomes::default();
+    let mut apply = |outcomes: Outcomes, over: u64| {
+        let row = Row {
+            tenant,
+            outcomes,
+            latency: Some(&latency),
+            limit_us: 1,
+            over,
+        };
+        let cumulative = Totals {
+            requests: outcomes.seen(),
+            ..Totals::default()
+        };
+        let batch = Batch {
+            seq: 1,
+            start_ms: 0,
+            length_ms: 1_000,
+            rows: vec![row],
+            cumulative,
+            gap: None,
+        };
+        book.apply(SERVICE, "a", agent.session, &batch, 0)
+    };
+    let problem = |result: Result<Applied, BookError>| result.unwrap_err().to_string();
+    assert!(problem(apply(outcomes, 0)).contains("more latencies than requests"));
+    outcomes.0[Outcome::Success as usize] = u64::MAX;
+    assert!(problem(apply(outcomes, 0)).contains("more requests than a window can hold"));
+    outcomes.0[Outcome::Success as usize] = 1;
+    assert!(problem(apply(outcomes, 2)).contains("more requests over the limit"));
+    assert_eq!(apply(outcomes, 1), Ok(Applied::Now));
+}
+
+#[test]
+fn declared_gaps_are_counted_as_gaps() {
+    let mut book = book();
+    let mut agent = Sender::new(&mut book, "a", Arm::Baseline, 1);
+    agent.window(&mut book, 1_000, 7, 0).unwrap();
+    agent.gaps = 40;
+    agent.seq += 1;
+    agent.sent += 3;
+    assert_eq!(agent.send(&mut book, 2, 9_000, 3, 0, 40), Ok(Applied::Now));
+    let service = book.get(SERVICE).unwrap();
+    let (outcomes, gaps, late) = service.arm_totals(Arm::Baseline);
+    assert_eq!(
+        (
+            outcomes.seen(),
+            service.latency(Arm::Baseline).count(),
+            gaps,
+            late
+        ),
+        (10, 10, 40, 0)
+    );
+}
+
+#[test]
+fn an_agent_with_a_past_that_this_book_does_not_know_goes_on_and_its_past_is_a_gap() {
+    let mut book = book();
+    let mut agent = Sender::new(&mut book, "other", Arm::Canary, 1);
+    agent.who = Introduction {
+        instance: "a".to_owned(),
+        first_seq: 6,
+        ..agent.who
+    };
+    assert_eq!(agent.connect(&mut book, 300, 0), 5);
+    agent.seq = 5;
+    agent.sent = 1_000;
+    assert_eq!(agent.window(&mut book, 6_000, 9, 0), Ok(Applied::Now));
+    assert_eq!(agent.window(&mut book, 7_000, 1, 0), Ok(Applied::Now));
+    let (outcomes, gaps, _) = book.get(SERVICE).unwrap().arm_totals(Arm::Canary);
+    assert_eq!((outcomes.seen(), gaps), (10, 1_000));
+}
+
+#[test]
+fn a_slot_is_ready_when_every_agent_has_reported_it_or_the_grace_is_over() {
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);
+    let mut baseline = Sender::new(&mut book, "b", Arm::Baseline, 1);
+    for start in [9_000, 10_000] {
+        canary.window(&mut book, start, 3, 0).unwrap();
+    }
+    baseline.window(&mut book, 9_000, 30, 0).unwrap();
+    let both = comparison();
+    assert!(book.is_ready(&both, 9_000, 10_000));
+    assert!(!book.is_ready(&both, 10_000, 11_000), "the baseline is missing");
+    assert!(book.is_ready(&both, 10_000, 21_000), "the grace is over");
+    let window = book.freeze(&both, 9_000, 1, 11_000);
+    assert_eq!((window.canary.reported, window.baseline.reported), (1, 1));
+    assert_eq!(
+        (window.rows[0].canary.requests, window.rows[0].baseline.requests),
+        (3, 30)
+    );
+    let window = book.freeze(&both, 10_000, 2, 21_000);
+    assert_eq!((window.baseline.expected, window.baseline.reported), (1, 0));
+    // What comes now is counted, and is no evidence any more.
+    baseline.window(&mut book, 10_000, 31, 0).unwrap();
+    let (outcomes, _, late) = book.get(SERVICE).unwrap().arm_totals(Arm::Baseline);
+    assert_eq!((outcomes.seen(), late), (61, 31));
+}
+
+#[test]
+fn agents_that_say_bye_are_not_waited_for_and_silent_ones_are_forgotten() {
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);
+    let mut baseline = Sender::new(&mut book, "b", Arm::Baseline, 1);
+    let mut leaving = Sender::new(&mut book, "b2", Arm::Baseline, 1);
+    for start in [1_000, 2_000] {
+        canary.window(&mut book, start, 1, 0).unwrap();
+        baseline.window(&mut book, start, 1, 0).unwrap();
+    }
+    leaving.window(&mut book, 1_000, 1, 0).unwrap();
+    assert!(!book.is_ready(&comparison(), 2_000, 3_000));
+    book.disconnect(SERVICE, "b2", leaving.session, true, 3_000);
+    assert!(book.is_ready(&comparison(), 2_000, 3_000));
+    // An agent that vanishes is missed until it is forgotten.
+    book.disconnect(SERVICE, "b", baseline.session, false, 3_000);
+    canary.window(&mut book, 3_000, 1, 0).unwrap();
+    assert_eq!(book.freeze(&comparison(), 3_000, 1, 20_000).baseline.expected, 1);
+    assert_eq!(book.freeze(&comparison(), 4_000, 2, 70_000).baseline.expected, 0);
+}
+
+#[test]
+fn a_crash_of_an_agent_leaves_a_hole_that_is_no_report() {
+    let mut book = book();
+    let mut first = Sender::new(&mut book, "c", Arm::Canary, 1);
+    first.window(&mut book, 1_000, 1, 0).unwrap();
+    let mut second = Sender::new(&mut book, "c", Arm::Canary, 2);
+    second.window(&mut book, 3_000, 1, 0).unwrap();
+    let reported = |book: &mut Book, slot| {
+        let window = book.freeze(&comparison(), slot, slot, 60_000);
+        (window.canary.expected, window.canary.reported)
+    };
+    assert_eq!(reported(&mut book, 1_000), (1, 1));
+    assert_eq!(
+        reported(&mut book, 2_000),
+        (1, 0),
+        "what the first life counted here is lost"
+    );
+    assert_eq!(reported(&mut book, 3_000), (1, 1));
+}
+
+#[test]
+fn other_versions_and_services_are_not_compared() {
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);
+    let mut other = Sender::new(&mut book, "x", Arm::Canary, 1);
+    other.who.build.version = "v3".to_owned();
+    other.connect(&mut book, 500, 0);
+    canary.window(&mut book, 1_000, 2, 0).unwrap();
+    other.window(&mut book, 1_000, 50, 50).unwrap();
+    let window = book.freeze(&comparison(), 1_000, 1, 5_000);
+    assert_eq!((window.canary.expected, window.rows[0].canary.requests), (1, 2));
+}
+
+#[test]
+fn slots_are_let_go_unless_a_rollout_waits_for_them() {
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);
+    for start in (0..10).map(|i| i * 1_000) {
+        canary.window(&mut book, start, 1, 0).unwrap();
+    }
+    book.evict(66_000, |_| Some(3_000));
+    let kept = |book: &mut Book, slot| !book.freeze(&comparison(), slot, 1, 70_000).rows.is_empty();
+    assert!(!kept(&mut book, 2_000) && kept(&mut book, 3_000));
+    book.evict(166_000, |_| None);
+    assert!(!kept(&mut book, 9_000));
+    assert_eq!(counted(&book), 10, "the totals stay");
+    assert_eq!(book.get(SERVICE).unwrap().latency(Arm::Canary).count(), 10);
+}
