@@ -18,7 +18,7 @@ lint: deps ## Check the form and the lints
 	@cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 
 bench: deps ## Print speed and cost as ratios against peers, in one run
-	@deploy/deps.sh nginx=nginx-light taskset=util-linux
+	@deploy/deps.sh nginx=nginx-light haproxy=haproxy
 	@cargo build --release --locked --quiet -p coalmine-agent -p coalmine-aggregator
 	@cargo run --release --locked --quiet -p coalmine-tests --bin bench
 

@@ -16,7 +16,8 @@ use std::{
 };
 
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
 use self::stage::Stage;
 use crate::{
@@ -62,6 +63,16 @@ enum Role {
     /// The load generator
     #[command(hide = true)]
     Load(load::Options),
+}
+
+/// The result for machines: the last line with `--output json`.
+#[derive(Debug, Serialize)]
+struct Summary<'a> {
+    verdict: &'a str,
+    worst_tenant: Option<&'a str>,
+    decision_id: &'a str,
+    score_ppm: u64,
+    seconds: u64,
 }
 
 /// How the scenario ended.
@@ -172,9 +183,11 @@ async fn play(data: &std::path::Path, healthy: bool, keep: bool, output: Output)
     let shown = data.display();
     print(&"");
     print(&"next:");
-    print(&format_args!("  coalmine explain {decision} --data {shown}"));
-    print(&format_args!("  coalmine replay --all --data {shown}"));
-    print(&format_args!("  coalmine audit verify --data {shown}"));
+    // As this program was called, so that the lines can be pasted.
+    let coalmine = std::env::args().next().unwrap_or_else(|| "coalmine".to_owned());
+    print(&format_args!("  {coalmine} explain {decision} --data {shown}"));
+    print(&format_args!("  {coalmine} replay --all --data {shown}"));
+    print(&format_args!("  {coalmine} audit verify --data {shown}"));
     let worst = ending.view.get("worst_tenant").and_then(Value::as_str);
     let as_it_should = match &failing {
         Some(tenant) => verdict == "ROLLBACK" && worst == Some(tenant),
@@ -188,13 +201,15 @@ async fn play(data: &std::path::Path, healthy: bool, keep: bool, output: Output)
     }
     stage.strike().await;
     if output == Output::Json {
-        say(&json!({
-            "verdict": verdict,
-            "worst_tenant": worst,
-            "decision_id": decision,
-            "score_ppm": ending.view.get("score_ppm"),
-            "seconds": ending.seconds,
-        }));
+        let result = Summary {
+            verdict,
+            worst_tenant: worst,
+            decision_id: decision,
+            score_ppm: ending.view.get("score_ppm").and_then(Value::as_u64).unwrap_or(0),
+            seconds: ending.seconds,
+        };
+        say(&serde_json::to_string(&result)
+            .map_err(|error| Failure::new(Exit::Unknown, error.to_string()))?);
     }
     Ok(if as_it_should && log_is_good && counted == load {
         Exit::Good

@@ -29,6 +29,7 @@ fn shape(line: &str) -> String {
         let hex = word.len() == 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
         match word {
             _ if hex => "HASH".to_owned(),
+            _ if word.ends_with("/coalmine") => "coalmine".to_owned(),
             _ if word.contains("coalmine-demo") || word.starts_with('/') => "DIR".to_owned(),
             _ => word
                 .chars()

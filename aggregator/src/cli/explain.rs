@@ -4,6 +4,7 @@ use std::path::Path;
 
 use coalmine_judge::{
     fixed::ONE,
+    quantity::{micros, percent},
     record::{Anomaly, Body, Decision},
     replay::{Replay, Replayed},
     threshold::Thresholds,
@@ -108,14 +109,12 @@ fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
     ));
     if let Some(limits) = thresholds {
         say(&format_args!(
-            "thresholds error rate below {} ppm and at most {}.{:03} times the baseline's plus {} ppm; p99 {}",
-            limits.max_rate_ppb / 1_000,
+            "thresholds error rate below {}, and at most {}.{:03} times the baseline's plus {}; p99 {}",
+            percent(u128::from(limits.max_rate_ppb)),
             limits.max_ratio_milli / 1_000,
             limits.max_ratio_milli % 1_000,
-            limits.max_increase_ppb / 1_000,
-            limits
-                .p99_us
-                .map_or_else(|| "not limited".to_owned(), |us| format!("{} ms", us / 1_000)),
+            percent(u128::from(limits.max_increase_ppb)),
+            limits.p99_us.map_or_else(|| "not limited".to_owned(), micros),
         ));
     }
     if !decision.anomalies.is_empty() {
