@@ -505,7 +505,7 @@ pub fn waiting(ledger: &Ledger) -> Result<BTreeMap<String, u64>, String> {
         }
         Body::Decision(decision) => {
             if let Some((_, windows)) = open.get_mut(&decision.rollout) {
-                *windows = decision.window;
+                *windows = decision.finding.window;
             }
         }
         Body::End(end) => {

@@ -149,7 +149,11 @@ fn the_documents_are_there_and_short_enough() {
 #[test]
 fn the_policies_that_we_show_are_valid() {
     let readme = fs::read_to_string(repository().join("README.md")).unwrap();
-    let quoted = readme.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let quoted = readme
+        .split("```yaml\n")
+        .nth(1)
+        .and_then(|rest| rest.split("```").next())
+        .unwrap();
     let shipped = fs::read_to_string(repository().join("deploy/base/sla.yaml")).unwrap();
     for policy in [quoted, &shipped] {
         if let Err(error) = coalmine_judge::policy::Policy::parse(policy) {

@@ -118,9 +118,8 @@ pub struct RolloutEnd {
     pub verdict: String,
 }
 
-/// A window was judged.
+/// A window was judged. A field that does not belong here is noticed all the same: the line is then not canonical.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Decision {
     /// The decision's name.
     pub id: String,
@@ -134,6 +133,26 @@ pub struct Decision {
     pub service: String,
     /// The version on trial.
     pub canary_version: String,
+    /// What the judge found.
+    #[serde(flatten)]
+    pub finding: Finding,
+    /// Digest of the evidence's blob.
+    pub evidence: Hash,
+    /// Digest of the policy's blob.
+    pub policy: Hash,
+    /// The judge.
+    pub judge: String,
+    /// The program.
+    pub build: String,
+    /// Whether it was acted on before it could be recorded, because the log could not be written.
+    pub late: bool,
+    /// What was done, in order. Times are here and not in the outcome.
+    pub steps: Vec<Step>,
+}
+
+/// What the judge found: a function of policy and evidence, and what a replay compares.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
     /// Number of the window.
     pub window: u64,
     /// APPROVE, HOLD or ROLLBACK.
@@ -158,20 +177,8 @@ pub struct Decision {
     pub agents_ppm: u32,
     /// Tenants that were judged.
     pub tenants_checked: u64,
-    /// Digest of the evidence's blob.
-    pub evidence: Hash,
-    /// Digest of the policy's blob.
-    pub policy: Hash,
     /// Digest of the outcome's bytes.
     pub outcome: Hash,
-    /// The judge.
-    pub judge: String,
-    /// The program.
-    pub build: String,
-    /// Whether it was acted on before it could be recorded, because the log could not be written.
-    pub late: bool,
-    /// What was done, in order. Times are here and not in the outcome.
-    pub steps: Vec<Step>,
 }
 
 /// Something that is not in order.

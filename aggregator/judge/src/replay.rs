@@ -2,13 +2,13 @@
 //!
 //! Nothing is needed but the log's records and the blobs that they name.
 
-use std::{collections::BTreeMap, fmt::Debug};
+use std::collections::BTreeMap;
 
 use crate::{
     chain::Hash,
     evidence::Window,
     policy::Policy,
-    record::{Anomaly, Body, Decision, MAX_ANOMALIES, Record, RolloutStart},
+    record::{Anomaly, Body, Decision, Finding, MAX_ANOMALIES, Record, RolloutStart},
     v1::{self, Judge, Outcome, State, UnitReport},
 };
 
@@ -146,41 +146,10 @@ impl Replay {
             return Err(format!("its evidence is not that of window {}", place.0));
         }
         let outcome = judged.judge.step(&window).map_err(|error| error.to_string())?;
-        let difference = Finding::recorded(decision).difference(&Finding::of(&outcome));
+        let difference = decision.finding.difference(&Finding::of(&outcome));
         judged.outcome = Some(outcome);
         difference.map_or(Ok(()), Err)
     }
-}
-
-/// What a decision's record says of an outcome: all but names, times and steps.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
-    /// Number of the window.
-    pub window: u64,
-    /// APPROVE, HOLD or ROLLBACK.
-    pub verdict: String,
-    /// Health score in parts per million.
-    pub score_ppm: u32,
-    /// Probability that the verdict is right, in parts per million.
-    pub confidence_ppm: Option<u32>,
-    /// Why.
-    pub reason: String,
-    /// The unit with the lowest score.
-    pub worst: Option<Anomaly>,
-    /// The tenant to look at first.
-    pub worst_tenant: Option<String>,
-    /// What is not in order.
-    pub anomalies: Vec<Anomaly>,
-    /// How many anomalies there were.
-    pub anomalies_detected: u64,
-    /// Share of the canary's requests in judged tenants, in parts per million.
-    pub traffic_ppm: u32,
-    /// Share of the expected agents that reported, in parts per million.
-    pub agents_ppm: u32,
-    /// Tenants that were judged.
-    pub tenants_checked: u64,
-    /// Digest of the outcome's bytes.
-    pub outcome: Hash,
 }
 
 impl Finding {
@@ -210,111 +179,17 @@ impl Finding {
         }
     }
 
-    /// What a record says.
-    fn recorded(decision: &Decision) -> Self {
-        Self {
-            window: decision.window,
-            verdict: decision.verdict.clone(),
-            score_ppm: decision.score_ppm,
-            confidence_ppm: decision.confidence_ppm,
-            reason: decision.reason.clone(),
-            worst: decision.worst.clone(),
-            worst_tenant: decision.worst_tenant.clone(),
-            anomalies: decision.anomalies.clone(),
-            anomalies_detected: decision.anomalies_detected,
-            traffic_ppm: decision.traffic_ppm,
-            agents_ppm: decision.agents_ppm,
-            tenants_checked: decision.tenants_checked,
-            outcome: decision.outcome,
-        }
-    }
-
-    /// The first field that differs, with both values.
+    /// The first field in which a replay differs, with both values.
     fn difference(&self, replayed: &Self) -> Option<String> {
-        let fields: [(&str, &dyn Debug, &dyn Debug, bool); 13] = [
-            (
-                "window",
-                &self.window,
-                &replayed.window,
-                self.window == replayed.window,
-            ),
-            (
-                "verdict",
-                &self.verdict,
-                &replayed.verdict,
-                self.verdict == replayed.verdict,
-            ),
-            (
-                "score_ppm",
-                &self.score_ppm,
-                &replayed.score_ppm,
-                self.score_ppm == replayed.score_ppm,
-            ),
-            (
-                "confidence_ppm",
-                &self.confidence_ppm,
-                &replayed.confidence_ppm,
-                self.confidence_ppm == replayed.confidence_ppm,
-            ),
-            (
-                "reason",
-                &self.reason,
-                &replayed.reason,
-                self.reason == replayed.reason,
-            ),
-            (
-                "worst",
-                &self.worst,
-                &replayed.worst,
-                self.worst == replayed.worst,
-            ),
-            (
-                "worst_tenant",
-                &self.worst_tenant,
-                &replayed.worst_tenant,
-                self.worst_tenant == replayed.worst_tenant,
-            ),
-            (
-                "anomalies",
-                &self.anomalies,
-                &replayed.anomalies,
-                self.anomalies == replayed.anomalies,
-            ),
-            (
-                "anomalies_detected",
-                &self.anomalies_detected,
-                &replayed.anomalies_detected,
-                self.anomalies_detected == replayed.anomalies_detected,
-            ),
-            (
-                "traffic_ppm",
-                &self.traffic_ppm,
-                &replayed.traffic_ppm,
-                self.traffic_ppm == replayed.traffic_ppm,
-            ),
-            (
-                "agents_ppm",
-                &self.agents_ppm,
-                &replayed.agents_ppm,
-                self.agents_ppm == replayed.agents_ppm,
-            ),
-            (
-                "tenants_checked",
-                &self.tenants_checked,
-                &replayed.tenants_checked,
-                self.tenants_checked == replayed.tenants_checked,
-            ),
-            (
-                "outcome",
-                &self.outcome,
-                &replayed.outcome,
-                self.outcome == replayed.outcome,
-            ),
-        ];
-        let (name, recorded, replayed, _) = fields.into_iter().find(|(_, _, _, same)| !same)?;
-        Some(format!(
-            "{name} differs: recorded {recorded:?}, replayed {replayed:?}"
-        ))
+        // Integers, strings and lists always convert.
+        let [recorded, replayed] =
+            [self, replayed].map(|finding| serde_json::to_value(finding).unwrap_or_default());
+        let fields = recorded.as_object()?;
+        let (name, value) = fields
+            .iter()
+            .find(|(name, value)| replayed.get(name.as_str()) != Some(*value))?;
+        let other = replayed.get(name).cloned().unwrap_or_default();
+        Some(format!("{name} differs: recorded {value}, replayed {other}"))
     }
 }
 

@@ -56,6 +56,7 @@ pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Fai
             && decision.id == id
         {
             let thresholds = decision
+                .finding
                 .worst_tenant
                 .as_ref()
                 .and_then(|tenant| replay.judged(&decision.rollout)?.judge.thresholds(tenant));
@@ -90,13 +91,13 @@ pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Fai
 
 fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
     say(&format_args!("decision   {}", decision.id));
-    say(&format_args!("verdict    {}", decision.verdict));
-    say(&format_args!("reason     {}", decision.reason));
+    say(&format_args!("verdict    {}", decision.finding.verdict));
+    say(&format_args!("reason     {}", decision.finding.reason));
     say(&format_args!(
         "score      {}   (1 is healthy; below the policy's threshold some unit is in breach)",
-        score(decision.score_ppm)
+        score(decision.finding.score_ppm)
     ));
-    if let Some(confidence) = decision.confidence_ppm {
+    if let Some(confidence) = decision.finding.confidence_ppm {
         say(&format_args!(
             "confidence {} %   (1 minus the error probability of the verdict)",
             confidence / 10_000
@@ -104,8 +105,8 @@ fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
     }
     say(&format_args!(
         "coverage   {} % of the agents, {} % of the canary's requests are in tenants that were judged",
-        decision.agents_ppm / 10_000,
-        decision.traffic_ppm / 10_000
+        decision.finding.agents_ppm / 10_000,
+        decision.finding.traffic_ppm / 10_000
     ));
     if let Some(limits) = thresholds {
         say(&format_args!(
@@ -117,12 +118,12 @@ fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
             limits.p99_us.map_or_else(|| "not limited".to_owned(), micros),
         ));
     }
-    if !decision.anomalies.is_empty() {
+    if !decision.finding.anomalies.is_empty() {
         say(&format_args!(
             "anomalies  {} (evidence in bits, of those needed to roll back)",
-            decision.anomalies_detected
+            decision.finding.anomalies_detected
         ));
-        for anomaly in &decision.anomalies {
+        for anomaly in &decision.finding.anomalies {
             say(&format_args!("  {}", line(anomaly)));
         }
     }
@@ -139,7 +140,7 @@ fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
     ));
     say(&format_args!("policy     {}", decision.policy));
     say(&format_args!("evidence   {}", decision.evidence));
-    say(&format_args!("outcome    {}", decision.outcome));
+    say(&format_args!("outcome    {}", decision.finding.outcome));
     say(&format_args!("record     {hash}"));
 }
 

@@ -278,10 +278,10 @@ fn in_answer(appended: &Appended) -> Result<Value, Problem> {
         "timestamp": clock::rfc3339(appended.record.time_ms),
         "summary": {
             "total_duration_ms": total_us / 1_000,
-            "tenants_checked": decision.tenants_checked,
-            "health_score": f64::from(decision.score_ppm) / 1e6,
-            "rollout_decision": decision.verdict,
-            "anomalies_detected": decision.anomalies_detected,
+            "tenants_checked": decision.finding.tenants_checked,
+            "health_score": f64::from(decision.finding.score_ppm) / 1e6,
+            "rollout_decision": decision.finding.verdict,
+            "anomalies_detected": decision.finding.anomalies_detected,
             "audit_hash": hash,
         },
     }))

@@ -8,8 +8,8 @@ use std::{
 
 use coalmine_judge::{
     evidence::Window,
-    record::{Body, Decision, RolloutEnd, RolloutStart, Step},
-    replay::{Finding, Judged},
+    record::{Body, Decision, Finding, RolloutEnd, RolloutStart, Step},
+    replay::Judged,
     v1::{Judge, Outcome, Verdict},
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -235,10 +235,10 @@ impl Owner {
         if let Some(Pending { decision, .. }) = self.pending.pop_front() {
             tracing::info!(
                 rollout = decision.rollout,
-                window = decision.window,
-                verdict = decision.verdict,
-                score_ppm = decision.score_ppm,
-                reason = decision.reason,
+                window = decision.finding.window,
+                verdict = decision.finding.verdict,
+                score_ppm = decision.finding.score_ppm,
+                reason = decision.finding.reason,
                 "decision recorded"
             );
             self.view.recorded_decision(&decision, hash);
@@ -255,7 +255,7 @@ impl Owner {
         );
         for pending in self.pending.iter_mut().filter(|pending| pending.answer.is_none()) {
             // An approval that is held back has no effect, so it is not recorded late.
-            pending.decision.late = pending.decision.verdict != Verdict::Approve.as_str();
+            pending.decision.late = pending.decision.finding.verdict != Verdict::Approve.as_str();
         }
         if let Some(newest) = self.pending.back() {
             self.view.decision(&newest.decision);
@@ -294,19 +294,7 @@ impl Owner {
             service: self.start.service.clone(),
             canary_version: self.start.canary_version.clone(),
             steps: self.steps(window, outcome, frozen, judged, finding.anomalies_detected),
-            window: finding.window,
-            verdict: finding.verdict,
-            score_ppm: finding.score_ppm,
-            confidence_ppm: finding.confidence_ppm,
-            reason: finding.reason,
-            worst: finding.worst,
-            worst_tenant: finding.worst_tenant,
-            anomalies: finding.anomalies,
-            anomalies_detected: finding.anomalies_detected,
-            traffic_ppm: finding.traffic_ppm,
-            agents_ppm: finding.agents_ppm,
-            tenants_checked: finding.tenants_checked,
-            outcome: finding.outcome,
+            finding,
             evidence: evidence.digest,
             policy: self.start.policy,
             judge: self.start.judge.clone(),

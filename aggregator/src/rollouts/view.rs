@@ -126,23 +126,23 @@ impl View {
 
     /// Shows a decision.
     pub(super) fn decision(&mut self, decision: &Decision) {
-        self.windows_judged = decision.window;
-        self.verdict.clone_from(&decision.verdict);
-        self.score_ppm = decision.score_ppm;
-        self.score = f64::from(decision.score_ppm) / 1e6;
-        self.reason.clone_from(&decision.reason);
-        self.worst.clone_from(&decision.worst);
-        self.worst_tenant.clone_from(&decision.worst_tenant);
+        self.windows_judged = decision.finding.window;
+        self.verdict.clone_from(&decision.finding.verdict);
+        self.score_ppm = decision.finding.score_ppm;
+        self.score = f64::from(decision.finding.score_ppm) / 1e6;
+        self.reason.clone_from(&decision.finding.reason);
+        self.worst.clone_from(&decision.finding.worst);
+        self.worst_tenant.clone_from(&decision.finding.worst_tenant);
         self.decision_id = Some(decision.id.clone());
         self.decision_hash = None;
         self.recorded = false;
-        self.confidence_ppm = decision.confidence_ppm;
-        self.agents_ppm = decision.agents_ppm;
-        self.traffic_ppm = decision.traffic_ppm;
-        self.tenants_checked = decision.tenants_checked;
-        self.anomalies.clone_from(&decision.anomalies);
-        self.waits_for_ms = Some(self.start_ms + decision.window * self.window_ms);
-        if decision.verdict == v1::Verdict::Rollback.as_str() {
+        self.confidence_ppm = decision.finding.confidence_ppm;
+        self.agents_ppm = decision.finding.agents_ppm;
+        self.traffic_ppm = decision.finding.traffic_ppm;
+        self.tenants_checked = decision.finding.tenants_checked;
+        self.anomalies.clone_from(&decision.finding.anomalies);
+        self.waits_for_ms = Some(self.start_ms + decision.finding.window * self.window_ms);
+        if decision.finding.verdict == v1::Verdict::Rollback.as_str() {
             self.state = State::Halted;
             self.waits_for_ms = None;
         }
