@@ -94,9 +94,10 @@ impl<'c> Session<'c> {
     pub(crate) async fn run(mut self) {
         let mut attempt = 0;
         loop {
-            let before = self.link.sessions();
+            let before = self.ring.durable();
             let ended = self.connect().await;
-            if self.link.sessions() > before {
+            // A session that gets nothing through, such as one that is always refused, is no success.
+            if self.ring.durable() > before {
                 attempt = 0;
             }
             let backoff = backoff::delay(&self.config.instance, attempt);

@@ -7,8 +7,9 @@ use crate::metrics::Metrics;
 pub(super) struct Link {
     aggregator: String,
     metrics: Metrics,
-    sessions: u64,
     state: State,
+    /// Whether there was a session before.
+    was_up: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -24,22 +25,20 @@ impl Link {
         Self {
             aggregator,
             metrics,
-            sessions: 0,
+            
             state: State::Unknown,
+            was_up: false,
         }
     }
 
-    /// How many sessions there were.
-    pub(super) fn sessions(&self) -> u64 {
-        self.sessions
-    }
+    
 
     /// The aggregator accepted a session.
     pub(super) fn up(&mut self) {
-        if self.sessions > 0 {
+        if self.was_up {
             self.metrics.reconnected();
         }
-        self.sessions += 1;
+        self.was_up = true;
         self.metrics.connected(true);
         if self.state != State::Up {
             tracing::info!(aggregator = self.aggregator, "connected to the aggregator");
