@@ -25,13 +25,11 @@ impl Link {
         Self {
             aggregator,
             metrics,
-            
+
             state: State::Unknown,
             was_up: false,
         }
     }
-
-    
 
     /// The aggregator accepted a session.
     pub(super) fn up(&mut self) {
