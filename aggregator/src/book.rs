@@ -242,6 +242,13 @@ impl Book {
                 ..Agent::new(who)
             };
         }
+        if who.first_seq > agent.applied_seq.saturating_add(1) {
+            // The agent has forgotten batches that an earlier state of this book had acknowledged: a data
+            // directory was put back from a backup. They will not come again.
+            agent.applied_seq = who.first_seq - 1;
+            agent.durable_seq = agent.applied_seq;
+            agent.based = false;
+        }
         agent.session = session;
         agent.connected = true;
         agent.gone = false;

@@ -182,17 +182,19 @@ impl Service {
             latencies.push(latency_of(row, &self.tenants)?);
         }
         let gap = batch.gap.as_ref().map_or(0, |gap| gap.requests);
-        let before = if agent.based {
-            (agent.applied, agent.gap_requests)
-        } else {
-            // What the agent sent before this data directory was begun is a gap here.
-            let missing = batch
-                .cumulative
+        let mut before = (agent.applied, agent.gap_requests);
+        if !agent.based {
+            // What the agent sent and this book never had is a gap.
+            let known = before
+                .0
                 .requests
-                .saturating_sub(requests)
-                .saturating_sub(gap);
-            (Totals::default(), missing)
-        };
+                .saturating_add(before.1)
+                .saturating_add(requests)
+                .saturating_add(gap);
+            before.1 = before
+                .1
+                .saturating_add(batch.cumulative.requests.saturating_sub(known));
+        }
         let requests = before.0.requests.saturating_add(requests);
         let gaps = before.1.saturating_add(gap);
         if batch.cumulative.requests != requests.saturating_add(gaps) {

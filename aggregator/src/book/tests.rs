@@ -270,6 +270,21 @@ fn an_agent_with_a_past_that_this_book_does_not_know_goes_on_and_its_past_is_a_g
 }
 
 #[test]
+fn a_book_that_was_put_back_from_a_backup_goes_on_and_what_it_lost_is_a_gap() {
+    let mut book = book();
+    let mut agent = Sender::new(&mut book, "a", Arm::Canary, 1);
+    agent.window(&mut book, 1_000, 10, 0).unwrap();
+    // Three more windows with 60 requests were acknowledged by a state of the book that is gone.
+    agent.seq += 3;
+    agent.sent += 60;
+    agent.who.first_seq = 5;
+    assert_eq!(agent.connect(&mut book, 400, 5_000), 4);
+    assert_eq!(agent.window(&mut book, 5_000, 5, 0), Ok(Applied::Now));
+    let (outcomes, gaps, _) = book.get(SERVICE).unwrap().arm_totals(Arm::Canary);
+    assert_eq!((outcomes.seen(), gaps), (15, 60));
+}
+
+#[test]
 fn a_slot_is_ready_when_every_agent_has_reported_it_or_the_grace_is_over() {
     let mut book = book();
     let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);

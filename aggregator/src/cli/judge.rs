@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, BufWriter, Write as _},
+    io::{self, BufRead, BufReader, BufWriter},
     path::Path,
 };
 
@@ -30,13 +30,53 @@ pub(super) fn run(policy: &Path, max_windows: Option<u32>, windows: &Path) -> Re
         Box::new(BufReader::new(file))
     };
     let mut out = BufWriter::new(io::stdout().lock());
+    match judge_lines(
+        &mut judge,
+        &mut *input,
+        &name,
+        windows.as_os_str() == "-",
+        &mut out,
+    ) {
+        // A reader that has seen enough, as `head` has, is no failure.
+        Err(Stop::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Good),
+        Err(Stop::Output(error)) => Err(error.into()),
+        Err(Stop::Input(failure)) => Err(failure),
+        Ok(()) => Ok(Exit::Good),
+    }
+}
+
+/// Why judging ends early.
+enum Stop {
+    Input(Failure),
+    Output(io::Error),
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+/// Judges line by line. With `live` input each verdict is shown at once.
+fn judge_lines(
+    judge: &mut Judge,
+    input: &mut dyn BufRead,
+    name: &str,
+    live: bool,
+    out: &mut impl io::Write,
+) -> Result<(), Stop> {
     let mut line = Vec::new();
     for number in 1_u64.. {
         line.clear();
         let limit = MAX_LINE_BYTES as u64 + 1;
-        let read = io::Read::take(&mut input, limit)
+        let read = io::Read::take(&mut *input, limit)
             .read_until(b'\n', &mut line)
-            .map_err(|error| Failure::new(Exit::Unknown, format!("cannot read {name}: {error}")))?;
+            .map_err(|error| {
+                Stop::Input(Failure::new(
+                    Exit::Unknown,
+                    format!("cannot read {name}: {error}"),
+                ))
+            })?;
         if read == 0 {
             break;
         }
@@ -44,8 +84,8 @@ pub(super) fn run(policy: &Path, max_windows: Option<u32>, windows: &Path) -> Re
             continue;
         }
         let fail = |problem: String| Failure::usage(format!("{name}:{number}: {problem}"));
-        let text =
-            std::str::from_utf8(line.trim_ascii()).map_err(|_| fail("the line is not UTF-8".into()))?;
+        let text = std::str::from_utf8(line.trim_ascii())
+            .map_err(|_| Stop::Input(fail("the line is not UTF-8".into())))?;
         let outcome = Window::from_json(text)
             .map_err(|error| fail(error.to_string()))
             .and_then(|window| judge.step(&window).map_err(|error| fail(error.to_string())));
@@ -54,10 +94,12 @@ pub(super) fn run(policy: &Path, max_windows: Option<u32>, windows: &Path) -> Re
             Ok(outcome) => writeln!(out, "{}", outcome.to_json())?,
             Err(failure) => {
                 out.flush()?;
-                return Err(failure);
+                return Err(Stop::Input(failure));
             }
         }
+        if live {
+            out.flush()?;
+        }
     }
-    out.flush()?;
-    Ok(Exit::Good)
+    Ok(out.flush()?)
 }
