@@ -10,7 +10,10 @@ mod service;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use coalmine_judge::evidence::Window;
 use coalmine_proto::{
@@ -49,6 +52,11 @@ impl Default for Patience {
             forget_ms: 60_000,
         }
     }
+}
+
+/// Locks the book. A panic in another holder does not make its counts wrong: they change last.
+pub(crate) fn locked(book: &Mutex<Book>) -> MutexGuard<'_, Book> {
+    book.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What is measured: an arm and a version.

@@ -7,7 +7,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -26,7 +26,7 @@ use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    book::{Applied, Batch, Book, BookError, Build, Introduction, Row},
+    book::{Applied, Batch, Book, BookError, Build, Introduction, Row, locked},
     clock,
     metrics::Metrics,
     store::{Entry, Store},
@@ -73,11 +73,6 @@ pub struct Ingest {
 /// The names of a session: the agent's numbers to the book's.
 #[derive(Debug, Default)]
 pub struct Dictionary(HashMap<u32, u32>);
-
-/// Locks the book. A panic in another holder does not make its counts wrong: they change last.
-pub(crate) fn locked(book: &Mutex<Book>) -> std::sync::MutexGuard<'_, Book> {
-    book.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Why a session ends before the agent ends it.
 #[derive(Debug, thiserror::Error)]

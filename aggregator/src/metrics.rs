@@ -25,7 +25,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{book::Book, clock, ingest::locked, rollouts::View};
+use crate::{
+    book::{Book, locked},
+    clock,
+};
 
 /// After this long without a sign a connected agent counts as silent.
 const SILENT_MS: u64 = 10_000;
@@ -218,11 +221,15 @@ impl Metrics {
     }
 
     /// Shows a decision as it is published: an approval that is held back is a HOLD here too.
-    pub fn decided(&self, view: &View, outcome: &Outcome, before: Option<&Outcome>) {
-        let (service, rollout) = (view.service.as_str(), view.id.as_str());
-        let shown = Verdict::ALL
-            .into_iter()
-            .find(|verdict| verdict.as_str() == view.verdict);
+    pub fn decided(
+        &self,
+        service: &str,
+        rollout: &str,
+        shown: &str,
+        outcome: &Outcome,
+        before: Option<&Outcome>,
+    ) {
+        let shown = Verdict::ALL.into_iter().find(|verdict| verdict.as_str() == shown);
         let shown = shown.unwrap_or(Verdict::Hold);
         let label = || RolloutLabel {
             service: service.to_owned(),

@@ -28,9 +28,9 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use self::owner::{Command, Owner};
 pub use self::view::{State, View};
 use crate::{
-    book::{Book, Comparison},
+    book::{Book, Comparison, locked},
     clock,
-    ingest::{Configs, locked},
+    ingest::Configs,
     ledger::{AppendError, Blob, Ledger},
     metrics::Metrics,
 };

@@ -15,10 +15,10 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::{
-    book::{Book, Patience},
+    book::{Book, Patience, locked},
     clock, disk,
     faces::{self, Faces},
-    ingest::{Ingest, MAX_MESSAGE_BYTES, Rebuild, locked},
+    ingest::{Ingest, MAX_MESSAGE_BYTES, Rebuild},
     ledger::Ledger,
     metrics::Metrics,
     rollouts::{self, Rollouts},

@@ -18,8 +18,8 @@ use coalmine_proto::names::TenantName;
 
 pub use self::outcome::{Outcome, State, TenantStates, Unit, UnitReport, Verdict};
 use self::{
-    explain::{Arms, Findings},
-    track::Track,
+    explain::Findings,
+    track::{Arms, Track},
 };
 use crate::{
     budget::{Metric, Share, budget},

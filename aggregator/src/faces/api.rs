@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 use super::{Faces, problem::Problem};
 use crate::{
+    book::locked,
     clock,
-    ingest::locked,
     ledger::Appended,
     rollouts::{StartRequest, View},
 };

@@ -20,9 +20,8 @@ use super::{
 };
 use crate::{
     BUILD,
-    book::Comparison,
+    book::{Comparison, locked},
     clock,
-    ingest::locked,
     ledger::{AppendError, Appended, Blob},
 };
 
@@ -93,9 +92,16 @@ impl Owner {
             broken: false,
         };
         if let Some(outcome) = &owner.outcome {
-            owner.shared.metrics.decided(&owner.view, outcome, None);
+            owner.show_metrics(outcome, None);
         }
         owner
+    }
+
+    fn show_metrics(&self, outcome: &Outcome, before: Option<&Outcome>) {
+        let View {
+            service, id, verdict, ..
+        } = &self.view;
+        self.shared.metrics.decided(service, id, verdict, outcome, before);
     }
 
     pub(super) fn view(&self) -> Arc<View> {
@@ -174,7 +180,7 @@ impl Owner {
         }
         self.record().await;
         if let Some(outcome) = &self.outcome {
-            self.shared.metrics.decided(&self.view, outcome, before.as_ref());
+            self.show_metrics(outcome, before.as_ref());
         }
         self.shared
             .metrics

@@ -7,7 +7,7 @@ use coalmine_proto::names::TenantName;
 use super::{
     COVERAGE_WINDOWS, Fleet, NODATA_WINDOWS, Tenant,
     outcome::{Outcome, State, TenantStates, Unit, UnitReport, Verdict},
-    track::Track,
+    track::{Arms, Track},
 };
 use crate::{
     budget::Metric,
@@ -21,31 +21,6 @@ use crate::{
 
 /// How many of the worst tenants are named.
 const WORST: usize = 10;
-
-/// Counts of both arms.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Arms {
-    pub(super) canary: Counts,
-    pub(super) baseline: Counts,
-}
-
-impl Arms {
-    /// Counts of one arm alone, in the canary's place.
-    pub(super) fn of_canary(counts: Counts) -> Self {
-        Self {
-            canary: counts,
-            baseline: Counts::default(),
-        }
-    }
-    pub(super) fn add(&mut self, other: Self) {
-        self.canary.add(other.canary);
-        self.baseline.add(other.baseline);
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.canary.requests == 0 && self.baseline.requests == 0
-    }
-}
 
 /// What was found in one window, unit by unit.
 pub(super) struct Findings {

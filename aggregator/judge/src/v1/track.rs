@@ -1,10 +1,35 @@
 //! Evidence on one metric of one unit, against its budget.
 
-use super::{explain::Arms, outcome::State};
+use super::outcome::State;
 use crate::{
-    eprocess::{Evidence, GRID, Onset, cap},
+    eprocess::{Counts, Evidence, GRID, Onset, cap},
     fixed::{Bits, OutOfRange},
 };
+
+/// Counts of both arms.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Arms {
+    pub(super) canary: Counts,
+    pub(super) baseline: Counts,
+}
+
+impl Arms {
+    /// Counts of one arm alone, in the canary's place.
+    pub(super) fn of_canary(counts: Counts) -> Self {
+        Self {
+            canary: counts,
+            baseline: Counts::default(),
+        }
+    }
+    pub(super) fn add(&mut self, other: Self) {
+        self.canary.add(other.canary);
+        self.baseline.add(other.baseline);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.canary.requests == 0 && self.baseline.requests == 0
+    }
+}
 
 /// Evidence of harm on one metric, and what was seen since it began to grow.
 #[derive(Debug, Clone)]
