@@ -11,7 +11,6 @@ use super::{
 };
 use crate::{
     budget::Metric,
-    eprocess::Counts,
     evidence::{Coverage, Window},
     fixed::{Bits, ONE},
     policy::{Policy, Requirement},
