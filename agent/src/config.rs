@@ -86,11 +86,11 @@ struct Flags {
     max_connections: u32,
 
     /// Longest wait for a connection to the application
-    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_CONNECT_TIMEOUT", default_value = "1s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_CONNECT_TIMEOUT", default_value = "5s", value_parser = duration)]
     connect_timeout: Duration,
 
     /// Longest wait, after SIGTERM, for requests to end
-    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_DRAIN", default_value = "30s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_DRAIN", default_value = "20s", value_parser = duration)]
     drain: Duration,
 
     /// Format of the log on standard error; RUST_LOG sets what is logged

@@ -7,7 +7,7 @@
 mod observed;
 mod prefixed;
 
-use std::{error::Error, future::poll_fn, pin::pin, rc::Rc, task::Poll};
+use std::{error::Error, future::poll_fn, io, pin::pin, rc::Rc, task::Poll};
 
 use coalmine_proto::names::Outcome;
 use http::{Request, Response, Uri, header, uri::Authority};
@@ -20,6 +20,7 @@ use crate::{
     observer::Sink,
     proxy::Proxy,
     relay::Watched,
+    system,
     tenant::{Head, Header},
 };
 use observed::{Flight, Kind, Observed};
@@ -135,9 +136,16 @@ async fn forward(link: Rc<Link>, mut request: Request<Incoming>) -> Result<Respo
     name_authority(&mut request);
     // A request that was not sent, because the application had just closed, is tried once more.
     for _ in 0..2 {
-        let Ok(mut sender) = link.sender().await else {
-            flight.end(Outcome::ConnectFailure);
-            return Err(h2::Error::from(h2::Reason::REFUSED_STREAM).into());
+        let mut sender = match link.sender().await {
+            Ok(sender) => sender,
+            Err(failure) => {
+                let io = failure.downcast_ref::<io::Error>();
+                match io.is_some_and(system::is_exhausted) {
+                    true => flight.forget(),
+                    false => flight.end(Outcome::ConnectFailure),
+                }
+                return Err(h2::Error::from(h2::Reason::REFUSED_STREAM).into());
+            }
         };
         match sender.try_send_request(request).await {
             Ok(response) => {

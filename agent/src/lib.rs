@@ -15,6 +15,7 @@ mod proxy;
 pub mod recorder;
 mod relay;
 mod sealer;
+mod system;
 pub mod tenant;
 pub mod window;
 

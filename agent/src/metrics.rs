@@ -27,6 +27,7 @@ pub struct Metrics {
     connections: Gauge,
     connections_total: Counter,
     opaque: Family<ReasonLabel, Counter>,
+    dial_exhausted: Counter,
     in_flight: Gauge,
     tenants: Gauge,
     tenant_overflow: Counter,
@@ -64,6 +65,7 @@ impl Metrics {
             connections: Gauge::default(),
             connections_total: Counter::default(),
             opaque: Family::default(),
+            dial_exhausted: Counter::default(),
             in_flight: Gauge::default(),
             tenants: Gauge::default(),
             tenant_overflow: Counter::default(),
@@ -112,6 +114,11 @@ impl Metrics {
             "opaque_connections",
             "Connections that could not be followed, by reason; their requests are not counted",
             self.opaque.clone(),
+        );
+        r.register(
+            "dial_exhausted",
+            "Connections to the application that failed for want of files, ports or memory in the agent",
+            self.dial_exhausted.clone(),
         );
         r.register(
             "in_flight_requests",
@@ -198,6 +205,7 @@ impl Metrics {
             .set(i64::try_from(sealed.tenants).unwrap_or(i64::MAX));
         raise(&self.tenant_overflow, totals.overflow_requests);
         raise(&self.tenant_rejected, totals.rejected_names);
+        raise(&self.dial_exhausted, totals.dial_exhausted);
         raise(&self.windows, totals.windows);
     }
 

@@ -1,7 +1,7 @@
 //! Accepts clients, closes windows at their borders, and stops in order: the data thread.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     io,
     rc::Rc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -17,8 +17,9 @@ use crate::{
     config::{Config, Target},
     gate::{Gate, Stage},
     recorder::{Limits, Recorder, Sealed},
-    relay,
+    relay::{self, Watched},
     sealer::Sealer,
+    system,
 };
 
 /// Room for what one read takes; all connections of the thread share it.
@@ -32,6 +33,8 @@ pub(crate) struct Proxy {
     pub(crate) recorder: RefCell<Recorder>,
     pub(crate) buffer: RefCell<Box<[u8]>>,
     pub(crate) gate: Gate,
+    /// Whether the last connection failed for want of something on this side.
+    is_exhausted: Cell<bool>,
 }
 
 /// The data thread's ends of the channels to the control thread.
@@ -52,6 +55,7 @@ impl Proxy {
             recorder: RefCell::new(Recorder::new(config.tenant.clone(), config.max_tenants)),
             buffer: RefCell::new(vec![0; BUFFER_BYTES].into_boxed_slice()),
             gate: Gate::new(),
+            is_exhausted: Cell::new(false),
         }
     }
 
@@ -62,9 +66,29 @@ impl Proxy {
 
     /// Opens a connection to the application.
     pub(crate) async fn dial(&self) -> io::Result<TcpStream> {
-        let stream = timeout(self.connect_timeout, self.upstream.connect()).await??;
-        relay::no_delay(&stream);
+        let dialled = timeout(self.connect_timeout, self.upstream.connect()).await;
+        let dialled = dialled.unwrap_or_else(|elapsed| Err(elapsed.into()));
+        self.note(dialled.as_ref().err());
+        let stream = dialled?;
+        system::tune(&stream);
         Ok(stream)
+    }
+
+    /// Notes whether a connection failed for want of something on this side, and says it when that changes.
+    fn note(&self, error: Option<&io::Error>) {
+        let exhausted = error.filter(|error| system::is_exhausted(error));
+        if exhausted.is_some() {
+            self.recorder.borrow_mut().dial_exhausted();
+        }
+        let was_exhausted = self.is_exhausted.replace(exhausted.is_some());
+        match exhausted {
+            Some(error) if !was_exhausted => tracing::warn!(
+                %error,
+                "the agent cannot open connections to the application; clients are reset, and not counted"
+            ),
+            None if was_exhausted => tracing::info!("connections to the application can be opened again"),
+            _ => {}
+        }
     }
 }
 
@@ -141,7 +165,8 @@ async fn accept(proxy: &Rc<Proxy>, listener: &TcpListener, max_connections: usiz
         match listener.accept().await {
             Ok((client, _)) => {
                 is_failing = false;
-                tokio::task::spawn_local(relay::serve(client, proxy.clone()));
+                let watched = Watched::new(proxy.clone());
+                tokio::task::spawn_local(relay::serve(client, watched));
             }
             // The client gave up while it waited.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -152,6 +177,51 @@ async fn accept(proxy: &Rc<Proxy>, listener: &TcpListener, max_connections: usiz
                 is_failing = true;
                 sleep(Duration::from_millis(50)).await;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::config::Command;
+
+    #[test]
+    fn a_connection_counts_from_its_acceptance_on() {
+        let proxy = Rc::new(proxy());
+        let watched = Watched::new(proxy.clone());
+        // Never polled, as in a burst of clients.
+        let served = async move { drop(watched) };
+        assert_eq!(proxy.gate.open(), 1);
+        drop(served);
+        assert_eq!(proxy.gate.open(), 0);
+    }
+
+    #[test]
+    fn exhaustion_is_counted_and_ends() {
+        let proxy = proxy();
+        let exhausted = io::Error::from(rustix::io::Errno::MFILE);
+        proxy.note(Some(&exhausted));
+        proxy.note(Some(&exhausted));
+        assert!(proxy.is_exhausted.get());
+        proxy.note(Some(&io::ErrorKind::ConnectionRefused.into()));
+        assert!(!proxy.is_exhausted.get());
+        let mut recorder = proxy.recorder.borrow_mut();
+        let window = recorder.seal(0, 1);
+        assert_eq!(recorder.sealed(window).totals.dial_exhausted, 2);
+    }
+
+    pub(crate) fn proxy() -> Proxy {
+        let args = [
+            "a",
+            "--aggregator=http://a:1",
+            "--service=s",
+            "--version=v",
+            "--arm=canary",
+        ];
+        match Command::parse(args.map(Into::into)) {
+            Ok(Command::Run(config)) => Proxy::new(&config),
+            other => panic!("{other:?}"),
         }
     }
 }

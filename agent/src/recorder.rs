@@ -63,6 +63,8 @@ pub struct Totals {
     pub overflow_requests: u64,
     /// Requests whose tenant had a name that is not allowed.
     pub rejected_names: u64,
+    /// Connections to the application that could not be opened for want of files, ports or memory here.
+    pub dial_exhausted: u64,
     /// Windows that were closed.
     pub windows: u64,
 }
@@ -147,6 +149,11 @@ impl Recorder {
     /// A client connection is over.
     pub fn connection_closed(&mut self) {
         self.connections = self.connections.saturating_sub(1);
+    }
+
+    /// A connection to the application could not be opened for want of something on this side.
+    pub fn dial_exhausted(&mut self) {
+        self.totals.dial_exhausted += 1;
     }
 
     /// Requests that began and have not ended.

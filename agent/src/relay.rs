@@ -5,46 +5,45 @@
 //! reaches another. Bytes are written first and observed after. What the other side cannot take yet is
 //! kept, at most one buffer of it, and nothing more is read: back-pressure is the kernel's.
 //!
-//! The connection to the application is elastic: when the application closes it between two requests,
-//! the client does not notice, and the next request opens another. Otherwise the client would meet a
-//! close that is one hop older than it need be, and lose the race against it three times as often.
+//! The connection to the application is elastic: when the application closes it between two requests
+//! and accepts another, the client does not notice. Otherwise the client would meet a close that is one
+//! hop older than it need be, and lose the race against it three times as often.
 
+mod close;
 mod half;
 mod refuse;
+mod renew;
 mod sniff;
+mod watched;
 
 use std::{
     future::poll_fn,
     pin::Pin,
-    rc::Rc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
+    time::Duration,
 };
 
+use rustix::{io::Errno, net::RecvFlags};
 use tokio::{
-    io::{AsyncRead, ReadBuf},
     net::TcpStream,
+    time::{Sleep, sleep},
 };
 
 use crate::{
-    gate::{Stage, Ticket},
+    gate::Stage,
     http2::{self, Prefixed, Sniffed},
-    observer::Http1,
-    proxy::Proxy,
-    recorder::Recorder,
+    system,
 };
-use coalmine_proto::names::Outcome;
 use half::{Half, Stamp, Stop};
+use renew::Renewed;
 use sniff::Sniff;
+pub(crate) use watched::Watched;
 
 /// After this long without a byte, it is asked whether the application has closed before a request is sent.
 const STALE_NS: u64 = 10_000_000;
 
-/// A client connection, counted and observed until it is dropped.
-pub(crate) struct Watched {
-    pub(crate) proxy: Rc<Proxy>,
-    pub(crate) ticket: Ticket,
-    observer: Http1,
-}
+/// How long a client may keep a connection on which the application has said its last answer.
+const LAST_CLOSE: Duration = Duration::from_secs(60);
 
 /// How relaying ended.
 enum End {
@@ -62,52 +61,37 @@ enum End {
 struct Relay<'w> {
     watched: &'w mut Watched,
     client: TcpStream,
-    /// None while the client is idle and the application has closed its end.
+    /// None while another is opened, and at the end.
     upstream: Option<TcpStream>,
     up: Half,
     down: Half,
     /// The first bytes, until it is clear which protocol the client speaks.
     sniffing: Option<Sniff>,
     active_ns: u64,
+    renewed: Renewed,
+    /// Runs once the application has closed after its last answer.
+    last_close: Option<Pin<Box<Sleep>>>,
 }
 
 /// Serves a client until either side is done.
-pub(crate) async fn serve(client: TcpStream, proxy: Rc<Proxy>) {
-    let mut watched = Watched::new(proxy);
-    no_delay(&client);
+pub(crate) async fn serve(client: TcpStream, mut watched: Watched) {
+    system::tune(&client);
     let upstream = match watched.proxy.dial().await {
         Ok(upstream) => upstream,
-        Err(error) => {
-            tracing::debug!(%error, "the application accepts no connection");
-            return Box::pin(refuse::refuse(client, watched)).await;
-        }
+        Err(error) => return Box::pin(refuse::refuse(client, watched, &error)).await,
     };
-    let mut relay = Relay {
-        active_ns: watched.proxy.now_ns(),
-        watched: &mut watched,
-        client,
-        upstream: Some(upstream),
-        up: Half::default(),
-        down: Half::default(),
-        sniffing: Some(Sniff::default()),
-    };
+    let mut relay = Relay::new(client, upstream, &mut watched);
     loop {
-        match poll_fn(|cx| relay.poll(cx)).await {
-            End::Closed => return,
-            End::Reset => return relay.reset(),
-            End::Idle => {
-                if !relay.wait_for_request().await {
-                    return;
-                }
-                match relay.watched.proxy.dial().await {
-                    Ok(upstream) => relay.upstream = Some(upstream),
-                    Err(error) => {
-                        tracing::debug!(%error, "the application accepts no connection");
-                        relay.not_accepted();
-                        return relay.reset();
-                    }
-                }
+        let mut end = poll_fn(|cx| relay.poll(cx)).await;
+        if matches!(end, End::Idle) {
+            match relay.renew().await {
+                None => continue,
+                Some(other) => end = other,
             }
+        }
+        match end {
+            End::Closed | End::Idle => return relay.linger().await,
+            End::Reset => return relay.reset(),
             End::Http2(first) => {
                 let Relay { client, upstream, .. } = relay;
                 let client = Prefixed::new(first.client, client);
@@ -118,42 +102,26 @@ pub(crate) async fn serve(client: TcpStream, proxy: Rc<Proxy>) {
     }
 }
 
-// === impl Watched ===
+// === impl Relay ===
 
-impl Watched {
-    fn new(proxy: Rc<Proxy>) -> Self {
-        proxy.recorder.borrow_mut().connection_opened();
+impl<'w> Relay<'w> {
+    fn new(client: TcpStream, upstream: TcpStream, watched: &'w mut Watched) -> Self {
         Self {
-            ticket: proxy.gate.enter(),
-            observer: Http1::new(),
-            proxy,
+            active_ns: watched.proxy.now_ns(),
+            watched,
+            client,
+            upstream: Some(upstream),
+            up: Half::default(),
+            down: Half::default(),
+            sniffing: Some(Sniff::default()),
+            renewed: Renewed::No,
+            last_close: None,
         }
     }
 
-    fn observe(&mut self, tell: impl FnOnce(&mut Http1, u64, &mut Recorder)) {
-        let now_ns = self.proxy.now_ns();
-        let mut recorder = self.proxy.recorder.borrow_mut();
-        tell(&mut self.observer, now_ns, &mut recorder);
-    }
-}
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        // Nothing is pending unless the agent was told to stop at once: that says nothing about the service.
-        self.observe(|observer, now_ns, recorder| {
-            observer.end_all(Outcome::ClientAbort, now_ns, recorder);
-            recorder.connection_closed();
-        });
-        self.proxy.gate.leave(&self.ticket);
-    }
-}
-
-// === impl Relay ===
-
-impl Relay<'_> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let stage = self.watched.proxy.gate.watch(&mut self.watched.ticket, cx);
-        if stage > Stage::Open && (stage == Stage::Closed || self.is_quiet()) {
+        if stage == Stage::Closed {
             return Poll::Ready(End::Closed);
         }
         // First what the application did: it may have closed before the next request is sent.
@@ -163,7 +131,12 @@ impl Relay<'_> {
         if let Some(end) = self.poll_up(cx) {
             return Poll::Ready(end);
         }
-        if stage == Stage::Draining && self.is_quiet() {
+        // Only now: what either side has said already is part of what is under way.
+        if stage == Stage::Draining && self.is_quiet() && !self.has_unread() {
+            return Poll::Ready(End::Closed);
+        }
+        let last_close = self.last_close.as_mut();
+        if last_close.is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(End::Closed);
         }
         match (self.up.is_done(), self.down.is_done()) {
@@ -178,6 +151,11 @@ impl Relay<'_> {
         nothing_held && self.watched.observer.is_quiet() && self.up.is_empty() && self.down.is_empty()
     }
 
+    /// Whether the client has sent something that is not read yet, because the runtime has not said so.
+    fn has_unread(&self) -> bool {
+        matches!(peek(&self.client), Ok(count) if count > 0)
+    }
+
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Option<End> {
         if self.down.is_done() {
             return None;
@@ -185,13 +163,20 @@ impl Relay<'_> {
         let Watched { proxy, observer, .. } = &mut *self.watched;
         if let Some(first) = &mut self.sniffing {
             let upstream = self.upstream.as_mut()?;
-            if first.poll_upstream(cx, proxy, upstream).is_pending() {
-                return None;
+            match first.poll_upstream(cx, proxy, upstream) {
+                Poll::Pending => return None,
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => return Some(self.upstream_lost()),
             }
             if !first.upstream.is_empty() {
                 self.down
                     .keep(std::mem::take(&mut first.upstream), proxy.now_ns());
             }
+        }
+        // Nothing was asked on it: it says that it will close (408), and the client must not take that
+        // for the answer to its next request.
+        if self.renewed == Renewed::Idle && matches!(peek(self.upstream.as_ref()?), Ok(count) if count > 0) {
+            return Some(End::Idle);
         }
         let active_ns = &mut self.active_ns;
         let seen = |bytes: &[u8], now_ns| {
@@ -203,25 +188,19 @@ impl Relay<'_> {
         match stop {
             Poll::Pending => None,
             Poll::Ready(Stop::Closed) => self.upstream_closed(cx),
-            Poll::Ready(Stop::SourceLost) => {
-                self.watched
-                    .observe(|o, now_ns, sink| o.upstream_reset(now_ns, sink));
-                Some(End::Reset)
-            }
-            Poll::Ready(Stop::DestinationLost) => {
-                self.watched
-                    .observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
-                Some(End::Reset)
-            }
+            // Some applications close idle connections with a reset.
+            Poll::Ready(Stop::SourceLost) if self.is_renewable() => Some(End::Idle),
+            Poll::Ready(Stop::SourceLost) => Some(self.upstream_lost()),
+            Poll::Ready(Stop::DestinationLost) => Some(self.client_lost()),
         }
     }
 
     fn upstream_closed(&mut self, cx: &mut Context<'_>) -> Option<End> {
-        let observer = &self.watched.observer;
-        if observer.is_between_requests() && self.up.is_open() && self.up.is_empty() {
+        if self.is_renewable() {
             return Some(End::Idle);
         }
-        let answered = observer.is_quiet();
+        let observer = &self.watched.observer;
+        let (answered, is_last) = (observer.is_quiet(), observer.ends_with_close());
         self.watched
             .observe(|o, now_ns, sink| o.upstream_closed(now_ns, sink));
         if self.up.is_broken() && !answered {
@@ -229,17 +208,27 @@ impl Relay<'_> {
             return Some(End::Reset);
         }
         self.down.finish(cx, &mut self.client);
+        if is_last {
+            // Polled below, in this turn.
+            self.last_close = Some(Box::pin(sleep(LAST_CLOSE)));
+        }
         None
+    }
+
+    /// Whether nothing was begun on the connection to the application that another could not take over.
+    fn is_renewable(&self) -> bool {
+        self.watched.observer.is_between_requests() && self.up.is_open()
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Option<End> {
         if let Some(first) = &mut self.sniffing {
             match first.poll_client(cx, &self.watched.proxy, &mut self.client) {
                 Poll::Pending => return None,
-                Poll::Ready(Sniffed::Http2) => {
+                Poll::Ready(Ok(Sniffed::Http2)) => {
                     return Some(End::Http2(std::mem::take(first)));
                 }
-                Poll::Ready(_) => {}
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(_)) => return Some(self.client_lost()),
             }
             let first = std::mem::take(first);
             let now_ns = self.watched.proxy.now_ns();
@@ -258,9 +247,9 @@ impl Relay<'_> {
             return Some(End::Idle);
         }
         let Watched { proxy, observer, .. } = &mut *self.watched;
-        let active_ns = &mut self.active_ns;
+        let (active_ns, renewed) = (&mut self.active_ns, &mut self.renewed);
         let seen = |bytes: &[u8], now_ns| {
-            *active_ns = now_ns;
+            (*active_ns, *renewed) = (now_ns, Renewed::No);
             observer.on_request(bytes, now_ns, &mut *proxy.recorder.borrow_mut());
         };
         let (from, to) = (&mut self.client, self.upstream.as_mut()?);
@@ -271,14 +260,14 @@ impl Relay<'_> {
                 self.up.finish(cx, self.upstream.as_mut()?);
                 None
             }
-            Poll::Ready(Stop::SourceLost) => {
-                self.watched
-                    .observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
-                Some(End::Reset)
-            }
+            Poll::Ready(Stop::SourceLost) => Some(self.client_lost()),
+            // It took nothing of the request, so another connection may.
+            Poll::Ready(Stop::DestinationLost) if self.is_renewable() => Some(End::Idle),
             Poll::Ready(Stop::DestinationLost) => {
+                let refused = self.up.break_off();
+                self.watched
+                    .observe(|o, now_ns, sink| o.on_request(&refused, now_ns, sink));
                 // There may still be an answer to read: a refusal of a large upload, for example.
-                self.up.break_off();
                 cx.waker().wake_by_ref();
                 None
             }
@@ -294,58 +283,23 @@ impl Relay<'_> {
         {
             return false;
         }
-        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
-        self.upstream.as_ref().is_some_and(|upstream| {
-            let peeked = rustix::net::recv(upstream, &mut [0_u8; 1][..], flags);
-            matches!(peeked, Ok((_, 0)))
-        })
+        self.upstream
+            .as_ref()
+            .is_some_and(|upstream| match peek(upstream) {
+                Ok(count) => count == 0,
+                Err(error) => !matches!(error, Errno::AGAIN | Errno::INTR),
+            })
     }
 
-    /// Waits, without a connection to the application, for the client's next bytes; false if it is gone.
-    async fn wait_for_request(&mut self) -> bool {
-        self.upstream = None;
-        self.down = Half::default();
-        poll_fn(|cx| {
-            let stage = self.watched.proxy.gate.watch(&mut self.watched.ticket, cx);
-            if stage > Stage::Open {
-                return Poll::Ready(false);
-            }
-            let mut buffer = self.watched.proxy.buffer.borrow_mut();
-            let mut buffer = ReadBuf::new(&mut buffer);
-            let read = ready!(Pin::new(&mut self.client).poll_read(cx, &mut buffer));
-            let bytes = buffer.filled();
-            if read.is_err() || bytes.is_empty() {
-                return Poll::Ready(false);
-            }
-            let now_ns = self.watched.proxy.now_ns();
-            self.up.keep(bytes.to_vec(), now_ns);
-            Poll::Ready(true)
-        })
-        .await
-    }
-
-    /// The request that should have opened another connection fails.
-    fn not_accepted(&mut self) {
-        let bytes = self.up.take();
-        self.watched.observe(|observer, now_ns, recorder| {
-            observer.on_request(&bytes, now_ns, recorder);
-            observer.end_all(Outcome::ConnectFailure, now_ns, recorder);
-        });
-    }
-
-    /// Closes both connections with a reset, as one of them was.
-    fn reset(&self) {
-        for stream in [Some(&self.client), self.upstream.as_ref()].into_iter().flatten() {
-            if let Err(error) = stream.set_zero_linger() {
-                tracing::debug!(%error, "a reset cannot be passed on");
-            }
-        }
+    fn client_lost(&mut self) -> End {
+        self.watched
+            .observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
+        End::Reset
     }
 }
 
-/// Small messages are sent at once.
-pub(crate) fn no_delay(stream: &TcpStream) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "TCP_NODELAY cannot be set");
-    }
+/// Looks for a byte, past the runtime, which may not know of it yet.
+fn peek(stream: &TcpStream) -> Result<usize, Errno> {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    rustix::net::recv(stream, &mut [0_u8; 1][..], flags).map(|(_, count)| count)
 }

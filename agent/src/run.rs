@@ -23,6 +23,7 @@ use crate::{
     proxy::{self, Channels},
     recorder::Limits,
     session::Session,
+    system,
 };
 
 /// Closed windows that wait for the control thread; when it takes none, windows become longer.
@@ -61,7 +62,8 @@ pub struct Bound {
 
 impl Bound {
     /// Takes both addresses.
-    pub fn new(config: Config) -> Result<Self, StartError> {
+    pub fn new(mut config: Config) -> Result<Self, StartError> {
+        config.max_connections = system::max_connections(config.max_connections);
         let listener = bind(config.listen, "--listen")?;
         let admin = bind(config.admin, "--admin")?;
         Ok(Self {

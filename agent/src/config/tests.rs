@@ -32,8 +32,9 @@ fn defaults_are_those_of_the_design() {
     assert_eq!((config.arm, config.instance.as_str()), (Arm::Canary, "pod-1"));
     assert_eq!(
         (config.window, config.drain),
-        (Duration::from_secs(1), Duration::from_secs(30))
+        (Duration::from_secs(1), Duration::from_secs(20))
     );
+    assert_eq!(config.connect_timeout, Duration::from_secs(5));
     assert_eq!((config.ring_bytes, config.max_tenants), (8 << 20, 20_000));
 }
 

@@ -2,7 +2,9 @@
 
 use std::{fmt, io, net::SocketAddr, str::FromStr, time::Duration};
 
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, lookup_host};
+
+use crate::system;
 
 /// Where the application is: an address, or a name that is looked up at each connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,13 +20,27 @@ impl Target {
     pub async fn connect(&self) -> io::Result<TcpStream> {
         match self {
             Self::Address(address) => TcpStream::connect(address).await,
-            Self::Name(name, port) => TcpStream::connect((name.as_str(), *port)).await,
+            Self::Name(name, port) => connect_any(lookup_host((name.as_str(), *port)).await?).await,
         }
     }
 
     pub(super) fn is(&self, address: SocketAddr) -> bool {
         *self == Self::Address(address)
     }
+}
+
+/// Tries the addresses one after the other. Of several errors, one of the application counts more than
+/// one of this side, such as that there is no IPv6.
+async fn connect_any(addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
+    let mut why: Option<io::Error> = None;
+    for address in addresses {
+        match TcpStream::connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if why.as_ref().is_none_or(system::is_exhausted) => why = Some(error),
+            Err(_) => {}
+        }
+    }
+    Err(why.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the name has no address")))
 }
 
 impl FromStr for Target {

@@ -59,6 +59,12 @@ impl Flight {
         self.record(outcome);
     }
 
+    /// The request never had a chance to be sent, and not because of the application.
+    pub(super) fn forget(mut self) {
+        self.has_ended = true;
+        self.proxy.recorder.borrow_mut().forget(self.tenant);
+    }
+
     fn record(&mut self, outcome: Outcome) {
         self.has_ended = true;
         let latency_ns = self.proxy.now_ns().saturating_sub(self.started_ns);

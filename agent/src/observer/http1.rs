@@ -22,6 +22,8 @@ pub struct Http1 {
     started_ns: u64,
     /// Whether the last whole exchange left the connection open for another.
     reusable: bool,
+    /// Whether at least one answer was complete.
+    has_answered: bool,
     client_gone: bool,
 }
 
@@ -57,6 +59,7 @@ impl Default for Http1 {
             pending: VecDeque::new(),
             started_ns: 0,
             reusable: false,
+            has_answered: false,
             client_gone: false,
         }
     }
@@ -77,6 +80,14 @@ impl Http1 {
     pub fn is_quiet(&self) -> bool {
         let idle = matches!((&self.request, &self.response), (Side::Idle, Side::Idle));
         idle && self.pending.is_empty()
+    }
+
+    /// Whether a close by the application, now, is the end of an exchange that was the last.
+    pub fn ends_with_close(&self) -> bool {
+        let last_by_close = matches!(self.response, Side::Body(Body::UntilClose))
+            && matches!(self.request, Side::Idle)
+            && self.pending.len() == 1;
+        last_by_close || (self.has_answered && self.is_quiet())
     }
 
     /// Whether the client's bytes are not followed any more.
@@ -270,6 +281,7 @@ impl Http1 {
     /// The answer to the oldest request is complete.
     fn answered(&mut self, now_ns: u64, sink: &mut impl Sink) {
         self.response = Side::Idle;
+        self.has_answered = true;
         if let Some(request) = self.pending.pop_front() {
             self.reusable = request.persistent;
             let outcome = Outcome::of_http_status(request.status);
@@ -320,4 +332,33 @@ fn begin(
     } else {
         Side::Body(body)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recorder::Recorder;
+
+    const GET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
+
+    #[track_caller]
+    fn check(request: &[u8], answer: &[u8], expected: bool) {
+        let (mut observer, mut sink) = (Http1::new(), Recorder::new(Vec::new(), 1));
+        observer.on_request(request, 0, &mut sink);
+        observer.on_response(answer, 1, &mut sink);
+        assert_eq!(observer.ends_with_close(), expected, "{answer:?}");
+    }
+
+    #[test]
+    fn a_close_ends_an_exchange_that_is_complete() {
+        let closing = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok";
+        check(GET, closing, true);
+        check(GET, b"HTTP/1.0 200 OK\r\n\r\nuntil", true);
+        check(b"", b"", false);
+        check(GET, b"", false);
+        check(GET, &closing[..closing.len() - 1], false);
+        // The application may still read what is to come.
+        check(b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\n", closing, false);
+        check(b"hello", b"bye", false);
+    }
 }

@@ -1,16 +1,20 @@
 //! One direction of a relayed connection.
 
 use std::{
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll},
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    task::yield_now,
 };
 
 use crate::proxy::Proxy;
+
+/// After so many bytes the other connections get their turn.
+const TURN_BYTES: usize = 256 * 1024;
 
 /// One direction: what was read and could not be written yet, and how far closing has come.
 #[derive(Debug, Default)]
@@ -63,6 +67,11 @@ impl Half {
         matches!(self.state, State::Finished | State::Broken)
     }
 
+    /// Whether the source has closed and all of it was passed on.
+    pub(super) fn is_finished(&self) -> bool {
+        self.state == State::Finished
+    }
+
     pub(super) fn is_broken(&self) -> bool {
         self.state == State::Broken
     }
@@ -76,9 +85,19 @@ impl Half {
         (self.waiting, self.written, self.read_ns) = (bytes, 0, read_ns);
     }
 
+    /// More bytes that were read elsewhere, to be written after those that are waiting.
+    pub(super) fn append(&mut self, bytes: &[u8], read_ns: u64) {
+        if self.waiting.is_empty() {
+            self.read_ns = read_ns;
+        }
+        self.waiting.extend_from_slice(bytes);
+    }
+
     /// The bytes that are waiting.
     pub(super) fn take(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.waiting)
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.drain(..std::mem::take(&mut self.written));
+        waiting
     }
 
     /// Passes the close on.
@@ -90,9 +109,10 @@ impl Half {
         }
     }
 
-    pub(super) fn break_off(&mut self) {
-        self.waiting = Vec::new();
+    /// Nothing more can be written; gives what could not.
+    pub(super) fn break_off(&mut self) -> Vec<u8> {
         self.state = State::Broken;
+        self.take()
     }
 
     fn wrote(&mut self, count: usize) {
@@ -104,7 +124,8 @@ impl Half {
     }
 }
 
-/// Passes on all that can be read and written now.
+/// Passes on what can be read and written now, but not so much that the others wait for long. What the
+/// destination refuses is kept.
 pub(super) fn pump(
     cx: &mut Context<'_>,
     proxy: &Proxy,
@@ -119,13 +140,18 @@ pub(super) fn pump(
         Stamp::Written => proxy.now_ns(),
     };
     let mut shared = proxy.buffer.borrow_mut();
+    let mut passed = 0;
     loop {
+        if passed >= TURN_BYTES {
+            return give_way(cx);
+        }
         if let Some(rest) = half.waiting.get(half.written..).filter(|rest| !rest.is_empty()) {
             match Pin::new(&mut *to).poll_write(cx, rest) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(count)) if count > 0 => {
                     seen(&rest[..count], time(half.read_ns));
                     half.wrote(count);
+                    passed += count;
                     continue;
                 }
                 Poll::Ready(_) => return Poll::Ready(Stop::DestinationLost),
@@ -149,13 +175,90 @@ pub(super) fn pump(
         let count = match Pin::new(&mut *to).poll_write(cx, bytes) {
             Poll::Pending => 0,
             Poll::Ready(Ok(count)) if count > 0 => count,
-            Poll::Ready(_) => return Poll::Ready(Stop::DestinationLost),
+            Poll::Ready(_) => {
+                half.keep(bytes.to_vec(), read_ns);
+                return Poll::Ready(Stop::DestinationLost);
+            }
         };
+        passed += count;
         if count > 0 {
             seen(&bytes[..count], time(read_ns));
         }
         if count < bytes.len() {
             half.keep(bytes[count..].to_vec(), read_ns);
         }
+    }
+}
+
+/// Ends this turn. The task runs again after the runtime has looked for events: waking it directly
+/// would run it before the others have noticed theirs.
+fn give_way<T>(cx: &mut Context<'_>) -> Poll<T> {
+    let yielded = pin!(yield_now()).poll(cx);
+    if yielded.is_ready() {
+        cx.waker().wake_by_ref();
+    }
+    Poll::Pending
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::proxy::tests::proxy;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let connected = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (connected, listener.accept().await.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn a_bulk_transfer_gives_way() {
+        const TOTAL: usize = 32 << 20;
+        let (mut source, mut from) = pair().await;
+        let (mut to, mut destination) = pair().await;
+        let (proxy, mut half) = (proxy(), Half::default());
+        let writing = tokio::spawn(async move {
+            source.write_all(&vec![7; TOTAL]).await.unwrap();
+        });
+        let reading = tokio::spawn(async move {
+            let mut bytes = Vec::new();
+            destination.read_to_end(&mut bytes).await.unwrap();
+            bytes
+        });
+        let stop = poll_fn(|cx| {
+            let mut turn = 0;
+            let seen = |bytes: &[u8], _| turn += bytes.len();
+            let stop = pump(cx, &proxy, &mut half, &mut from, &mut to, Stamp::Read, seen);
+            assert!(turn < TURN_BYTES + (64 << 10), "{turn} bytes in one turn");
+            stop
+        });
+        assert_eq!(stop.await, Stop::Closed);
+        drop(to);
+        writing.await.unwrap();
+        assert_eq!(reading.await.unwrap(), vec![7; TOTAL]);
+    }
+
+    #[tokio::test]
+    async fn what_is_refused_is_kept() {
+        let (mut source, mut from) = pair().await;
+        let (mut to, destination) = pair().await;
+        destination.set_zero_linger().unwrap();
+        drop(destination);
+        source.write_all(b"hello").await.unwrap();
+        let (proxy, mut half) = (proxy(), Half::default());
+        let stop = poll_fn(|cx| {
+            let seen = |_: &[u8], _| panic!("nothing is written");
+            pump(cx, &proxy, &mut half, &mut from, &mut to, Stamp::Read, seen)
+        });
+        assert_eq!(stop.await, Stop::DestinationLost);
+        half.append(b" again", 0);
+        assert_eq!(half.take(), b"hello again");
     }
 }

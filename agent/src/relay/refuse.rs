@@ -1,6 +1,6 @@
 //! What happens to a client when the application accepts no connection.
 
-use std::{future::poll_fn, pin::Pin, task::Poll, time::Duration};
+use std::{future::poll_fn, io, pin::Pin, task::Poll, time::Duration};
 
 use coalmine_proto::names::Outcome;
 use tokio::{
@@ -9,14 +9,22 @@ use tokio::{
     time::timeout,
 };
 
-use super::Watched;
-use crate::http2::{self, Prefixed, Sniffed};
+use super::{Watched, close};
+use crate::{
+    http2::{self, Prefixed, Sniffed},
+    system,
+};
 
 /// How long the client's first request is waited for, so that the failure counts for its tenant.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// Reads the first request, counts it as failed, and resets the connection.
-pub(super) async fn refuse(mut client: TcpStream, mut watched: Watched) {
+pub(super) async fn refuse(mut client: TcpStream, mut watched: Watched, why: &io::Error) {
+    tracing::debug!(error = %why, "the application accepts no connection");
+    if system::is_exhausted(why) {
+        // Nobody asked the application: this says nothing about it.
+        return close::reset(&client);
+    }
     let (mut first, mut told) = (Vec::new(), 0);
     let read = timeout(FIRST_REQUEST, async {
         loop {
@@ -39,9 +47,7 @@ pub(super) async fn refuse(mut client: TcpStream, mut watched: Watched) {
         return http2::serve(Prefixed::new(first, client), None, watched).await;
     }
     watched.observe(|o, now_ns, sink| o.end_all(Outcome::ConnectFailure, now_ns, sink));
-    if let Err(error) = client.set_zero_linger() {
-        tracing::debug!(%error, "a reset cannot be passed on");
-    }
+    close::reset(&client);
 }
 
 /// Appends what the client sent; none if it is gone.

@@ -3,22 +3,29 @@
 //! Two things make this more than a look at the first bytes. They may come one by one. And a server of
 //! HTTP/2 may say its SETTINGS before the client has said anything; these must then not go to the
 //! client, because hyper will say its own, but to hyper as the first bytes of the application. What
-//! cannot be SETTINGS is passed on at once: there are protocols in which the server speaks first.
+//! cannot be SETTINGS is passed on at once: there are protocols in which the server speaks first. And
+//! a client that stops in the middle of what may be HTTP/2's preface has said all it has to say.
 
 use std::{
+    io,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, ReadBuf},
     net::TcpStream,
+    time::{Sleep, sleep},
 };
 
 use crate::{
     http2::{self, Sniffed},
     proxy::Proxy,
 };
+
+/// A pause within HTTP/2's preface, which is one small write, after which it is none.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// What was read of both sides before the protocol was clear.
 #[derive(Debug, Default)]
@@ -27,25 +34,38 @@ pub(super) struct Sniff {
     pub(super) upstream: Vec<u8>,
     /// The application did not say SETTINGS, so its bytes are passed on.
     upstream_is_plain: bool,
+    /// Runs once the client has said something that is not clear.
+    pause: Option<Pin<Box<Sleep>>>,
 }
 
 impl Sniff {
-    /// Reads the client until it is clear whether it speaks HTTP/2. An error or a close is left for
-    /// the relay to find again.
+    /// Reads the client until it is clear whether it speaks HTTP/2. A close is left for the relay to
+    /// find again; an error is not there a second time.
     pub(super) fn poll_client(
         &mut self,
         cx: &mut Context<'_>,
         proxy: &Proxy,
         client: &mut TcpStream,
-    ) -> Poll<Sniffed> {
+    ) -> Poll<io::Result<Sniffed>> {
         loop {
-            let read = ready!(read_some(cx, proxy, client, &mut self.client));
+            let Poll::Ready(read) = read_some(cx, proxy, client, &mut self.client) else {
+                return self.poll_pause(cx).map(Ok);
+            };
+            let read = read?;
             match http2::sniff(&self.client) {
                 Sniffed::Unclear if read => {}
-                Sniffed::Unclear => return Poll::Ready(Sniffed::Other),
-                clear => return Poll::Ready(clear),
+                Sniffed::Unclear => return Poll::Ready(Ok(Sniffed::Other)),
+                clear => return Poll::Ready(Ok(clear)),
             }
         }
+    }
+
+    fn poll_pause(&mut self, cx: &mut Context<'_>) -> Poll<Sniffed> {
+        if self.client.is_empty() {
+            return Poll::Pending;
+        }
+        let pause = self.pause.get_or_insert_with(|| Box::pin(sleep(PAUSE)));
+        pause.as_mut().poll(cx).map(|()| Sniffed::Other)
     }
 
     /// Reads the application while it may be saying its SETTINGS; ready when it says something else.
@@ -54,7 +74,7 @@ impl Sniff {
         cx: &mut Context<'_>,
         proxy: &Proxy,
         upstream: &mut TcpStream,
-    ) -> Poll<()> {
+    ) -> Poll<io::Result<()>> {
         while !self.upstream_is_plain {
             match may_be_settings(&self.upstream) {
                 // The client must speak before anything else can happen.
@@ -62,11 +82,11 @@ impl Sniff {
                 Some(false) => self.upstream_is_plain = true,
                 None => {
                     let read = ready!(read_some(cx, proxy, upstream, &mut self.upstream));
-                    self.upstream_is_plain = !read;
+                    self.upstream_is_plain = !read?;
                 }
             }
         }
-        Poll::Ready(())
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -74,6 +94,10 @@ impl Sniff {
 fn may_be_settings(bytes: &[u8]) -> Option<bool> {
     // Three bytes of length, then type 4, no flags, stream 0 (RFC 9113, section 4.1).
     const HEAD: [u8; 6] = [4, 0, 0, 0, 0, 0];
+    // A length of 65536 or more, or of 256 or more, is no server's first SETTINGS: six bytes a setting.
+    if bytes.iter().take(2).any(|byte| *byte != 0) {
+        return Some(false);
+    }
     let seen = bytes.get(3..).unwrap_or_default();
     match seen.get(..HEAD.len()) {
         Some(head) => Some(head == HEAD),
@@ -82,13 +106,18 @@ fn may_be_settings(bytes: &[u8]) -> Option<bool> {
     }
 }
 
-/// Appends what can be read; false at the end or after an error.
-fn read_some(cx: &mut Context<'_>, proxy: &Proxy, from: &mut TcpStream, bytes: &mut Vec<u8>) -> Poll<bool> {
+/// Appends what can be read; false at the end.
+fn read_some(
+    cx: &mut Context<'_>,
+    proxy: &Proxy,
+    from: &mut TcpStream,
+    bytes: &mut Vec<u8>,
+) -> Poll<io::Result<bool>> {
     let mut shared = proxy.buffer.borrow_mut();
     let mut buffer = ReadBuf::new(&mut shared);
-    let read = ready!(Pin::new(from).poll_read(cx, &mut buffer));
+    ready!(Pin::new(from).poll_read(cx, &mut buffer))?;
     bytes.extend_from_slice(buffer.filled());
-    Poll::Ready(read.is_ok() && !buffer.filled().is_empty())
+    Poll::Ready(Ok(!buffer.filled().is_empty()))
 }
 
 #[cfg(test)]
@@ -102,6 +131,9 @@ mod tests {
             assert_eq!(may_be_settings(&settings[..end]), None);
         }
         assert_eq!(may_be_settings(&settings), Some(true));
+        for prompt in [&b">"[..], b"> ", &[0x4a], &[0, 1]] {
+            assert_eq!(may_be_settings(prompt), Some(false), "{prompt:?}");
+        }
         assert_eq!(may_be_settings(b"220 smtp"), Some(false));
         assert_eq!(may_be_settings(b"SSH-2.0"), Some(false));
         assert_eq!(may_be_settings(&[0x4a, 0, 0, 0, 0x0a]), Some(false), "MySQL");

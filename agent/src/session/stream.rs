@@ -31,7 +31,10 @@ const MAX_UNACKED: u64 = 64;
 /// What an aggregator that does not say accepts.
 const MESSAGE_BYTES: usize = 1 << 20;
 
-/// Names of a session beyond this many times --max-tenants: another session begins, with none.
+/// The largest message that is read: the limits of a million tenants fit into it.
+const MAX_DECODED: usize = 64 << 20;
+
+/// Once a session has had more names than this many times --max-tenants, another follows, with none.
 const MAX_NAMES: usize = 4;
 
 /// What one session knows.
@@ -40,10 +43,18 @@ struct State {
     max_unacked: u64,
     max_bytes: usize,
     names: HashMap<TenantName, u32>,
+    max_names: usize,
     /// Version of a Config that was not applied yet.
     wanted: Option<u64>,
     /// The aggregator is about to stop: until then the session may finish.
     drain: Option<Instant>,
+}
+
+impl State {
+    /// Whether no more batches are sent in this session.
+    fn is_ending(&self) -> bool {
+        self.drain.is_some() || self.names.len() > self.max_names
+    }
 }
 
 impl Session<'_> {
@@ -73,7 +84,7 @@ impl Session<'_> {
         let (outbound, messages) = mpsc::channel(MAX_UNACKED as usize + 8);
         say(&outbound, agent_message::Kind::Hello(self.hello()))?;
         let opened = timeout(HELLO_TIMEOUT, async move {
-            let mut client = TelemetryClient::new(channel);
+            let mut client = TelemetryClient::new(channel).max_decoding_message_size(MAX_DECODED);
             let mut inbound = client.session(ReceiverStream::new(messages)).await?.into_inner();
             let first = inbound.message().await?;
             Ok::<_, tonic::Status>((first, inbound))
@@ -97,6 +108,7 @@ impl Session<'_> {
                 bytes => bytes as usize,
             },
             names: HashMap::new(),
+            max_names: self.config.max_tenants.saturating_mul(MAX_NAMES),
             wanted: None,
             drain: None,
         };
@@ -143,10 +155,8 @@ impl Session<'_> {
                 return self.part(state, inbound).await;
             }
             let is_drained = state.drain.is_some_and(|until| until <= Instant::now());
-            if is_drained || (state.drain.is_some() && self.ring.in_flight() == 0) {
-                return Ended::Again;
-            }
-            if state.names.len() > self.config.max_tenants.saturating_mul(MAX_NAMES) {
+            // What was sent must be durable: ending the session discards what is still on its way.
+            if is_drained || (state.is_ending() && self.ring.in_flight() == 0) {
                 return Ended::Again;
             }
             let now = Instant::now();
@@ -181,9 +191,7 @@ impl Session<'_> {
             )?;
             state.wanted = None;
         }
-        while state.drain.is_none()
-            && self.ring.in_flight() < state.max_unacked
-            && state.outbound.capacity() > 0
+        while !state.is_ending() && self.ring.in_flight() < state.max_unacked && state.outbound.capacity() > 0
         {
             let Some(batch) = self.ring.next(state.max_bytes) else {
                 break;

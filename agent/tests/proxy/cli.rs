@@ -37,6 +37,22 @@ fn bad_usage_ends_with_64_and_one_line() {
 }
 
 #[test]
+fn connections_are_limited_by_open_files() {
+    let mut command = Command::new("sh");
+    let script = "ulimit -n 100 && exec \"$0\" --listen=192.0.2.1:1 --aggregator=http://127.0.0.1:1 \
+                  --service=shop --version=v2 --arm=canary";
+    let output = command
+        .args(["-c", script, env!("CARGO_BIN_EXE_coalmine-agent")])
+        .output()
+        .unwrap();
+    let text = stderr(&output);
+    assert!(
+        text.contains("--max-connections is lowered") && text.contains("18"),
+        "{text}"
+    );
+}
+
+#[test]
 fn an_address_in_use_ends_with_1_and_says_what_to_do() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();

@@ -7,6 +7,7 @@ mod aggregator;
 mod support;
 
 mod cli;
+mod closing;
 mod http2;
 mod relay;
 mod session;

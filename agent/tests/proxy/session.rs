@@ -6,7 +6,7 @@ use coalmine_proto::{names::Arm, v1};
 
 use crate::{
     aggregator::Aggregator,
-    support::{Agent, Upstream, client, eventually, read_exactly},
+    support::{Agent, Upstream, client, eventually, read_all, read_exactly},
 };
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
@@ -22,6 +22,9 @@ fn requests(agent: &Agent, upstream: &Upstream, tenants: &[&str]) {
         server.write_all(OK).unwrap();
         read_exactly(&mut client, OK.len());
     }
+    // The client closes first: for an idle client, the agent would open another connection.
+    drop(client);
+    assert_eq!(read_all(&mut server).unwrap(), b"");
 }
 
 fn agent(upstream: &Upstream, url: String) -> Agent {
@@ -212,4 +215,48 @@ fn many_tenants_are_sent_in_parts() {
             .iter()
             .all(|batch| prost::Message::encoded_len(batch) <= 2000)
     );
+}
+
+#[test]
+fn more_names_than_a_session_may_have_get_through() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    let names: Vec<String> = (0..30).map(|n| format!("tenant-{n}")).collect();
+    // Tenants with limits are counted beyond --max-tenants.
+    aggregator.told().config = Some(limits_of(&names));
+    let agent = Agent::with(upstream.address(), |config| {
+        config.aggregator = aggregator.url();
+        config.max_tenants = 1;
+    });
+    eventually("applied", || !aggregator.told().config_applied.is_empty());
+    let tenants: Vec<&str> = names.iter().map(String::as_str).collect();
+    requests(&agent, &upstream, &tenants);
+    eventually("all", || aggregator.totals().requests == 30);
+    eventually("another session", || aggregator.told().hellos.len() > 1);
+    requests(&agent, &upstream, &tenants);
+    eventually("all again", || aggregator.totals().requests == 60);
+    assert_eq!(aggregator.told().duplicates, 0);
+}
+
+#[test]
+fn limits_of_many_tenants_are_read() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    let names: Vec<String> = (0..80_000).map(|n| format!("{}-{n}", "x".repeat(50))).collect();
+    let config = limits_of(&names);
+    assert!(prost::Message::encoded_len(&config) > 4 << 20);
+    aggregator.told().config = Some(config);
+    let _agent = agent(&upstream, aggregator.url());
+    eventually("applied", || !aggregator.told().config_applied.is_empty());
+    assert_eq!(aggregator.told().hellos.len(), 1);
+}
+
+fn limits_of(names: &[String]) -> v1::Config {
+    let limits = names.iter().map(|name| v1::TenantLimit {
+        tenant: name.clone(),
+        limit_us: 1_000,
+    });
+    v1::Config {
+        version: 7,
+        default_limit_us: 0,
+        limits: limits.collect(),
+    }
 }
