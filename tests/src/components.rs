@@ -228,9 +228,9 @@ impl Nginx {
         let prefix = directory.join(name);
         std::fs::create_dir_all(&prefix).expect("a directory for nginx");
         let tenant = failing.unwrap_or("nobody");
-        // request_id is random, so split_clients draws a lot for each request.
+        // One process, so that killing it leaves no worker behind. request_id is random, so split_clients draws a lot for each request.
         let config = format!(
-            "daemon off; worker_processes 1; pid nginx.pid; error_log stderr warn;
+            "daemon off; master_process off; worker_processes 1; pid nginx.pid; error_log stderr warn;
 events {{ worker_connections 2048; }}
 http {{
   access_log off;
