@@ -6,7 +6,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
 demo: deps ## Judge a rollout on this machine, with one tenant failing
-	@cargo build --release --locked --quiet -p coalmine-agent -p coalmine-aggregator
+	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
 	@target/release/coalmine demo
 
 test: deps lint ## Run every test; installs nginx and prometheus through apt where they are missing
@@ -15,12 +15,12 @@ test: deps lint ## Run every test; installs nginx and prometheus through apt whe
 
 lint: deps ## Check the form and the lints
 	@cargo fmt --all --check
-	@cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	@cargo clippy --workspace --all-targets --locked -- -D warnings
 
 bench: deps ## Print speed and cost as ratios against peers, in one run
 	@deploy/deps.sh nginx=nginx-light haproxy=haproxy
-	@cargo build --release --locked --quiet -p coalmine-agent -p coalmine-aggregator
-	@cargo run --release --locked --quiet -p coalmine-tests --bin bench
+	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
+	@cargo run --release --locked -p coalmine-tests --bin bench
 
 image: ## Build both container images and run each
 	@deploy/image.sh

@@ -91,14 +91,43 @@ pub(crate) async fn run(options: Options, output: Output) -> Result<Exit, Failur
     let data = data_directory(options.data.as_deref())?;
     // A directory that we made up goes when the demonstration is broken off; one that was asked for stays.
     let ours = options.data.is_none().then(|| data.clone());
-    let result = tokio::select! {
-        result = play(&data, options.healthy, options.keep, output) => result,
+    let played = tokio::select! {
+        played = play(&data, options.healthy, output) => played,
         () = crate::server::stop_signal() => Err(Failure::new(Exit::Bad, "broken off; everything that was started is stopped")),
     };
-    if let (Err(_), Some(ours)) = (&result, ours) {
+    if let (Err(_), Some(ours)) = (&played, ours) {
         std::fs::remove_dir_all(ours).ok();
     }
-    result
+    let Played {
+        mut stage,
+        result,
+        exit,
+    } = played?;
+    if options.keep {
+        let print = printer(output);
+        print(&"");
+        print(&format_args!("running   {} until Ctrl-C", stage.addresses()));
+        stage.resume_load().await?;
+        crate::server::stop_signal().await;
+    }
+    stage.strike().await;
+    if output == Output::Json {
+        say(&result);
+    }
+    Ok(exit)
+}
+
+/// With JSON, standard output is for the result alone.
+fn printer(output: Output) -> fn(&dyn std::fmt::Display) {
+    if output == Output::Json { tell } else { say }
+}
+
+/// A scenario that was played to its end; everything still runs.
+struct Played {
+    stage: Stage,
+    /// The result for machines.
+    result: String,
+    exit: Exit,
 }
 
 fn data_directory(wanted: Option<&std::path::Path>) -> Result<PathBuf, Failure> {
@@ -117,9 +146,8 @@ fn data_directory(wanted: Option<&std::path::Path>) -> Result<PathBuf, Failure> 
     Ok(directory)
 }
 
-async fn play(data: &std::path::Path, healthy: bool, keep: bool, output: Output) -> Result<Exit, Failure> {
-    // With JSON, standard output is for the result alone.
-    let print: fn(&dyn std::fmt::Display) = if output == Output::Json { tell } else { say };
+async fn play(data: &std::path::Path, healthy: bool, output: Output) -> Result<Played, Failure> {
+    let print = printer(output);
     let failing = (!healthy).then(|| traffic::tenant_name(traffic::FAILING_RANK));
     print(
         &"Coalmine demo: one aggregator, three instances of a service with an agent before each, one load generator.",
@@ -193,29 +221,21 @@ async fn play(data: &std::path::Path, healthy: bool, keep: bool, output: Output)
         Some(tenant) => verdict == "ROLLBACK" && worst == Some(tenant),
         None => verdict == "APPROVE",
     };
-    if keep {
-        print(&"");
-        print(&format_args!("running   {} until Ctrl-C", stage.addresses()));
-        stage.resume_load().await?;
-        crate::server::stop_signal().await;
-    }
-    stage.strike().await;
-    if output == Output::Json {
-        let result = Summary {
-            verdict,
-            worst_tenant: worst,
-            decision_id: decision,
-            score_ppm: ending.view.get("score_ppm").and_then(Value::as_u64).unwrap_or(0),
-            seconds: ending.seconds,
-        };
-        say(&serde_json::to_string(&result)
-            .map_err(|error| Failure::new(Exit::Unknown, error.to_string()))?);
-    }
-    Ok(if as_it_should && log_is_good && counted == load {
+    let summary = Summary {
+        verdict,
+        worst_tenant: worst,
+        decision_id: decision,
+        score_ppm: ending.view.get("score_ppm").and_then(Value::as_u64).unwrap_or(0),
+        seconds: ending.seconds,
+    };
+    let result =
+        serde_json::to_string(&summary).map_err(|error| Failure::new(Exit::Unknown, error.to_string()))?;
+    let exit = if as_it_should && log_is_good && counted == load {
         Exit::Good
     } else {
         Exit::Bad
-    })
+    };
+    Ok(Played { stage, result, exit })
 }
 
 /// Shows a line for each judged window until there is a verdict.

@@ -185,6 +185,62 @@ fn the_healthy_demonstration_is_approved_and_leaves_no_process() {
 }
 
 #[test]
+fn a_demonstration_that_is_kept_answers_until_ctrl_c_and_ends_with_its_result() {
+    let _stage = stage();
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("demo.log");
+    let mut command = Command::new(release_program("coalmine"));
+    command
+        .args(["demo", "--healthy", "--keep", "--output", "json", "--data"])
+        .arg(directory.path().join("data"));
+    let mut demo = coalmine_tests::process::Process::start(command, &log);
+    let said = coalmine_tests::eventually("the demo says that it goes on", || {
+        Some(demo.said()).filter(|said| said.contains("until Ctrl-C"))
+    });
+    let running = said.lines().find(|line| line.starts_with("running")).unwrap();
+    let (server, rollout) = (word_after(running, "API"), word_after(running, "rollout"));
+    let ask = |arguments: &[&str]| {
+        let output = coalmine(arguments.iter().copied().chain(["--server", server]));
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, list) = ask(&["rollout", "list"]);
+    assert!(
+        code == Some(0) && list.contains(rollout) && list.contains("APPROVE"),
+        "{list}"
+    );
+    let (code, status) = ask(&["rollout", "status", rollout]);
+    assert!(
+        code == Some(0) && status.contains("agent      canary-3 canary v2 connected"),
+        "{status}"
+    );
+    let (code, gate) = ask(&["gate", rollout]);
+    assert!(code == Some(0) && gate.starts_with("APPROVE 1.000"), "{gate}");
+    let (code, explained) = ask(&["explain", word_after(&status, "decision")]);
+    assert!(
+        code == Some(0) && explained.contains("calculate_rollout_health_score"),
+        "{explained}"
+    );
+    let (code, ended) = ask(&["rollout", "end", rollout]);
+    assert!(code == Some(0) && ended.starts_with("ended at "), "{ended}");
+
+    demo.signal(rustix::process::Signal::INT);
+    let status = coalmine_tests::eventually("the demo ends after Ctrl-C", || demo.ended());
+    assert_eq!(status.code(), Some(0), "{}", demo.said());
+    let said = demo.said();
+    let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    assert_eq!(last["verdict"], "APPROVE");
+    assert!(directory.path().join("data/decisions.jsonl").is_file());
+    nothing_runs_in(directory.path());
+}
+
+fn word_after<'a>(text: &'a str, word: &str) -> &'a str {
+    text.split_whitespace()
+        .skip_while(|found| *found != word)
+        .nth(1)
+        .unwrap()
+}
+
+#[test]
 fn breaking_off_the_demonstration_leaves_nothing_behind() {
     let _stage = stage();
     let directory = tempfile::tempdir().unwrap();

@@ -73,6 +73,24 @@ fn query(prometheus: SocketAddr, expression: &str) -> Value {
     answer["data"]["result"].clone()
 }
 
+/// The last two minutes, second by second.
+fn query_range(prometheus: SocketAddr, expression: &str) -> Value {
+    let now = query(prometheus, "time()")[0].as_f64().unwrap();
+    let escaped: String = expression.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    let path = format!(
+        "/api/v1/query_range?query={escaped}&start={}&end={now}&step=1",
+        now - 120.0
+    );
+    let answer = get(prometheus, &path).unwrap().json();
+    assert_eq!(answer["status"], "success", "{expression}: {answer}");
+    answer["data"]["result"].clone()
+}
+
+/// Something, if the answer has any series.
+fn some(result: &Value) -> Option<()> {
+    result.as_array().filter(|series| !series.is_empty()).map(|_| ())
+}
+
 /// All PromQL expressions of a dashboard: panels, variables and annotations.
 fn expressions(value: &Value, found: &mut Vec<String>) {
     match value {
@@ -138,12 +156,33 @@ fn metrics_are_clean_bounded_and_every_query_of_the_dashboards_has_an_answer() {
             });
             checked += 1;
         }
+        // An annotation marks a moment: over the whole run there is one, the change to ROLLBACK.
         let mut found = Vec::new();
         expressions(&dashboard["annotations"], &mut found);
-        // An annotation marks a moment, so it may be empty now; it must be understood.
-        found
-            .iter()
-            .for_each(|expression| drop(query(server, &fill(expression, &rollout))));
+        for expression in found {
+            let expression = fill(&expression, &rollout);
+            eventually(&format!("an answer over time to {expression}"), || {
+                some(&query_range(server, &expression))
+            });
+        }
+        for variable in dashboard["templating"]["list"].as_array().unwrap() {
+            let Some(values) = variable["query"]["query"].as_str() else {
+                continue;
+            };
+            // label_values(SELECTOR, LABEL)
+            let inside = values
+                .strip_prefix("label_values(")
+                .and_then(|rest| rest.strip_suffix(')'))
+                .unwrap();
+            let (selector, label) = inside.rsplit_once(", ").unwrap();
+            let found = query(server, &fill(selector, &rollout));
+            let labelled = found
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|series| series["metric"][label].is_string());
+            assert!(labelled.count() > 0, "{values} has no values: {found}");
+        }
     }
     assert!(checked >= 10, "only {checked} queries");
 

@@ -376,6 +376,20 @@ mod tests {
         assert!(error.to_string().contains("says that it is record 3"), "{error}");
     }
 
+    #[test]
+    fn a_record_that_names_another_one_before_it_is_refused() {
+        let (lines, _) = sample(3);
+        let mut chain = Chain::default();
+        chain.accept(lines[0].as_bytes()).unwrap();
+        let mut record: Record = serde_json::from_str(&lines[1]).unwrap();
+        record.prev = Hash::of(b"another log");
+        let error = chain.accept(record.to_line().as_bytes()).unwrap_err();
+        assert!(
+            error.seq == 1 && error.problem.contains("but the record before it is"),
+            "{error}"
+        );
+    }
+
     /// Roots of RFC 6962 trees over the leaves of the Certificate Transparency test data
     /// (transparency-dev/merkle, testonly/constants.go).
     #[test]
