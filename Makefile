@@ -10,7 +10,8 @@ demo: deps ## Judge a rollout on this machine, with one tenant failing
 	@target/release/coalmine demo
 
 test: deps lint ## Run every test; installs nginx and prometheus through apt where they are missing
-	@deploy/deps.sh nginx=nginx-light promtool=prometheus prometheus=prometheus pgrep=procps
+	@deploy/deps.sh nginx=nginx-light promtool=prometheus prometheus=prometheus pgrep=procps musl-gcc=musl-tools
+	@rustup target add x86_64-unknown-linux-musl >/dev/null 2>&1 || echo "no musl target: the static build is not tested"
 	@cargo test --workspace --locked
 
 lint: deps ## Check the form and the lints

@@ -6,16 +6,18 @@
 pub(crate) mod audit;
 pub(crate) mod explain;
 mod judge;
+mod policy;
 mod rollout;
 
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use coalmine_judge::quantity::Span;
+use coalmine_proto::names::TenantName;
 
 use crate::{
     client::{Client, ClientError},
-    demo, server,
+    demo,
 };
 
 /// The command line.
@@ -79,9 +81,12 @@ enum Command {
     Explain {
         /// The decision, as `gate` and `rollout status` name it
         decision: String,
-        /// Read the log in this directory instead of asking a server
+        /// Read the log in this directory instead of asking a server, judge again, and show the whole tree
         #[arg(long, value_name = "DIR")]
         data: Option<PathBuf>,
+        /// Show this tenant too, whatever its state
+        #[arg(long, value_name = "NAME", requires = "data", value_parser = tenant)]
+        tenant: Option<TenantName>,
     },
     /// Judge recorded evidence again and compare the bytes (offline)
     Replay {
@@ -99,33 +104,14 @@ enum Command {
     #[command(subcommand)]
     Audit(audit::Command),
     /// Judge evidence from a file or from standard input, one window a line (offline)
-    Judge {
-        /// The SLA baseline
-        #[arg(long, value_name = "FILE")]
-        policy: PathBuf,
-        /// Planned number of windows; by default what fits before the policy's hold deadline
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
-        max_windows: Option<u32>,
-        /// Evidence, one window a line; - for standard input
-        #[arg(default_value = "-", value_name = "FILE")]
-        windows: PathBuf,
-    },
-    /// Check SLA baselines (offline)
+    Judge(judge::Options),
+    /// Check and compare SLA baselines, and learn their history (offline)
     #[command(subcommand)]
-    Policy(PolicyCommand),
+    Policy(policy::Command),
     /// Print a completion script for a shell
     Completions {
         /// The shell
         shell: clap_complete::Shell,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-enum PolicyCommand {
-    /// Read a policy and say what is wrong with it
-    Validate {
-        /// The policy
-        file: PathBuf,
     },
 }
 
@@ -187,6 +173,11 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Span::try_from(text.to_owned()).map(|span| Duration::from_micros(span.micros))
 }
 
+/// Reads the name of a tenant, as it stands in evidence.
+fn tenant(text: &str) -> Result<TenantName, String> {
+    TenantName::parse_counted(text).map_err(|error| format!("the name {error}"))
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -223,53 +214,25 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Explain {
             decision,
             data: Some(data),
-        } => explain::offline(&data, &decision, output),
-        Command::Explain { decision, data: None } => explain::online(&client()?, &decision, output).await,
+            tenant,
+        } => explain::offline(&data, &decision, tenant.as_ref(), output),
+        Command::Explain {
+            decision, data: None, ..
+        } => explain::online(&client()?, &decision, output).await,
         Command::Replay {
             decision,
             all: _,
             data,
         } => audit::replay(&data, decision.as_deref(), output),
         Command::Audit(command) => audit::run(command, output),
-        Command::Judge {
-            policy,
-            max_windows,
-            windows,
-        } => judge::run(&policy, max_windows, &windows),
-        Command::Policy(PolicyCommand::Validate { file }) => validate(&file, output),
+        Command::Judge(options) => judge::run(&options),
+        Command::Policy(command) => policy::run(command, output),
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             clap_complete::generate(shell, &mut command, "coalmine", &mut io::stdout());
             Ok(Exit::Good)
         }
     }
-}
-
-fn validate(file: &std::path::Path, output: Output) -> Result<Exit, Failure> {
-    let policy = server::read_policy(file).map_err(Failure::usage)?;
-    let notes = policy.not_judged();
-    match output {
-        Output::Json => say(&serde_json::json!({
-            "valid": true,
-            "service": policy.service,
-            "tiers": policy.tiers.len(),
-            "tenants": policy.tenants.len(),
-            "notes": notes,
-        })),
-        Output::Table => {
-            say(&format_args!(
-                "{} is valid: service {}, {} tiers, {} tenants named",
-                file.display(),
-                policy.service,
-                policy.tiers.len(),
-                policy.tenants.len()
-            ));
-            for note in notes {
-                say(&format_args!("note: {note}"));
-            }
-        }
-    }
-    Ok(Exit::Good)
 }
 
 /// Prints a line of output.

@@ -8,18 +8,20 @@ mod owner;
 mod view;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
 use coalmine_judge::{
+    history,
     policy::Policy,
     record::{Body, Decision, Record, RolloutEnd, RolloutStart},
     replay::{Replay, Replayed},
+    threshold::Thresholds,
     v1,
 };
 use coalmine_proto::{
-    names::check_name,
+    names::{TenantName, check_name},
     v1::{Config, TenantLimit},
 };
 use serde::Deserialize;
@@ -34,6 +36,9 @@ use crate::{
     ledger::{AppendError, Blob, Ledger},
     metrics::Metrics,
 };
+
+/// The history of each service that has one.
+pub type Histories = BTreeMap<String, Arc<history::History>>;
 
 /// Most rollouts that are kept in memory; ended ones beyond are only in the log.
 const MAX_KEPT: usize = 1_000;
@@ -78,6 +83,7 @@ pub struct Rollouts(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     policies: BTreeMap<String, Policy>,
+    histories: Histories,
     shared: Shared,
     handles: RwLock<BTreeMap<String, Handle>>,
     /// Starting is done one at a time.
@@ -104,9 +110,11 @@ struct Handle {
 
 /// A rollout as the log tells it.
 #[derive(Debug)]
-struct History {
+struct Logged {
     start: RolloutStart,
     last: Option<(Decision, String)>,
+    /// Whether the hold deadline that the last decision reached, if it did, has its record.
+    deadline_told: bool,
     end: Option<RolloutEnd>,
 }
 
@@ -114,6 +122,7 @@ impl Rollouts {
     /// Restores the rollouts of the log; the open ones go on.
     pub fn restore(
         policies: BTreeMap<String, Policy>,
+        histories: Histories,
         book: Arc<Mutex<Book>>,
         ledger: Ledger,
         metrics: Arc<Metrics>,
@@ -127,48 +136,61 @@ impl Rollouts {
         };
         let this = Self(Arc::new(Inner {
             policies,
+            histories,
             shared: shared.clone(),
             handles: RwLock::default(),
             starting: tokio::sync::Mutex::default(),
         }));
-        let mut histories: BTreeMap<String, History> = BTreeMap::new();
+        let mut logged: BTreeMap<String, Logged> = BTreeMap::new();
         let mut order = Vec::new();
         let read = shared.ledger.files.scan(|record, hash, _| match record.body {
             Body::Rollout(start) => {
                 order.push(start.rollout.clone());
-                histories.insert(
+                logged.insert(
                     start.rollout.clone(),
-                    History {
+                    Logged {
                         start,
                         last: None,
+                        deadline_told: false,
                         end: None,
                     },
                 );
             }
             Body::Decision(decision) => {
-                if let Some(history) = histories.get_mut(&decision.rollout) {
-                    history.last = Some((*decision, hash.to_string()));
+                if let Some(rollout) = logged.get_mut(&decision.rollout) {
+                    rollout.last = Some((*decision, hash.to_string()));
+                    rollout.deadline_told = false;
+                }
+            }
+            Body::Deadline(deadline) => {
+                if let Some(rollout) = logged.get_mut(&deadline.rollout) {
+                    rollout.deadline_told = true;
                 }
             }
             Body::End(end) => {
-                if let Some(history) = histories.get_mut(&end.rollout) {
-                    history.end = Some(end);
+                if let Some(rollout) = logged.get_mut(&end.rollout) {
+                    rollout.end = Some(end);
                 }
             }
             Body::LogStart { .. } => {}
         });
         read.map_err(|error| error.to_string())?;
         for id in order {
-            if let Some(history) = histories.remove(&id) {
-                this.resume(history)?;
+            if let Some(rollout) = logged.remove(&id) {
+                this.resume(rollout)?;
             }
         }
         this.forget();
         Ok(this)
     }
 
-    fn resume(&self, history: History) -> Result<(), String> {
-        let History { start, last, end } = history;
+    fn resume(&self, logged: Logged) -> Result<(), String> {
+        let Logged {
+            start,
+            last,
+            deadline_told,
+            end,
+        } = logged;
         let mut view = View::new(&start);
         if let Some((decision, hash)) = &last {
             view.recorded_decision(decision, hash);
@@ -229,7 +251,10 @@ impl Rollouts {
             self.keep(&start, None, view);
             return Ok(());
         };
-        let owner = Owner::new(judged, view, shared.clone());
+        let mut owner = Owner::new(judged, view, shared.clone());
+        if !deadline_told {
+            owner.tell_deadline();
+        }
         tracing::info!(
             rollout = start.rollout,
             window = owner.next_window(),
@@ -347,17 +372,24 @@ impl Rollouts {
             )));
         }
         let start = self.new_start(request, policy);
+        let history = self.0.histories.get(&start.service).cloned();
         let policy_blob = Blob::pack(policy.source.as_bytes())?;
+        let history_blob = match &history {
+            Some(history) => Some(Blob::pack(history.to_json().as_bytes())?),
+            None => None,
+        };
         let start = RolloutStart {
             policy: policy_blob.digest,
+            history: history_blob.as_ref().map(|blob| blob.digest),
             ..start
         };
+        let blobs = [policy_blob].into_iter().chain(history_blob).collect();
         self.0
             .shared
             .ledger
-            .append(Body::Rollout(start.clone()), vec![policy_blob])
+            .append(Body::Rollout(start.clone()), blobs)
             .await?;
-        let judge = v1::Judge::new(policy.clone(), Some(start.max_windows))
+        let judge = v1::Judge::new(policy.clone(), history, Some(start.max_windows))
             .map_err(|error| RolloutError::Invalid(error.to_string()))?;
         let judged = coalmine_judge::replay::Judged {
             start: start.clone(),
@@ -412,6 +444,7 @@ impl Rollouts {
             canary_version: request.canary_version,
             baseline_version: request.baseline_version,
             policy: coalmine_judge::chain::Hash::ZERO,
+            history: None,
             judge: v1::ID.to_owned(),
             max_windows: policy.planned_windows(),
             window_ms: policy.window_ms(),
@@ -511,7 +544,7 @@ pub fn waiting(ledger: &Ledger) -> Result<BTreeMap<String, u64>, String> {
         Body::End(end) => {
             open.remove(&end.rollout);
         }
-        Body::LogStart { .. } => {}
+        Body::LogStart { .. } | Body::Deadline(_) => {}
     });
     read.map_err(|error| error.to_string())?;
     let slot = |(start, windows): (RolloutStart, u64)| {
@@ -530,25 +563,68 @@ fn comparison(start: &RolloutStart) -> Comparison {
     }
 }
 
-/// The latency limits that agents shall count against, from the policies.
-pub fn configs(policies: &BTreeMap<String, Policy>) -> Configs {
-    let config = |policy: &Policy| {
-        let limits = policy.tenants.keys().map(|tenant| TenantLimit {
+/// The latency limits that agents shall count against: those that are judged, from the policies and the histories.
+pub fn configs(policies: &BTreeMap<String, Policy>, histories: &Histories) -> Configs {
+    let config = |policy: &Policy, history: Option<&history::History>| {
+        let default_limit_us = Thresholds::default_of(policy, history).p99_us.unwrap_or(0);
+        let learned = history.into_iter().flat_map(|history| history.tenants.keys());
+        // The digest's names were checked when it was read.
+        let learned = learned.filter_map(|name| TenantName::parse(name.as_bytes()).ok());
+        let tenants: BTreeSet<TenantName> = policy.tenants.keys().cloned().chain(learned).collect();
+        let limit = |tenant: &TenantName| TenantLimit {
             tenant: tenant.as_str().to_owned(),
-            limit_us: coalmine_judge::threshold::Thresholds::of(policy, tenant)
-                .p99_us
-                .unwrap_or(0),
-        });
+            limit_us: Thresholds::of(policy, history, tenant).p99_us.unwrap_or(0),
+        };
         Config {
             version: 1,
-            default_limit_us: coalmine_judge::threshold::Thresholds::default_of(policy)
-                .p99_us
-                .unwrap_or(0),
-            limits: limits.collect(),
+            default_limit_us,
+            limits: tenants
+                .iter()
+                .map(limit)
+                .filter(|limit| limit.limit_us != default_limit_us)
+                .collect(),
         }
     };
     policies
         .iter()
-        .map(|(service, policy)| (service.clone(), config(policy)))
+        .map(|(service, policy)| {
+            let history = histories.get(service).map(|history| &**history);
+            (service.clone(), config(policy, history))
+        })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: &str = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
+        defaults: { errors: { max_rate: 1% }, latency: { p99: 350ms } },
+        tenants: { acme: { latency: { p99: 250ms } }, same: {} },
+        adjust: { from_history: true, floor: 0.5x, ceiling: 2x } }";
+
+    const HISTORY: &str = r#"{"v":1,"service":"checkout","rollouts":1,"windows":9,"first_ms":0,"last_ms":1,"sources":[],
+        "arm_difference_tenants":0,"tenants":{
+        "fast":{"requests":1000,"windows":9,"rollouts":1,"p99_us":200000},
+        "few":{"requests":999,"windows":9,"rollouts":1,"p99_us":200000}}}"#;
+
+    #[test]
+    fn agents_count_against_the_limits_that_are_judged() {
+        let policies = BTreeMap::from([("checkout".to_owned(), Policy::parse(POLICY).unwrap())]);
+        let history = Arc::new(history::History::parse(HISTORY).unwrap());
+        let limits = |histories: &Histories| {
+            let config = configs(&policies, histories).remove("checkout").unwrap();
+            let limits: Vec<_> = config
+                .limits
+                .into_iter()
+                .map(|limit| (limit.tenant, limit.limit_us))
+                .collect();
+            (config.default_limit_us, limits)
+        };
+        let acme = ("acme".to_owned(), 250_000);
+        assert_eq!(limits(&Histories::new()), (350_000, vec![acme.clone()]));
+        let histories = Histories::from([("checkout".to_owned(), history)]);
+        let fast = ("fast".to_owned(), 250_000);
+        assert_eq!(limits(&histories), (350_000, vec![acme, fast]));
+    }
 }

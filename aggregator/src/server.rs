@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
-use coalmine_judge::policy::Policy;
+use coalmine_judge::{history::History, policy::Policy};
 use coalmine_proto::v1::telemetry_server::TelemetryServer;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -21,7 +21,7 @@ use crate::{
     ingest::{Ingest, MAX_MESSAGE_BYTES, Rebuild},
     ledger::Ledger,
     metrics::Metrics,
-    rollouts::{self, Rollouts},
+    rollouts::{self, Histories, Rollouts},
     store::Store,
 };
 
@@ -70,6 +70,9 @@ pub struct Settings {
         value_delimiter = ','
     )]
     pub policy: Vec<PathBuf>,
+    /// History of a service, as `coalmine policy learn` writes it; repeat it for several services
+    #[arg(long, env = "COALMINE_HISTORY", value_name = "FILE", value_delimiter = ',')]
+    pub history: Vec<PathBuf>,
     /// Where agents connect (gRPC)
     #[arg(
         long,
@@ -180,6 +183,41 @@ pub fn read_policy(path: &Path) -> Result<Policy, String> {
     })
 }
 
+/// Reads a history digest, with the file's name in the error.
+pub fn read_history(path: &Path) -> Result<History, String> {
+    let source = std::fs::read_to_string(path)
+        .map_err(|error| format!("cannot read the history {}: {error}", path.display()))?;
+    History::parse(&source).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn read_histories(paths: &[PathBuf], policies: &BTreeMap<String, Policy>) -> Result<Histories, StartError> {
+    let mut histories = Histories::new();
+    for path in paths {
+        let history = read_history(path).map_err(StartError::Usage)?;
+        let service = history.service.clone();
+        let refuse = |problem: String| Err(StartError::Usage(format!("{}: {problem}", path.display())));
+        let Some(policy) = policies.get(&service) else {
+            let known: Vec<_> = policies.keys().map(String::as_str).collect();
+            return refuse(format!(
+                "it is the history of service {service}, which has no policy (there is one for: {})",
+                known.join(", ")
+            ));
+        };
+        if !policy.follows_history() {
+            tracing::warn!(
+                service,
+                "its history changes nothing: adjust.from_history is not true in its policy"
+            );
+        }
+        if histories.insert(service.clone(), Arc::new(history)).is_some() {
+            return refuse(format!(
+                "service {service} has a history in another file too; give each service one"
+            ));
+        }
+    }
+    Ok(histories)
+}
+
 fn read_policies(paths: &[PathBuf]) -> Result<BTreeMap<String, Policy>, StartError> {
     let mut policies = BTreeMap::new();
     for path in paths {
@@ -198,6 +236,7 @@ fn read_policies(paths: &[PathBuf]) -> Result<BTreeMap<String, Policy>, StartErr
 /// Runs until `stop` resolves.
 pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), StartError> {
     let policies = read_policies(&settings.policy)?;
+    let histories = read_histories(&settings.history, &policies)?;
     coalmine_proto::names::check_name(settings.log_name.as_bytes())
         .map_err(|error| StartError::Usage(format!("--log-name {error}")))?;
     let listeners = Listeners::bind(&settings).await?;
@@ -249,7 +288,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     metrics.watch(Arc::clone(&book));
 
     let (drain, draining) = watch::channel(false);
-    let configs = rollouts::configs(&policies);
+    let configs = rollouts::configs(&policies, &histories);
     let ingest = Ingest::new(
         Arc::clone(&book),
         store,
@@ -261,6 +300,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     drop(rebuild);
     let rollouts = Rollouts::restore(
         policies,
+        histories,
         Arc::clone(&book),
         opened.ledger.clone(),
         Arc::clone(&metrics),
@@ -344,5 +384,47 @@ pub async fn stop_signal() {
         }
         // Without handlers the system ends the process, which the data directory survives.
         _ => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_history_needs_a_policy_of_its_service() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str, service: &str| {
+            let path = directory.path().join(name);
+            let text = format!(
+                r#"{{"v":1,"service":"{service}","rollouts":0,"windows":0,"first_ms":0,"last_ms":0,"sources":[],"arm_difference_tenants":0,"tenants":{{}}}}"#
+            );
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let policy = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
+            defaults: { errors: { max_rate: 1% }, required: [errors] } }";
+        let policies = BTreeMap::from([("checkout".to_owned(), Policy::parse(policy).unwrap())]);
+        let (one, two, cart) = (
+            file("one", "checkout"),
+            file("two", "checkout"),
+            file("cart", "cart"),
+        );
+        let read = |paths: &[PathBuf]| read_histories(paths, &policies).map(|histories| histories.len());
+        assert_eq!(read(&[]).unwrap(), 0);
+        assert_eq!(read(std::slice::from_ref(&one)).unwrap(), 1);
+        for (paths, says) in [
+            (vec![one.clone(), two], "a history in another file too"),
+            (
+                vec![cart],
+                "service cart, which has no policy (there is one for: checkout)",
+            ),
+            (vec![one.with_extension("gone")], "cannot read the history"),
+        ] {
+            match read(&paths) {
+                Err(StartError::Usage(problem)) => assert!(problem.contains(says), "{problem}"),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 }

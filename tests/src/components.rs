@@ -46,13 +46,18 @@ pub struct Aggregator {
 
 impl Aggregator {
     /// Chooses addresses and a data directory under `directory`; starts nothing.
+    pub fn prepare(directory: &Path) -> Self {
+        Self::prepare_with(directory, POLICY)
+    }
+
+    /// The same with another policy.
     ///
     /// # Panics
     /// When the policy cannot be written.
-    pub fn prepare(directory: &Path) -> Self {
+    pub fn prepare_with(directory: &Path, text: &str) -> Self {
         let [grpc, http, admin] = free_addresses();
         let policy = directory.join("sla.yaml");
-        std::fs::write(&policy, POLICY).expect("the policy is written");
+        std::fs::write(&policy, text).expect("the policy is written");
         let data = directory.join("data");
         Self {
             process: None,

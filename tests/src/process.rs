@@ -155,6 +155,29 @@ pub fn debug_program(name: &str) -> PathBuf {
     target_directory().with_file_name("debug").join(name)
 }
 
+/// The path of the static program, as it goes into an image; none where Rust has no such target.
+///
+/// # Panics
+/// When it cannot be built.
+pub fn static_program(name: &str) -> Option<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-musl";
+    static BUILT: OnceLock<bool> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let mut rustc = Command::new("rustc");
+        let sysroot = rustc
+            .args(["--print", "target-libdir", "--target", TARGET])
+            .output();
+        let libraries = PathBuf::from(String::from_utf8_lossy(&sysroot.expect("rustc runs").stdout).trim());
+        let has_target = libraries.is_dir();
+        if has_target {
+            build(&["--release", "--target", TARGET]);
+        }
+        has_target
+    });
+    let directory = target_directory().with_file_name(TARGET).join("release");
+    built.then(|| directory.join(name))
+}
+
 /// Runs `coalmine` to its end.
 ///
 /// # Panics

@@ -1,96 +1,76 @@
 //! E-processes on counts: evidence that may be looked at after every window.
 //!
 //! An e-process E is a nonnegative process with E[E_tau] <= 1 at every stopping time tau while the null
-//! hypothesis holds. Ville's inequality: P(E ever reaches 1/a) <= a. So one may look as often as one
-//! likes and stop when one likes. Evidence here is log2 E, in bits, rounded down.
+//! hypothesis holds. Ville's inequality (Ville 1939; Ramdas, Grünwald, Vovk, Shafer, Statistical Science 2023, arXiv
+//! 2210.01948): P(E ever reaches 1/a) <= a. So one may look as often as one likes and stop when one likes. Evidence
+//! here is log2 E, in bits, rounded down.
 //!
-//! # Against the live baseline: [`LiveTest`]
+//! One block of counts gives the evidence l of each *alternative*, a size of the fault that is looked for:
+//! [`LiveTest`] for two arms' rates of failure, [`TailTest`] for two arms' latencies, [`Ceiling`] for a rate against a
+//! fixed limit, and [`Safety`] for the opposite, that a rate is below its limit. Each has its proof beside it. What all
+//! of them need is said here.
 //!
-//! Null: p_c <= r p_b + d in every block, where p_c and p_b are the failure rates of the canary and of the
-//! baseline in the block (they may move from block to block), r the tolerated ratio, d the tolerated
-//! difference. For R = r rho, rho > 1, and the block's request counts n_c, n_b:
+//! # What is assumed
 //!
-//! ```text
-//! b = (r n_c + n_b) / (R n_c + n_b)      a = rho b
-//! l = x_c ln a + x_b ln b - n_c d (a - 1)
-//! ```
+//! Given the requests and the rates of a block, requests fail (or are slow) independently of each other. Rates may
+//! move from block to block in any way, also depending on what happened before; that both arms share the movement
+//! is what a comparison with the live baseline is for. Which requests go to which arm, and how many, may depend on
+//! everything up to the block's start and on nothing in it. Where this fails, by bursts or by lasting differences
+//! between equal machines, the cap and the margins below keep the promise in practice; the simulator measures it.
 //!
-//! Proof that E[exp l] <= 1 given the counts. The failures are independent given the rates, so
-//! E[a^x_c] = (1 + p_c (a - 1))^n_c <= exp(n_c p_c (a - 1)) and E[b^x_b] <= exp(-n_b p_b (1 - b)), by
-//! 1 + z <= exp z. The first grows with p_c because a >= 1, so take p_c = r p_b + d. The exponent is
-//! p_b (r n_c (a - 1) - n_b (1 - b)) + n_c d (a - 1) - n_c d (a - 1). With D = R n_c + n_b,
-//! a - 1 = n_b (rho - 1) / D and 1 - b = r (rho - 1) n_c / D, so the bracket is 0. QED. (It is the
-//! two-stream e-variable of Turner, Ly and Grünwald, arXiv 2106.02693, in Poisson form.)
+//! # Many blocks
 //!
-//! # Against a fixed ceiling: [`Ceiling`]
-//!
-//! Null: p <= p0 in every window. l = x ln(p1/p0) + (n - x) ln((1-p1)/(1-p0)) for a p1 > p0. For one
-//! request E[exp l] = p p1/p0 + (1-p) (1-p1)/(1-p0), which is 1 at p = p0 and grows with p. QED. It also
-//! holds for requests of different rates whose mean is at most p0: with f linear in p, the sum of
-//! ln f(p_i) is at most n ln f(mean p) by concavity. Both coefficients are constants and rounded down.
-//!
-//! # Proof of safety: [`Safety`]
-//!
-//! The same with p1 < p0: null p >= p0, f falls with p. Rejecting it shows that the rate is below p0.
-//! Pooled counts are allowed here, by the concavity above: what is shown is that the mean rate over the
-//! pooled requests is below p0.
+//! Given the past, E[exp l] <= 1 for each block, so the product over blocks is an e-process (its conditional
+//! expectations multiply, by the tower rule). The same holds for a sum of l over tenants within a block when
+//! tenants are independent given the rates: fleets and cohorts add evidence up and never pool counts, so that a
+//! change of mix cannot fool them (Simpson's paradox; the tests have the textbook case).
 //!
 //! # Many alternatives, unknown onset: [`Evidence`]
 //!
-//! The fault's size and start are not known. Over K sizes (the grid) take the mean; over starts t = 1, 2, ...
-//! take weights that add up to 1: w_1 = 1/2; w_t = 3/8/(N-1) up to the planned number N of blocks; then
-//! w_t = 1/8 N/(t(t-1)), whose sum over t > N telescopes to 1/8, so that a rollout which outlives its plan is
-//! not judged blindly. Keep for each size one number
-//! L <- max(L, ln w_t) + l_t, and report max over the sizes minus ln K. By induction exp L <= the sum over
-//! j <= t of w_j exp(l_j + ... + l_t), a mixture of e-processes with weights that add up to at most 1, and
-//! the largest of K nonnegative numbers over K is at most their mean. QED.
+//! The fault's size and start are not known. Over the alternatives take a mean with weights, a [`Prior`]: a mean of
+//! e-processes is one. Severe faults have the larger weights, so that they are found with the fewest requests; a mild one
+//! needs some bits more, and a small lasting difference between healthy arms rarely gets that far. Over starts t = 1, 2, ... take weights that add up to at most 1: w_1 = 1/2; w_t = 3/8/(N-1) up to the planned number N of
+//! blocks; then w_t = 1/8 N/(t(t-1)), whose sum over t > N telescopes to 1/8, so that a rollout which outlives its
+//! plan is not judged blindly. Keep for each alternative k of weight v_k one number
 //!
-//! The live null is about each block as a whole: where the split of traffic moves within one block of several
-//! windows while the shared rate moves too, the block's average can differ between equal arms. Blocks of
-//! more than one window are only formed by tenants with fewer than five requests a window.
+//! ```text
+//! L <- max(L, ln(v_k w_t)) + l_t        evidence = ln(exp L_1 + ... + exp L_K)
+//! ```
+//!
+//! Claim: exp L_t <= v_k sum over j <= t of w_j exp(l_j + ... + l_t). For t = 1 it is an equality. If it holds for t - 1,
+//! then exp L_t = max(exp L_(t-1), v_k w_t) exp l_t <= (exp L_(t-1) + v_k w_t) exp l_t, and that is the sum for t. The
+//! sums over all k plus the weight of the starts still to come are a mixture of e-processes; leaving weight out only
+//! lowers it. QED. (It is a
+//! CUSUM with a reflecting barrier, Page 1954; the weights make it an e-process instead of an alarm with a run length.)
 //!
 //! # Cap
 //!
-//! l_t <- min(l_t, c) can only lower E. With c = (budget + 1 + log2 K) / 3 (the 1 is -log2 w_1) no two
-//! blocks reach the budget: at least three must agree, so that a burst in one window is not a verdict.
+//! l_t <- min(l_t, c) can only lower E. With c = (budget + 1 - log2 v) / 3 for the largest weight v (the 1 is -log2 w_1)
+//! that alternative alone needs three blocks at the cap; and two blocks never reach the budget whatever the
+//! alternatives share, since their weights add up to 1: -1 + 2c <= budget, which [`cap`] sees to. So a burst in one
+//! window, or in two, is no verdict.
+//!
+//! # Giving up evidence
+//!
+//! Evidence may be lowered at any time, for any reason: an e-process that is made smaller stays one.
 
-use crate::fixed::{Bits, LOG2_E_CEIL, ONE, OutOfRange, log2_floor, plus, times};
+mod ceiling;
+mod live;
+mod tail;
 
-/// Sizes of fault that are looked for.
-pub const GRID: usize = 7;
-
-/// rho of the live test, in thousandths.
-const LIVE_GRID_MILLI: [u64; GRID] = [1_500, 2_000, 3_000, 5_000, 10_000, 30_000, 100_000];
-
-/// log2 rho, rounded down; a test computes them again.
-const LOG2_LIVE_GRID: [Bits; GRID] = [
-    2_512_394_809,
-    4_294_967_296,
-    6_807_362_105,
-    9_972_605_231,
-    14_267_572_527,
-    21_074_934_633,
-    28_535_145_054,
-];
-
-/// log2 K of the two grids, rounded up.
-const LOG2_GRID_CEIL: Bits = 12_057_497_579;
-const LOG2_SAFETY_GRID_CEIL: Bits = 9_972_605_232;
-
-/// p1/p0 of the ceiling test, in thousandths.
-const CEILING_GRID_MILLI: [u64; GRID] = [1_500, 2_000, 3_000, 5_000, 10_000, 20_000, 50_000];
-
-/// Sizes of safety that are looked for.
-pub const SAFETY_GRID: usize = 5;
-
-/// p1/p0 of the proof of safety, as fractions. The last two find rates that are within the limit, but not far.
-const SAFETY_FRACTIONS: [(u64, u64); SAFETY_GRID] = [(1, 30), (1, 10), (1, 3), (2, 3), (9, 10)];
+pub use self::{
+    ceiling::{CEILING_WEIGHTS, CEILINGS, Ceiling, Coefficients, REPEATS, SAFETIES, Safety},
+    live::{LIVE_WEIGHTS, LIVES, LiveTest},
+    tail::{ODDS, Odds, QUANTILE_PPM, QUANTILES, Share, TAIL_WEIGHTS, TAILS, TailCounts, TailTest},
+};
+use crate::fixed::{Bits, ONE, OutOfRange, log2_floor, log2_sum, log2_upper, plus};
 
 /// One, in parts per billion.
-const BILLION: u64 = 1_000_000_000;
+pub const BILLION: u64 = 1_000_000_000;
 
-/// Most requests of one arm in one block; more is out of range.
-const MAX_BLOCK_REQUESTS: u64 = 1 << 31;
+/// Most requests of one arm in one block; more is out of range. So is evidence of more than 2^31 bits, which takes
+/// some hundred million requests in a block.
+pub const MAX_BLOCK_REQUESTS: u64 = 1 << 40;
 
 /// Requests and failures of one arm.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -107,113 +87,13 @@ impl Counts {
         self.requests = self.requests.saturating_add(other.requests);
         self.events = self.events.saturating_add(other.events);
     }
-}
 
-/// The test of two arms against each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LiveTest {
-    /// r, in thousandths.
-    pub max_ratio_milli: u64,
-    /// d, in parts per billion.
-    pub max_increase_ppb: u64,
-}
-
-impl LiveTest {
-    /// Evidence of one block for each size of fault, rounded down. A block without requests on one arm says nothing.
-    pub fn evidence(&self, canary: Counts, baseline: Counts) -> Result<[Bits; GRID], OutOfRange> {
-        let mut evidence = [0; GRID];
-        if canary.requests == 0 || baseline.requests == 0 {
-            return Ok(evidence);
-        }
-        if canary.requests.max(baseline.requests) > MAX_BLOCK_REQUESTS {
+    /// The successes; out of range if there are more failures than requests, or too many to compute with.
+    fn others(self) -> Result<u64, OutOfRange> {
+        if self.requests > MAX_BLOCK_REQUESTS {
             return Err(OutOfRange);
         }
-        let n_c = u128::from(canary.requests);
-        let n_b = u128::from(baseline.requests);
-        let r = u128::from(self.max_ratio_milli);
-        let grid = LIVE_GRID_MILLI.map(u128::from).into_iter().zip(LOG2_LIVE_GRID);
-        for (bits, (rho, log2_rho)) in evidence.iter_mut().zip(grid) {
-            // D = R n_c + n_b, in millionths.
-            let d_micro = r * rho * n_c + 1_000_000 * n_b;
-            if canary.events > 0 || baseline.events > 0 {
-                let ln_b = log2_floor(r * 1_000 * n_c + 1_000_000 * n_b, d_micro)?;
-                let ln_a = plus(log2_rho, ln_b)?;
-                *bits = plus(times(canary.events, ln_a)?, times(baseline.events, ln_b)?)?;
-            }
-            // n_c (a - 1) = n_c n_b (rho - 1) / D, with 32 fractional bits, rounded up; below 2^64, as it is at most n_b / r.
-            let growth = ((n_c * n_b * (rho - 1_000) * 1_000) << 32).div_ceil(d_micro);
-            let allowance = (growth * u128::from(self.max_increase_ppb) * LOG2_E_CEIL)
-                .div_ceil(u128::from(BILLION) << 32);
-            *bits = plus(*bits, -i64::try_from(allowance).map_err(|_| OutOfRange)?)?;
-        }
-        Ok(evidence)
-    }
-}
-
-/// Evidence of a failure and of a success, for each of `K` alternatives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Coefficients<const K: usize> {
-    event: [Bits; K],
-    other: [Bits; K],
-}
-
-/// The test of one arm against a ceiling on its rate.
-pub type Ceiling = Coefficients<GRID>;
-
-/// The proof that one arm's rate is below a limit.
-pub type Safety = Coefficients<SAFETY_GRID>;
-
-impl<const K: usize> Coefficients<K> {
-    fn new(p0: u64, alternatives: [u64; K]) -> Result<Self, OutOfRange> {
-        let mut both = Self {
-            event: [0; K],
-            other: [0; K],
-        };
-        for (k, p1) in alternatives.into_iter().enumerate() {
-            both.event[k] = log2_floor(u128::from(p1), u128::from(p0))?;
-            both.other[k] = log2_floor(u128::from(BILLION - p1), u128::from(BILLION - p0))?;
-        }
-        Ok(both)
-    }
-
-    /// Evidence of some requests, rounded down.
-    pub fn evidence(&self, counts: Counts) -> Result<[Bits; K], OutOfRange> {
-        let others = counts.requests.checked_sub(counts.events).ok_or(OutOfRange)?;
-        let mut evidence = [0; K];
-        for (k, bits) in evidence.iter_mut().enumerate() {
-            *bits = plus(
-                times(counts.events, self.event[k])?,
-                times(others, self.other[k])?,
-            )?;
-        }
-        Ok(evidence)
-    }
-}
-
-impl Ceiling {
-    /// The test of p <= `p0_ppb`. An alternative never goes more than half the way from p0 to 1.
-    pub fn above(p0_ppb: u64) -> Result<Self, OutOfRange> {
-        if p0_ppb == 0 || p0_ppb >= BILLION {
-            return Err(OutOfRange);
-        }
-        let highest = p0_ppb + (BILLION - p0_ppb) / 2;
-        Self::new(
-            p0_ppb,
-            CEILING_GRID_MILLI.map(|milli| (p0_ppb.saturating_mul(milli) / 1_000).min(highest)),
-        )
-    }
-}
-
-impl Safety {
-    /// The proof of p < `p0_ppb`.
-    pub fn below(p0_ppb: u64) -> Result<Self, OutOfRange> {
-        if p0_ppb == 0 || p0_ppb >= BILLION {
-            return Err(OutOfRange);
-        }
-        Self::new(
-            p0_ppb,
-            SAFETY_FRACTIONS.map(|(part, whole)| (p0_ppb * part / whole).max(1)),
-        )
+        self.requests.checked_sub(self.events).ok_or(OutOfRange)
     }
 }
 
@@ -247,47 +127,86 @@ impl Onset {
 /// Below this a level is held, so that it cannot leave the range: as if starts of weight 2^-(2^28) were added.
 const LOWEST_LEVEL: Bits = -(1 << 60);
 
-/// Evidence for a fault of unknown size and onset.
+/// log2 of the alternatives' weights, rounded down; the weights add up to at most 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Evidence {
-    levels: [Bits; GRID],
-    blocks: u32,
-    /// The lowest that the best level ever was: where a change would have begun.
-    lowest: Bits,
+pub struct Prior<const K: usize>([Bits; K]);
+
+impl<const K: usize> Prior<K> {
+    /// The prior of these weights, as parts of their sum.
+    pub fn new(weights: [u64; K]) -> Result<Self, OutOfRange> {
+        let whole = weights.into_iter().map(u128::from).sum();
+        let mut logs = [0; K];
+        for (log, weight) in logs.iter_mut().zip(weights) {
+            *log = log2_floor(weight.into(), whole)?;
+        }
+        Ok(Self(logs))
+    }
+
+    /// Equal weights.
+    pub fn equal() -> Result<Self, OutOfRange> {
+        Self::new([1; K])
+    }
+
+    /// The most that one block may add when a unit halts at `budget`.
+    pub fn cap(&self, budget: Bits) -> Result<Bits, OutOfRange> {
+        let largest = self.0.into_iter().max().ok_or(OutOfRange)?;
+        let reach = plus(budget, ONE)?;
+        // Rounded up by one unit, so that three blocks at the cap are over the budget.
+        Ok((plus(reach, -largest)? / 3 + 1).min(reach / 2))
+    }
 }
 
-impl Default for Evidence {
+/// Evidence for a fault of one of `K` sizes and of unknown onset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Evidence<const K: usize> {
+    levels: [Bits; K],
+    /// The lowest that the best level ever was: where a change would have begun.
+    lowest: Bits,
+    blocks: u32,
+}
+
+impl<const K: usize> Default for Evidence<K> {
     fn default() -> Self {
         Self {
-            levels: [LOWEST_LEVEL; GRID],
-            blocks: 0,
+            levels: [LOWEST_LEVEL; K],
             lowest: Bits::MAX,
+            blocks: 0,
         }
     }
 }
 
-impl Evidence {
-    /// Adds a block, no more than `cap` of it for each size. Says whether there was nothing before it: the
+impl<const K: usize> Evidence<K> {
+    /// Adds a block, no more than `cap` of it for each alternative. Says whether there was nothing before it: the
     /// evidence had never been lower, so that a change would have begun with this block.
-    pub fn add(&mut self, block: [Bits; GRID], onset: Onset, cap: Bits) -> Result<bool, OutOfRange> {
+    pub fn add(
+        &mut self,
+        block: &[Bits; K],
+        prior: &Prior<K>,
+        onset: Onset,
+        cap: Bits,
+    ) -> Result<bool, OutOfRange> {
         self.blocks = self.blocks.checked_add(1).ok_or(OutOfRange)?;
         let start = onset.weight(self.blocks)?;
-        let from = self.best().max(start);
+        let mut from = LOWEST_LEVEL;
+        for ((level, bits), weight) in self.levels.iter_mut().zip(block).zip(prior.0) {
+            let begin = plus(start, weight)?.max(*level);
+            from = from.max(begin);
+            *level = plus(begin, (*bits).min(cap))?.max(LOWEST_LEVEL);
+        }
         let begins = from <= self.lowest;
         if begins {
             self.lowest = from;
         }
-        for (level, bits) in self.levels.iter_mut().zip(block) {
-            *level = plus(start.max(*level), bits.min(cap))?.max(LOWEST_LEVEL);
-        }
         Ok(begins)
     }
 
-    /// Gives up what is above `bits`. It only lowers the evidence, so it is always allowed.
+    /// Gives up what is above `bits`.
     pub fn lower_to(&mut self, bits: Bits) -> Result<(), OutOfRange> {
-        let highest = plus(bits, LOG2_GRID_CEIL)?;
-        for level in &mut self.levels {
-            *level = highest.min(*level);
+        let excess = plus(self.bits()?, -bits)?;
+        if excess > 0 {
+            for level in &mut self.levels {
+                *level = plus(*level, -excess)?;
+            }
         }
         Ok(())
     }
@@ -296,12 +215,25 @@ impl Evidence {
         self.levels.into_iter().max().unwrap_or(LOWEST_LEVEL)
     }
 
+    /// The alternative that fits best, from 0.
+    pub fn best_alternative(&self) -> usize {
+        let best = self.best();
+        self.levels.iter().position(|level| *level == best).unwrap_or(0)
+    }
+
     /// log2 of the e-process; 0 before the first block.
     pub fn bits(&self) -> Result<Bits, OutOfRange> {
         if self.blocks == 0 {
             return Ok(0);
         }
-        plus(self.best(), -LOG2_GRID_CEIL)
+        log2_sum(&self.levels)
+    }
+
+    /// Whether the evidence is above `bits`; cheaper than to ask how much there is.
+    pub fn is_above(&self, bits: Bits) -> Result<bool, OutOfRange> {
+        // The sum of K is at most K times the largest.
+        let reach = plus(self.best(), log2_upper(K as u128)? >> 24)?;
+        Ok(self.blocks > 0 && reach >= bits && self.bits()? > bits)
     }
 
     /// How many blocks were added.
@@ -310,156 +242,123 @@ impl Evidence {
     }
 }
 
-/// The most that one block may add when a unit halts at `budget`: three are needed.
-pub fn cap(budget: Bits) -> Result<Bits, OutOfRange> {
-    // Rounded up by one unit, so that three blocks at the cap are over the budget.
-    Ok(plus(plus(budget, ONE)?, LOG2_GRID_CEIL)? / 3 + 1)
-}
-
 /// Evidence that a rate is below a limit. It has no onset: it is about the whole rollout so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Proof {
-    levels: [Bits; SAFETY_GRID],
+    levels: [Bits; SAFETIES],
 }
 
 impl Proof {
     /// Adds some requests.
-    pub fn add(&mut self, block: [Bits; SAFETY_GRID]) -> Result<(), OutOfRange> {
+    pub fn add(&mut self, block: &[Bits; SAFETIES]) -> Result<(), OutOfRange> {
         for (level, bits) in self.levels.iter_mut().zip(block) {
-            *level = plus(*level, bits)?.max(LOWEST_LEVEL);
+            *level = plus(*level, *bits)?.max(LOWEST_LEVEL);
         }
         Ok(())
     }
 
     /// log2 of the e-process.
     pub fn bits(&self) -> Result<Bits, OutOfRange> {
-        let best = self.levels.into_iter().max().unwrap_or(0);
-        plus(best, -LOG2_SAFETY_GRID_CEIL)
+        plus(
+            log2_sum(&self.levels)?,
+            -(log2_upper(SAFETIES as u128)? >> 24) - 1,
+        )
+    }
+
+    /// Whether the evidence is at least `needed`.
+    pub fn reaches(&self, needed: Bits) -> bool {
+        // The mean of equal parts is at most the largest.
+        self.levels.iter().any(|level| *level >= needed) && self.bits().is_ok_and(|bits| bits >= needed)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixed::log2_ceil;
-
-    const LIVE: LiveTest = LiveTest {
-        max_ratio_milli: 1_250,
-        max_increase_ppb: 1_000_000,
-    };
-
-    fn counts(requests: u64, events: u64) -> Counts {
-        Counts { requests, events }
-    }
-
-    /// The expectation of 2^l under the worst null, summed over all outcomes of a small block. Floats only check.
-    #[allow(
-        clippy::float_arithmetic,
-        reason = "a check of the integers, not a part of them"
-    )]
-    fn expectation(n_c: u64, n_b: u64, p_b: f64) -> [f64; GRID] {
-        let p_c = 1.25 * p_b + 0.001;
-        let binomial = |n: u64, x: u64, p: f64| {
-            let choose = (0..x).fold(1.0, |product, i| product * (n - i) as f64 / (i + 1) as f64);
-            choose * p.powi(i32::try_from(x).unwrap()) * (1.0 - p).powi(i32::try_from(n - x).unwrap())
-        };
-        let mut sums = [0.0; GRID];
-        for x_c in 0..=n_c {
-            for x_b in 0..=n_b {
-                let bits = LIVE.evidence(counts(n_c, x_c), counts(n_b, x_b)).unwrap();
-                let weight = binomial(n_c, x_c, p_c) * binomial(n_b, x_b, p_b);
-                for (sum, bits) in sums.iter_mut().zip(bits) {
-                    *sum += weight * (bits as f64 / ONE as f64).exp2();
-                }
-            }
-        }
-        sums
-    }
-
-    #[test]
-    #[allow(
-        clippy::float_arithmetic,
-        reason = "a check of the integers, not a part of them"
-    )]
-    fn the_live_test_is_an_e_variable_at_the_worst_null() {
-        for (n_c, n_b) in [(1, 1), (5, 5), (6, 50), (20, 9), (3, 40)] {
-            for p_b in [0.0, 0.001, 0.01, 0.1, 0.5] {
-                for (k, mean) in expectation(n_c, n_b, p_b).into_iter().enumerate() {
-                    assert!(mean <= 1.0 + 1e-9, "{n_c} {n_b} {p_b} size {k}: {mean}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn evidence_grows_with_canary_errors_and_falls_with_baseline_errors() {
-        let at = |x_c, x_b| LIVE.evidence(counts(50, x_c), counts(450, x_b)).unwrap();
-        for k in 0..GRID {
-            assert!(at(5, 1)[k] < at(6, 1)[k]);
-            assert!(at(5, 1)[k] > at(5, 2)[k]);
-        }
-        assert_eq!(LIVE.evidence(counts(0, 0), counts(9, 9)).unwrap(), [0; GRID]);
-        assert!(LIVE.evidence(counts(u64::MAX, 0), counts(1, 0)).is_err());
-    }
-
-    #[test]
-    #[allow(
-        clippy::float_arithmetic,
-        reason = "a check of the integers, not a part of them"
-    )]
-    fn the_ceiling_and_the_safety_test_are_e_variables_at_their_limit() {
-        for p0 in [1_000, 5_000_000, 10_000_000, 300_000_000, 900_000_000] {
-            let p = p0 as f64 / 1e9;
-            let mean = |event: Bits, other: Bits| {
-                p * (event as f64 / ONE as f64).exp2() + (1.0 - p) * (other as f64 / ONE as f64).exp2()
-            };
-            let ceiling = Ceiling::above(p0).unwrap();
-            let safety = Safety::below(p0).unwrap();
-            for k in 0..GRID {
-                assert!(mean(ceiling.event[k], ceiling.other[k]) <= 1.0 + 1e-9, "{p0} {k}");
-                assert!(ceiling.event[k] > 0 && ceiling.other[k] < 0, "{p0} {k}");
-            }
-            for k in 0..SAFETY_GRID {
-                assert!(mean(safety.event[k], safety.other[k]) <= 1.0 + 1e-9, "{p0} {k}");
-                assert!(safety.event[k] < 0 && safety.other[k] > 0, "{p0} {k}");
-            }
-        }
-        assert!(Ceiling::above(0).is_err() && Ceiling::above(BILLION).is_err());
-    }
 
     #[test]
     fn three_blocks_at_the_cap_cross_and_two_do_not() {
-        let budget = 18 * ONE + 12_345;
         let onset = Onset::new(180).unwrap();
-        let cap = cap(budget).unwrap();
-        let mut evidence = Evidence::default();
-        let mut crossed = Vec::new();
-        for _ in 0..3 {
-            evidence.add([1_000 * ONE; GRID], onset, cap).unwrap();
-            crossed.push(evidence.bits().unwrap() > budget);
+        let priors = [
+            Prior::equal(),
+            Prior::new([600, 1, 1, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 7, 350]),
+        ];
+        for (prior, budget) in priors.into_iter().zip([7 * ONE, 18 * ONE + 12_345]) {
+            let prior = prior.unwrap();
+            let cap = prior.cap(budget).unwrap();
+            // However the alternatives share the evidence: one alone, or all of them.
+            for shared in [1, 15] {
+                let mut block = [-1_000 * ONE; 15];
+                block[..shared].fill(1_000 * ONE);
+                let mut evidence = Evidence::default();
+                let mut crossed = Vec::new();
+                for _ in 0..3 {
+                    evidence.add(&block, &prior, onset, cap).unwrap();
+                    crossed.push(evidence.is_above(budget).unwrap());
+                }
+                assert_eq!(crossed, [false, false, true], "{budget} {shared}");
+            }
         }
-        assert_eq!(crossed, [false, false, true]);
     }
 
     #[test]
     fn a_late_fault_costs_only_the_weight_of_its_start() {
         let onset = Onset::new(180).unwrap();
+        let prior = Prior::equal().unwrap();
         let mut evidence = Evidence::default();
         for _ in 0..90 {
-            evidence.add([-5 * ONE; GRID], onset, 100 * ONE).unwrap();
+            evidence.add(&[-5 * ONE; 7], &prior, onset, 100 * ONE).unwrap();
         }
-        let begins = evidence.add([10 * ONE; GRID], onset, 100 * ONE).unwrap();
-        assert!(begins);
-        // 10 bits, less log2(8 * 179 / 3) for the start and log2(7) for the grid.
-        assert_eq!(evidence.bits().unwrap() * 100 / ONE, -170);
+        assert!(evidence.add(&[10 * ONE; 7], &prior, onset, 100 * ONE).unwrap());
+        // 10 bits, less log2(8 * 179 / 3) = 8.8989 for the start; all sizes agree, so their number costs nothing.
+        assert_eq!(evidence.bits().unwrap() * 100 / ONE, 110);
+        assert_eq!(evidence.blocks(), 91);
         // Long after the planned end a start still costs only some bits more.
         let mut late = Evidence {
-            levels: [-500 * ONE; GRID],
-            blocks: 719,
+            levels: [-500 * ONE; 7],
             lowest: -500 * ONE,
+            blocks: 719,
         };
-        late.add([40 * ONE; GRID], onset, 100 * ONE).unwrap();
-        assert_eq!(late.bits().unwrap() * 10 / ONE, 227);
+        late.add(&[40 * ONE; 7], &prior, onset, 100 * ONE).unwrap();
+        assert_eq!(late.bits().unwrap() * 10 / ONE, 255);
+    }
+
+    #[test]
+    fn evidence_is_the_weighed_mean_over_the_alternatives_and_names_the_best() {
+        let onset = Onset::new(10).unwrap();
+        let prior = Prior::new([1, 2, 1]).unwrap();
+        let mut evidence = Evidence::default();
+        assert_eq!((evidence.bits(), evidence.is_above(-ONE)), (Ok(0), Ok(false)));
+        evidence
+            .add(&[ONE, 9 * ONE, -ONE], &prior, onset, 20 * ONE)
+            .unwrap();
+        assert_eq!(evidence.best_alternative(), 1);
+        // (2^1 / 4 + 2^9 / 2 + 2^-1 / 4) / 2 = 128.3125: 7.003518...
+        assert_eq!(evidence.bits().unwrap() * 100_000 / ONE, 700_351);
+        assert_eq!(
+            (evidence.is_above(7 * ONE), evidence.is_above(8 * ONE)),
+            (Ok(true), Ok(false))
+        );
+        evidence.lower_to(2 * ONE).unwrap();
+        assert_eq!(evidence.best_alternative(), 1);
+        let lowered = 2 * ONE - evidence.bits().unwrap();
+        assert!((0..=2).contains(&lowered), "{lowered}");
+        evidence.lower_to(3 * ONE).unwrap();
+        assert!(evidence.bits().unwrap() <= 2 * ONE);
+        // A block that begins lower than anything before it begins an episode; one on the way up does not.
+        assert!(!evidence.add(&[ONE; 3], &prior, onset, 20 * ONE).unwrap());
+        assert_eq!(
+            evidence.add(&[i64::MIN; 3], &prior, onset, 20 * ONE),
+            Err(OutOfRange)
+        );
+    }
+
+    #[test]
+    fn the_weights_of_a_prior_add_up_to_at_most_one() {
+        let prior = Prior::new([8, 48, 128, 240, 320, 280]).unwrap();
+        let sum = log2_sum(&prior.0).unwrap();
+        assert!((-8..=0).contains(&sum), "{sum}");
+        assert!(Prior::new([0, 1]).is_err());
     }
 
     #[test]
@@ -476,24 +375,6 @@ mod tests {
             // The bound 1 + f is at most 8.7 % too large, and exact for the first start, a half.
             assert!(sum * 1_000 < (1_i128 << 40) * 1_045, "{planned}: {sum}");
             assert!(sum * 1_000 > (1_i128 << 40) * 990, "{planned}: {sum}");
-        }
-    }
-
-    #[test]
-    fn the_constants_are_logarithms() {
-        for (rho, bits) in LIVE_GRID_MILLI.into_iter().zip(LOG2_LIVE_GRID) {
-            let computed = log2_floor(u128::from(rho), 1_000).unwrap();
-            assert!(
-                (0..=2).contains(&(bits - computed)),
-                "log2({rho}/1000): {computed}, not {bits}"
-            );
-        }
-        for (size, bits) in [(GRID, LOG2_GRID_CEIL), (SAFETY_GRID, LOG2_SAFETY_GRID_CEIL)] {
-            let computed = log2_ceil(size as u128, 1).unwrap();
-            assert!(
-                (0..=2).contains(&(computed - bits)),
-                "log2({size}): {computed}, not {bits}"
-            );
         }
     }
 }

@@ -7,12 +7,13 @@
 //! {"v":1,"window":12,"start_ms":1700000000000,"len_ms":10000,
 //!  "coverage":{"canary":{"expected":3,"reported":3},"baseline":{"expected":9,"reported":9}},
 //!  "rows":[{"tenant":"acme-corp","arm":"canary","requests":107,"errors":3,
-//!           "latency":{"scale":4,"offset":-90,"counts":[1,0,4],"over_sla":{"limit_us":350000,"count":1}}}],
+//!           "latency":{"scale":4,"offset":-90,"counts":[1,0,4],"over_sla":{"limit_us":350000,"count":1}},
+//!           "probes":{"checks":5,"failed":0}}],
 //!  "pool":[{"arm":"canary","acquires":200,"waits":1,"timeouts":0,"used":7,"max":10}]}
 //! ```
 //!
-//! `offset` is OpenTelemetry's index of the first count. `latency`, its `over_sla`, `underflow`,
-//! `overflow` and `sum_ns`, and `pool` may be absent. Rows are written in the order of tenant, then arm.
+//! `offset` is OpenTelemetry's index of the first count. `latency`, its `over_sla`, `underflow`, `overflow` and
+//! `sum_ns`, `probes` (active checks of the tenant), and `pool` may be absent. Rows are written in the order of tenant, then arm.
 
 use coalmine_proto::{
     histogram::{Histogram, SCALE},
@@ -91,6 +92,18 @@ pub struct ArmCounts {
     pub errors: u64,
     /// Latency of the requests that were answered, where it was measured.
     pub latency: Option<Latency>,
+    /// Active checks.
+    pub probes: Probes,
+}
+
+/// Active checks of one tenant on one arm in one window.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probes {
+    /// Checks that were run.
+    pub checks: u64,
+    /// Of these, how many failed.
+    pub failed: u64,
 }
 
 /// Latency of one tenant on one arm in one window.
@@ -159,6 +172,11 @@ impl ArmCounts {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+
+    /// Whether there was neither a request nor a check.
+    pub fn is_idle(&self) -> bool {
+        self.requests == 0 && self.probes.checks == 0
+    }
 }
 
 mod arm {
@@ -206,6 +224,8 @@ struct Row {
     errors: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     latency: Option<RowLatency>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    probes: Option<Probes>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -270,6 +290,15 @@ impl Window {
                 );
             }
         }
+        for (index, pool) in line.pool.iter().enumerate() {
+            let most = pool.waits.max(pool.timeouts);
+            if most > pool.acquires {
+                return fail(
+                    format!("pool[{index}] ({})", pool.arm),
+                    format!("{most} waits or timeouts of {} acquires", pool.acquires),
+                );
+            }
+        }
         let mut halves = Vec::with_capacity(line.rows.len());
         for (index, row) in line.rows.into_iter().enumerate() {
             let (tenant, arm) = (row.tenant.clone(), row.arm);
@@ -329,6 +358,7 @@ impl Window {
                         requests: counts.requests,
                         errors: counts.errors,
                         latency: counts.latency.as_ref().map(RowLatency::of),
+                        probes: (counts.probes != Probes::default()).then_some(counts.probes),
                     });
                 }
             }
@@ -370,6 +400,13 @@ fn half(row: Row) -> Result<(TenantName, Arm, ArmCounts), String> {
         TenantName::parse_counted(&row.tenant).map_err(|error| format!("the tenant's name {error}"))?;
     if row.errors > row.requests {
         return Err(format!("{} errors among {} requests", row.errors, row.requests));
+    }
+    let probes = row.probes.unwrap_or_default();
+    if probes.failed > probes.checks {
+        return Err(format!(
+            "probes: {} failed of {} checks",
+            probes.failed, probes.checks
+        ));
     }
     let latency = match row.latency {
         None => None,
@@ -417,6 +454,7 @@ fn half(row: Row) -> Result<(TenantName, Arm, ArmCounts), String> {
             requests: row.requests,
             errors: row.errors,
             latency,
+            probes,
         },
     ))
 }
@@ -476,6 +514,17 @@ mod tests {
             (
                 with("\"arm\":\"canary\",\"req", "\"arm\":\"blue\",\"req"),
                 "say canary or baseline",
+            ),
+            (
+                with(
+                    "\"errors\":3,",
+                    "\"errors\":3,\"probes\":{\"checks\":1,\"failed\":2},",
+                ),
+                "probes: 2 failed of 1 checks",
+            ),
+            (
+                with("\"waits\":1", "\"waits\":201"),
+                "pool[0] (canary): 201 waits or timeouts of 200",
             ),
             (
                 with(

@@ -2,7 +2,8 @@
 //!
 //! Read in this order:
 //!
-//! 1. [`policy`]: what the operator asks for, and [`threshold`], what follows from it for one tenant;
+//! 1. [`policy`]: what the operator asks for, [`history`], what earlier rollouts have shown, and [`threshold`], what
+//!    follows from both for one tenant;
 //! 2. [`evidence`]: the frozen input of one step;
 //! 3. [`fixed`] and [`eprocess`]: the arithmetic and the statistics, with proofs;
 //! 4. [`budget`]: where the error probability of a rollout is spent;
@@ -16,6 +17,7 @@
 
 #![deny(clippy::float_arithmetic)]
 
+pub mod history;
 pub mod policy;
 pub mod quantity;
 pub mod threshold;

@@ -205,6 +205,45 @@ impl TryFrom<String> for Span {
     }
 }
 
+/// The smallest margin that is judged as k + 1 buckets, in parts per million: 2^((2k+1)/32) - 1, rounded up.
+const MARGIN_STEPS_PPM: [u32; 16] = [
+    21_898, 67_141, 114_387, 163_725, 215_248, 269_051, 325_237, 383_910, 445_181, 509_165, 575_981, 645_756,
+    718_620, 794_710, 874_168, 957_145,
+];
+
+/// How much longer k buckets are, in thousandths of a percent: 2^(k/16) - 1, rounded.
+const BUCKETS_MILLI_PERCENT: [u32; 17] = [
+    0, 4_427, 9_051, 13_879, 18_921, 24_186, 29_684, 35_426, 41_421, 47_683, 54_221, 61_049, 68_179, 75_625,
+    83_401, 91_521, 100_000,
+];
+
+/// Most buckets that a margin can be: those of 100 %.
+pub const MAX_MARGIN_BUCKETS: u32 = 16;
+
+/// A margin as whole buckets of the histogram, of which 16 make a doubling: the whole number nearest to
+/// 16 log2(1 + margin), at most [`MAX_MARGIN_BUCKETS`].
+pub fn margin_buckets(margin_ppm: u32) -> u32 {
+    let buckets = MARGIN_STEPS_PPM.iter().filter(|step| margin_ppm >= **step);
+    buckets.map(|_| 1).sum()
+}
+
+/// So many buckets as text: `2 buckets, +9.05 %`.
+pub fn buckets(count: u32) -> String {
+    let milli = BUCKETS_MILLI_PERCENT
+        .get(count as usize)
+        .copied()
+        .unwrap_or(100_000);
+    let plural = if count == 1 { "" } else { "s" };
+    // A thousandth of a percent is 10,000 parts per billion.
+    format!("{count} bucket{plural}, +{}", percent(u128::from(milli) * 10_000))
+}
+
+/// A factor or ratio in thousandths, as text: `1.25`, `2`.
+pub fn times(milli: u64) -> String {
+    let text = format!("{}.{:03}", milli / 1_000, milli % 1_000);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
 /// A share given in parts per billion, as text with three significant digits: `15.1 %`, `0.098 %`.
 pub fn percent(ppb: u128) -> String {
     // In thousandths of a percent, then fewer decimals for larger numbers.
@@ -247,6 +286,20 @@ pub fn micros(value: u64) -> String {
         format!("{} {unit}", tenths / 10)
     } else {
         format!("{}.{} {unit}", tenths / 10, tenths % 10)
+    }
+}
+
+/// A number of microseconds as it stands in a policy, exactly: `30m`, `1500ms`, `7us`.
+pub fn span(micros: u64) -> String {
+    let units = [
+        ("h", 3_600_000_000),
+        ("m", 60_000_000),
+        ("s", 1_000_000),
+        ("ms", 1_000),
+    ];
+    match units.into_iter().find(|(_, scale)| micros.is_multiple_of(*scale)) {
+        Some((unit, scale)) => format!("{}{unit}", micros / scale),
+        None => format!("{micros}us"),
     }
 }
 
@@ -303,6 +356,29 @@ mod tests {
     }
 
     #[test]
+    fn a_margin_is_the_nearest_whole_number_of_buckets() {
+        for ppm in (0..=1_000_000).step_by(7).chain([999_999, 1_000_000]) {
+            let exact = 16.0 * (1.0 + f64::from(ppm) / 1e6).log2();
+            assert_eq!(f64::from(margin_buckets(ppm)), exact.round(), "{ppm} ppm");
+        }
+        for (k, step) in (0..).zip(MARGIN_STEPS_PPM) {
+            let exact = (f64::from(2 * k + 1) / 32.0).exp2() - 1.0;
+            assert_eq!(f64::from(step), (exact * 1e6).ceil());
+        }
+        for (k, milli) in (0..).zip(BUCKETS_MILLI_PERCENT) {
+            let exact = (f64::from(k) / 16.0).exp2() - 1.0;
+            assert_eq!(f64::from(milli), (exact * 1e5).round());
+        }
+        assert_eq!(
+            [0, 10_000, 100_000, 200_000, 1_000_000, u32::MAX].map(margin_buckets),
+            [0, 0, 2, 4, 16, 16]
+        );
+        assert_eq!(buckets(2), "2 buckets, +9.05 %");
+        assert_eq!(buckets(1), "1 bucket, +4.43 %");
+        assert_eq!((times(1_250), times(2_000)), ("1.25".into(), "2".into()));
+    }
+
+    #[test]
     fn shares_are_shown_with_three_digits() {
         assert_eq!(percent_of(15, 100), "15 %");
         assert_eq!(percent_of(1, 7), "14.3 %");
@@ -311,5 +387,9 @@ mod tests {
         assert_eq!(percent_of(0, 0), "0 %");
         assert_eq!(micros(350_000), "350 ms");
         assert_eq!(micros(1_500_000), "1.5 s");
+        assert_eq!(
+            [1_800_000_000, 7_200_000_000, 1_500_000, 7].map(span),
+            ["30m", "2h", "1500ms", "7us"]
+        );
     }
 }

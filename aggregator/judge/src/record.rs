@@ -60,6 +60,8 @@ pub enum Body {
     Rollout(RolloutStart),
     /// A window was judged.
     Decision(Box<Decision>),
+    /// A HOLD lasted as long as the policy allows.
+    Deadline(HoldDeadline),
     /// A rollout ends.
     End(RolloutEnd),
 }
@@ -71,6 +73,7 @@ impl Body {
             Self::LogStart { .. } => "log_start",
             Self::Rollout(_) => "rollout",
             Self::Decision(_) => "decision",
+            Self::Deadline(_) => "deadline",
             Self::End(_) => "end",
         }
     }
@@ -92,6 +95,9 @@ pub struct RolloutStart {
     pub baseline_version: Option<String>,
     /// Digest of the policy's blob.
     pub policy: Hash,
+    /// Digest of the history's blob; none if limits are those of the policy alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<Hash>,
     /// The judge, for the whole rollout.
     pub judge: String,
     /// Planned number of windows.
@@ -102,6 +108,29 @@ pub struct RolloutStart {
     pub start_ms: u64,
     /// Who asked.
     pub actor: String,
+}
+
+impl RolloutStart {
+    /// The name of the decision on a window.
+    pub fn decision_id(&self, window: u64) -> String {
+        format!("{}-{window}", self.rollout)
+    }
+}
+
+/// A HOLD lasted as long as the policy allows; the decision before it says what follows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HoldDeadline {
+    /// The rollout's name.
+    pub rollout: String,
+    /// The decision of the window in which the deadline was reached.
+    pub decision: String,
+    /// How long the HOLD had lasted, in milliseconds.
+    pub held_ms: u64,
+    /// What the policy does: `rollback`, `hold` or `approve`.
+    pub on_deadline: String,
+    /// The verdict that follows.
+    pub verdict: String,
 }
 
 /// A rollout ends.
@@ -173,6 +202,8 @@ pub struct Finding {
     pub anomalies_detected: u64,
     /// Share of the canary's requests in tenants that were judged, in parts per million.
     pub traffic_ppm: u32,
+    /// Share of the tenants on the canary that were judged, in parts per million.
+    pub tenants_ppm: u32,
     /// Share of the expected agents that reported, in parts per million.
     pub agents_ppm: u32,
     /// Tenants that were judged.
@@ -191,10 +222,12 @@ pub struct Anomaly {
     pub metric: String,
     /// What was found.
     pub state: String,
-    /// `warning` or `critical`.
+    /// `critical` for a breach, `warning` for whatever else holds the rollout, `info` for what is only watched.
     pub severity: String,
     /// What was seen.
     pub detail: String,
+    /// The thresholds that it was judged by, and where they come from.
+    pub limits: String,
     /// Evidence in bits, with 32 fractional bits.
     pub bits_q32: i64,
     /// Evidence that halts.

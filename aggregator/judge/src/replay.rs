@@ -2,13 +2,14 @@
 //!
 //! Nothing is needed but the log's records and the blobs that they name.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     chain::Hash,
     evidence::Window,
+    history::History,
     policy::Policy,
-    record::{Anomaly, Body, Decision, Finding, MAX_ANOMALIES, Record, RolloutStart},
+    record::{Anomaly, Body, Decision, Finding, HoldDeadline, MAX_ANOMALIES, Record, RolloutStart},
     v1::{self, Judge, Outcome, State, UnitReport},
 };
 
@@ -51,8 +52,23 @@ pub struct Judged {
     pub outcome: Option<Outcome>,
 }
 
-/// A judge for a rollout, from its record and its policy's text.
-pub fn judge_for(start: &RolloutStart, policy: &str) -> Result<Judge, String> {
+impl Judged {
+    /// What is recorded of a hold deadline that the last window has reached.
+    pub fn hold_deadline(&self) -> Option<HoldDeadline> {
+        let outcome = self.outcome.as_ref()?;
+        let deadline = outcome.deadline?;
+        Some(HoldDeadline {
+            rollout: self.start.rollout.clone(),
+            decision: self.start.decision_id(outcome.window),
+            held_ms: deadline.held_ms,
+            on_deadline: deadline.action.as_str().to_owned(),
+            verdict: outcome.verdict.as_str().to_owned(),
+        })
+    }
+}
+
+/// A judge for a rollout, from its record and the texts of its policy and its history.
+pub fn judge_for(start: &RolloutStart, policy: &str, history: Option<&str>) -> Result<Judge, String> {
     if start.judge != v1::ID {
         return Err(format!(
             "was judged by {}, which this program does not have (it has {})",
@@ -61,7 +77,27 @@ pub fn judge_for(start: &RolloutStart, policy: &str) -> Result<Judge, String> {
         ));
     }
     let policy = Policy::parse(policy).map_err(|error| format!("its policy is refused: {error}"))?;
-    Judge::new(policy, Some(start.max_windows)).map_err(|error| error.to_string())
+    let history = match history {
+        Some(text) => {
+            let history = History::parse(text).map_err(|error| format!("its history is refused: {error}"))?;
+            if history.service != start.service {
+                return Err(format!(
+                    "its history is that of service {}, and it is a rollout of {}",
+                    history.service, start.service
+                ));
+            }
+            Some(Arc::new(history))
+        }
+        None => None,
+    };
+    Judge::new(policy, history, Some(start.max_windows)).map_err(|error| error.to_string())
+}
+
+/// The text of a blob that a rollout needs.
+fn text(blobs: &dyn Blobs, what: &str, digest: &Hash) -> Result<String, String> {
+    blobs
+        .text(digest)
+        .map_err(|error| format!("its {what} {digest} {error}"))
 }
 
 impl Replay {
@@ -70,10 +106,10 @@ impl Replay {
         match &record.body {
             Body::LogStart { .. } => Replayed::Other,
             Body::Rollout(start) => {
-                let judge = blobs
-                    .text(&start.policy)
-                    .map_err(|error| format!("its policy {} {error}", start.policy))
-                    .and_then(|policy| judge_for(start, &policy));
+                let judge = text(blobs, "policy", &start.policy).and_then(|policy| {
+                    let history = start.history.map(|digest| text(blobs, "history", &digest));
+                    judge_for(start, &policy, history.transpose()?.as_deref())
+                });
                 let judge = judge.map(|judge| Judged {
                     start: start.clone(),
                     judge,
@@ -103,6 +139,13 @@ impl Replay {
                     problem,
                 },
             },
+            Body::Deadline(deadline) => match self.check(deadline) {
+                Ok(()) => Replayed::Other,
+                Err(problem) => Replayed::Different {
+                    name: format!("the hold deadline of {}", deadline.decision),
+                    problem,
+                },
+            },
             Body::End(end) => {
                 self.rollouts.remove(&end.rollout);
                 Replayed::Other
@@ -120,6 +163,29 @@ impl Replay {
         self.rollouts.remove(rollout)?.ok()
     }
 
+    /// Whether the decision before has reached its hold deadline, as the record says.
+    fn check(&self, deadline: &HoldDeadline) -> Result<(), String> {
+        let judged = self
+            .judged(&deadline.rollout)
+            .ok_or_else(|| format!("belongs to rollout {}, which cannot be judged", deadline.rollout))?;
+        let replayed = judged.hold_deadline();
+        if replayed.as_ref() == Some(deadline) {
+            return Ok(());
+        }
+        Err(match replayed {
+            Some(replayed) => format!(
+                "differs: recorded {} ms, {}, {}; replayed {} ms, {}, {}",
+                deadline.held_ms,
+                deadline.on_deadline,
+                deadline.verdict,
+                replayed.held_ms,
+                replayed.on_deadline,
+                replayed.verdict
+            ),
+            None => "is recorded, and the replay reached none".to_owned(),
+        })
+    }
+
     fn judge(&mut self, decision: &Decision, blobs: &dyn Blobs) -> Result<(), String> {
         let judged = match self.rollouts.get_mut(&decision.rollout) {
             None => {
@@ -131,9 +197,7 @@ impl Replay {
             Some(Err(problem)) => return Err(format!("rollout {}: {problem}", decision.rollout)),
             Some(Ok(judged)) => judged,
         };
-        let evidence = blobs
-            .text(&decision.evidence)
-            .map_err(|error| format!("its evidence {} {error}", decision.evidence))?;
+        let evidence = text(blobs, "evidence", &decision.evidence)?;
         let start = &judged.start;
         if (&decision.policy, &decision.judge) != (&start.policy, &start.judge) {
             return Err("names another policy or judge than its rollout".to_owned());
@@ -173,6 +237,7 @@ impl Finding {
                 .filter(|report| report.state.is_trouble())
                 .count() as u64,
             traffic_ppm: outcome.traffic_ppm,
+            tenants_ppm: outcome.tenants_ppm,
             agents_ppm: outcome.agents_ppm,
             tenants_checked: outcome.tenants.total(),
             outcome: Hash::of(outcome.to_json().as_bytes()),
@@ -193,32 +258,125 @@ impl Finding {
     }
 }
 
-/// What is not in order, as a record lists it: the lowest score first.
+/// What is not in order, as a record lists it: the lowest score first; then what is watched.
 fn anomalies(outcome: &Outcome) -> Vec<Anomaly> {
+    let by_score = |report: &&UnitReport| (report.score_ppm, report.unit.clone(), report.metric);
     let mut reports: Vec<&UnitReport> = outcome
         .units
         .iter()
         .filter(|report| report.state.is_trouble())
         .collect();
-    reports.sort_by_key(|report| (report.score_ppm, report.unit.clone(), report.metric));
-    reports.into_iter().take(MAX_ANOMALIES).map(anomaly).collect()
+    reports.sort_by_key(by_score);
+    let mut watched: Vec<&UnitReport> = outcome.watched.iter().collect();
+    watched.sort_by_key(by_score);
+    let all = reports.into_iter().chain(watched);
+    all.take(MAX_ANOMALIES).map(anomaly).collect()
 }
 
 /// One unit as a record lists it.
 fn anomaly(report: &UnitReport) -> Anomaly {
+    let severity = match report.state {
+        State::Breach => "critical",
+        State::Clear | State::Proven => "info",
+        State::Suspect | State::Shared | State::NoData | State::Gap | State::Error => "warning",
+    };
     Anomaly {
         unit: report.unit.to_string(),
         metric: report.metric.as_str().to_owned(),
         state: report.state.as_str().to_owned(),
-        severity: if report.state == State::Breach {
-            "critical"
-        } else {
-            "warning"
-        }
-        .to_owned(),
+        severity: severity.to_owned(),
         detail: report.seen.clone(),
+        limits: report.limits.clone(),
         bits_q32: report.bits,
         budget_q32: report.budget,
         score_ppm: report.score_ppm,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: &str = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
+        defaults: { errors: { max_rate: 1% }, required: [errors] } }";
+
+    const HISTORY: &str = r#"{"v":1,"service":"checkout","rollouts":0,"windows":0,"first_ms":0,"last_ms":0,
+        "sources":[],"arm_difference_tenants":0,"tenants":{}}"#;
+
+    impl Blobs for BTreeMap<Hash, String> {
+        fn text(&self, digest: &Hash) -> Result<String, String> {
+            self.get(digest).cloned().ok_or_else(|| "is not there".to_owned())
+        }
+    }
+
+    fn begin(history: Option<&str>) -> Record {
+        Record {
+            v: 1,
+            log: "test".into(),
+            seq: 0,
+            prev: Hash::ZERO,
+            time_ms: 0,
+            body: Body::Rollout(RolloutStart {
+                rollout: "r".into(),
+                key: "k".into(),
+                service: "checkout".into(),
+                canary_version: "v2".into(),
+                baseline_version: None,
+                policy: Hash::of(POLICY.as_bytes()),
+                history: history.map(|text| Hash::of(text.as_bytes())),
+                judge: v1::ID.into(),
+                max_windows: 10,
+                window_ms: 10_000,
+                start_ms: 0,
+                actor: "test".into(),
+            }),
+        }
+    }
+
+    #[test]
+    fn a_rollout_is_begun_again_with_its_history() {
+        let blobs: BTreeMap<Hash, String> = [POLICY, HISTORY]
+            .map(|text| (Hash::of(text.as_bytes()), text.to_owned()))
+            .into();
+        for history in [None, Some(HISTORY)] {
+            let mut replay = Replay::default();
+            assert_eq!(replay.take(&begin(history), &blobs), Replayed::Other);
+            assert!(replay.judged("r").is_some());
+        }
+        assert!(
+            !begin(None).to_line().contains("history"),
+            "an older log stays as it is"
+        );
+        let line = begin(Some(HISTORY)).to_line();
+        assert!(line.contains(&format!("\"history\":\"{}\"", Hash::of(HISTORY.as_bytes()))));
+        assert_eq!(serde_json::from_str::<Record>(&line).unwrap().to_line(), line);
+    }
+
+    #[test]
+    fn a_history_that_is_missing_or_wrong_fails_the_replay() {
+        let foreign = HISTORY.replace("checkout", "cart");
+        for (history, kept, says) in [
+            (HISTORY, false, "its history"),
+            ("{}", true, "its history is refused: missing field"),
+            (
+                foreign.as_str(),
+                true,
+                "its history is that of service cart, and it is a rollout of checkout",
+            ),
+        ] {
+            let mut blobs = BTreeMap::from([(Hash::of(POLICY.as_bytes()), POLICY.to_owned())]);
+            if kept {
+                blobs.insert(Hash::of(history.as_bytes()), history.to_owned());
+            }
+            let mut replay = Replay::default();
+            match replay.take(&begin(Some(history)), &blobs) {
+                Replayed::Different { name, problem } => {
+                    assert!(name == "r" && problem.contains(says), "{problem}");
+                    assert!(kept || problem.ends_with("is not there"), "{problem}");
+                }
+                replayed => panic!("{replayed:?}"),
+            }
+            assert!(replay.judged("r").is_none());
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! One tenant in one slot, and what a row must satisfy to be counted there.
 
-use coalmine_judge::evidence::{ArmCounts, Latency, OverSla};
+use coalmine_judge::evidence::{ArmCounts, Latency, OverSla, Probes};
 use coalmine_proto::{
     histogram::Histogram,
     names::{Outcomes, TenantName},
@@ -111,6 +111,7 @@ impl Cell {
                 histogram: self.latency,
                 over_sla,
             }),
+            probes: Probes::default(),
         }
     }
 }

@@ -380,3 +380,119 @@ fn slots_are_let_go_unless_a_rollout_waits_for_them() {
     assert_eq!(counted(&book), 10, "the totals stay");
     assert_eq!(book.get(SERVICE).unwrap().latency(Arm::Canary).count(), 10);
 }
+
+/// Numbers that are the same everywhere (splitmix64, Steele, Lea, Flood 2014).
+fn mixed(mut number: u64) -> u64 {
+    number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
+}
+
+/// The judge's lines on thirty windows of the same requests, shared between so many agents of each arm, whose batches
+/// arrive in an order that `seed` decides.
+fn judged(agents: u64, seed: u64) -> Vec<String> {
+    const POLICY: &str = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
+        defaults: { errors: { max_rate: 1% }, latency: { p99: 350ms }, judge_window: 1s } }";
+    let policy = coalmine_judge::policy::Policy::parse(POLICY).unwrap();
+    let mut judge = coalmine_judge::v1::Judge::new(policy, None, None).unwrap();
+    let mut book = book();
+    let names: Vec<(Arm, u64)> = Arm::ALL
+        .into_iter()
+        .flat_map(|arm| (0..agents).map(move |agent| (arm, agent)))
+        .collect();
+    let mut senders: Vec<Sender> = names
+        .iter()
+        .map(|(arm, agent)| Sender::new(&mut book, &format!("{arm}-{agent}"), *arm, 1 + agent))
+        .collect();
+    let mut errors_sent = vec![0; senders.len()];
+    // Each agent's next window; the agent whose turn it is is drawn by lot.
+    let mut next = vec![1_u64; senders.len()];
+    let mut draw = seed;
+    while next.iter().any(|window| *window <= 30) {
+        draw = mixed(draw);
+        let at = (draw % senders.len() as u64) as usize;
+        let window = next[at];
+        if window > 30 {
+            continue;
+        }
+        next[at] += 1;
+        let (arm, agent) = names[at];
+        let sender = &mut senders[at];
+        let rows: Vec<_> = (0..6)
+            .map(|tenant: u64| {
+                let mut outcomes = Outcomes::default();
+                let mut histogram = Histogram::new();
+                let mut over = 0;
+                let all = if arm == Arm::Canary { 60 } else { 300 };
+                for request in 0..all / (tenant + 1) {
+                    let lot = mixed(request << 32 | window << 16 | tenant << 8 | arm as u64);
+                    // Which agent sees a request depends on the number of agents, what happens to it does not.
+                    if mixed(lot ^ seed) % agents != agent {
+                        continue;
+                    }
+                    let failed = lot % 100 < if tenant == 2 && arm == Arm::Canary { 15 } else { 1 };
+                    outcomes.record(if failed {
+                        Outcome::ServerError
+                    } else {
+                        Outcome::Success
+                    });
+                    let ns = 1_000_000 + (lot >> 20) % 400_000_000;
+                    histogram.record(ns);
+                    over += u64::from(ns > 350_000_000);
+                }
+                let name = TenantName::parse(format!("tenant-{tenant}").as_bytes()).unwrap();
+                (book.intern(SERVICE, &name), outcomes, histogram.to_wire(), over)
+            })
+            .collect();
+        sender.seq += 1;
+        sender.sent += rows.iter().map(|(_, outcomes, ..)| outcomes.seen()).sum::<u64>();
+        errors_sent[at] += rows
+            .iter()
+            .map(|(_, outcomes, ..)| outcomes.errors())
+            .sum::<u64>();
+        let rows = rows.iter().map(|(tenant, outcomes, latency, over)| Row {
+            tenant: *tenant,
+            outcomes: *outcomes,
+            latency: Some(latency),
+            limit_us: 350_000,
+            over: *over,
+        });
+        let batch = Batch {
+            seq: sender.seq,
+            start_ms: window * 1_000,
+            length_ms: 1_000,
+            rows: rows.collect(),
+            cumulative: Totals {
+                requests: sender.sent,
+                errors: errors_sent[at],
+                gap_requests: 0,
+            },
+            gap: None,
+        };
+        let (instance, session) = (sender.who.instance.clone(), sender.session);
+        book.apply(SERVICE, &instance, session, &batch, 31_000).unwrap();
+    }
+    (1..=30)
+        .map(|window| {
+            let frozen = book.freeze(&comparison(), window * 1_000, window, 40_000);
+            assert_eq!(
+                (u64::from(frozen.canary.reported), frozen.rows.len()),
+                (agents, 6)
+            );
+            judge.step(&frozen).unwrap().to_json()
+        })
+        .collect()
+}
+
+#[test]
+fn however_requests_are_shared_between_agents_and_whenever_they_arrive_the_judge_says_the_same() {
+    let alone = judged(1, 1);
+    assert!(
+        alone.last().unwrap().contains("\"verdict\":\"ROLLBACK\""),
+        "{alone:?}"
+    );
+    for (agents, seed) in [(1, 2), (2, 3), (3, 4), (7, 5), (7, 6)] {
+        assert_eq!(judged(agents, seed), alone, "{agents} agents, seed {seed}");
+    }
+}

@@ -28,7 +28,7 @@ pub(super) fn run(command: Command, output: Output) -> Result<Exit, Failure> {
     }
 }
 
-fn files(data: &Path) -> Result<LedgerFiles, Failure> {
+pub(super) fn files(data: &Path) -> Result<LedgerFiles, Failure> {
     let files = LedgerFiles::new(data);
     if files.log_path().is_file() {
         return Ok(files);
@@ -61,17 +61,20 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
     let mut checked = std::collections::BTreeSet::new();
     let mut problems = Vec::new();
     let scan = files.scan(|record, _, _| {
-        let named: &[_] = match &record.body {
-            Body::Rollout(start) => &[("policy", start.policy)],
+        let named: Vec<_> = match &record.body {
+            Body::Rollout(start) => {
+                let history = start.history.map(|digest| ("history", digest));
+                [("policy", start.policy)].into_iter().chain(history).collect()
+            }
             Body::Decision(decision) => {
                 verified.decisions += 1;
-                &[("evidence", decision.evidence), ("policy", decision.policy)]
+                vec![("evidence", decision.evidence), ("policy", decision.policy)]
             }
-            Body::LogStart { .. } | Body::End(_) => &[],
+            Body::LogStart { .. } | Body::Deadline(_) | Body::End(_) => Vec::new(),
         };
         for (what, digest) in named {
-            if checked.insert(*digest)
-                && let Err(problem) = files.blobs.text(digest)
+            if checked.insert(digest)
+                && let Err(problem) = files.blobs.text(&digest)
             {
                 problems.push(format!("record {}: its {what} {digest} {problem}", record.seq));
             }

@@ -4,11 +4,10 @@ use std::path::Path;
 
 use coalmine_judge::{
     fixed::ONE,
-    quantity::{micros, percent},
     record::{Anomaly, Body, Decision},
     replay::{Replay, Replayed},
-    threshold::Thresholds,
 };
+use coalmine_proto::names::TenantName;
 use serde_json::Value;
 
 use super::{Exit, Failure, Output, say};
@@ -43,7 +42,12 @@ pub(super) async fn online(client: &Client, id: &str, output: Output) -> Result<
     Ok(Exit::Good)
 }
 
-pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Failure> {
+pub(super) fn offline(
+    data: &Path,
+    id: &str,
+    tenant: Option<&TenantName>,
+    output: Output,
+) -> Result<Exit, Failure> {
     let files = LedgerFiles::new(data);
     let mut replay = Replay::default();
     let mut found = None;
@@ -55,15 +59,14 @@ pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Fai
         if let Body::Decision(decision) = &record.body
             && decision.id == id
         {
-            let thresholds = decision
-                .finding
-                .worst_tenant
-                .as_ref()
-                .and_then(|tenant| replay.judged(&decision.rollout)?.judge.thresholds(tenant));
-            found = Some((record.clone(), hash, replayed, thresholds));
+            let tree = replay.judged(&decision.rollout).and_then(|judged| {
+                let outcome = judged.outcome.as_ref()?;
+                Some(judged.judge.explain(outcome, tenant))
+            });
+            found = Some((record.clone(), hash, replayed, tree));
         }
     });
-    let Some((record, hash, replayed, thresholds)) = found else {
+    let Some((record, hash, replayed, tree)) = found else {
         scan.map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
         return Err(Failure::usage(format!(
             "there is no decision {id:?} in {}",
@@ -71,11 +74,11 @@ pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Fai
         )));
     };
     if output == Output::Json {
-        say(&serde_json::json!({ "record": record, "hash": hash }));
+        say(&serde_json::json!({ "record": record, "hash": hash, "tree": tree }));
         return Ok(Exit::Good);
     }
     if let Body::Decision(decision) = &record.body {
-        print(decision, &hash.to_string(), thresholds);
+        print(decision, &hash.to_string(), tree.as_deref());
     }
     match replayed {
         Replayed::Different { problem, .. } => {
@@ -89,7 +92,7 @@ pub(super) fn offline(data: &Path, id: &str, output: Output) -> Result<Exit, Fai
     }
 }
 
-fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
+fn print(decision: &Decision, hash: &str, tree: Option<&[String]>) {
     say(&format_args!("decision   {}", decision.id));
     say(&format_args!("verdict    {}", decision.finding.verdict));
     say(&format_args!("reason     {}", decision.finding.reason));
@@ -104,20 +107,11 @@ fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
         ));
     }
     say(&format_args!(
-        "coverage   {} % of the agents, {} % of the canary's requests are in tenants that were judged",
+        "coverage   {} % of the agents; {} % of the canary's requests and {} % of its tenants were judged",
         decision.finding.agents_ppm / 10_000,
-        decision.finding.traffic_ppm / 10_000
+        decision.finding.traffic_ppm / 10_000,
+        decision.finding.tenants_ppm / 10_000
     ));
-    if let Some(limits) = thresholds {
-        say(&format_args!(
-            "thresholds error rate below {}, and at most {}.{:03} times the baseline's plus {}; p99 {}",
-            percent(u128::from(limits.max_rate_ppb)),
-            limits.max_ratio_milli / 1_000,
-            limits.max_ratio_milli % 1_000,
-            percent(u128::from(limits.max_increase_ppb)),
-            limits.p99_us.map_or_else(|| "not limited".to_owned(), micros),
-        ));
-    }
     if !decision.finding.anomalies.is_empty() {
         say(&format_args!(
             "anomalies  {} (evidence in bits, of those needed to roll back)",
@@ -125,6 +119,15 @@ fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
         ));
         for anomaly in &decision.finding.anomalies {
             say(&format_args!("  {}", line(anomaly)));
+            if !anomaly.limits.is_empty() {
+                say(&format_args!("    by {}", anomaly.limits));
+            }
+        }
+    }
+    if let Some(tree) = tree {
+        say(&"tree       policy -> threshold -> evidence -> state -> score -> verdict");
+        for line in tree {
+            say(&format_args!("  {line}"));
         }
     }
     say(&"steps");
@@ -147,7 +150,8 @@ fn print(decision: &Decision, hash: &str, thresholds: Option<Thresholds>) {
 fn line(anomaly: &Anomaly) -> String {
     let bits = |bits: i64| format!("{}.{}", bits / ONE, (bits.rem_euclid(ONE) * 10) / ONE);
     format!(
-        "{} {} {} {} of {} bits: {}",
+        "{:<8} {} {} {} {} of {} bits: {}",
+        anomaly.severity,
         anomaly.state,
         anomaly.unit,
         anomaly.metric,

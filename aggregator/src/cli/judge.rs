@@ -3,20 +3,48 @@
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, BufWriter},
-    path::Path,
+    path::PathBuf,
+    sync::Arc,
 };
 
 use coalmine_judge::{
     evidence::{MAX_LINE_BYTES, Window},
-    v1::Judge,
+    v1::{Judge, Outcome},
 };
+use coalmine_proto::names::TenantName;
 
-use super::{Exit, Failure};
+use super::{Exit, Failure, policy::history_for, tell};
 use crate::server::read_policy;
 
-pub(super) fn run(policy: &Path, max_windows: Option<u32>, windows: &Path) -> Result<Exit, Failure> {
-    let policy = read_policy(policy).map_err(Failure::usage)?;
-    let mut judge = Judge::new(policy, max_windows).map_err(|error| Failure::usage(error.to_string()))?;
+/// What `coalmine judge` is asked.
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// The SLA baseline
+    #[arg(long, value_name = "FILE")]
+    policy: PathBuf,
+    /// The history that limits may follow
+    #[arg(long, value_name = "FILE")]
+    history: Option<PathBuf>,
+    /// Planned number of windows; by default what fits before the policy's hold deadline
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
+    max_windows: Option<u32>,
+    /// At the end, show on standard error how the last verdict came about: policy, alpha, thresholds, evidence, states
+    #[arg(long)]
+    explain: bool,
+    /// With --explain, show this tenant too, whatever its state
+    #[arg(long, value_name = "NAME", requires = "explain", value_parser = super::tenant)]
+    tenant: Option<TenantName>,
+    /// Evidence, one window a line; - for standard input
+    #[arg(default_value = "-", value_name = "FILE")]
+    windows: PathBuf,
+}
+
+pub(super) fn run(options: &Options) -> Result<Exit, Failure> {
+    let policy = read_policy(&options.policy).map_err(Failure::usage)?;
+    let history = history_for(options.history.as_deref(), &policy)?.map(Arc::new);
+    let (max_windows, windows) = (options.max_windows, &*options.windows);
+    let mut judge =
+        Judge::new(policy, history, max_windows).map_err(|error| Failure::usage(error.to_string()))?;
     let name = if windows.as_os_str() == "-" {
         "standard input".into()
     } else {
@@ -30,13 +58,21 @@ pub(super) fn run(policy: &Path, max_windows: Option<u32>, windows: &Path) -> Re
         Box::new(BufReader::new(file))
     };
     let mut out = BufWriter::new(io::stdout().lock());
-    match judge_lines(
+    let mut last = None;
+    let judged = judge_lines(
         &mut judge,
         &mut *input,
         &name,
         windows.as_os_str() == "-",
         &mut out,
-    ) {
+        &mut last,
+    );
+    if let Some(outcome) = last.filter(|_| options.explain) {
+        for line in judge.explain(&outcome, options.tenant.as_ref()) {
+            tell(&line);
+        }
+    }
+    match judged {
         // A reader that has seen enough, as `head` has, is no failure.
         Err(Stop::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Good),
         Err(Stop::Output(error)) => Err(error.into()),
@@ -64,6 +100,7 @@ fn judge_lines(
     name: &str,
     live: bool,
     out: &mut impl io::Write,
+    last: &mut Option<Outcome>,
 ) -> Result<(), Stop> {
     let mut line = Vec::new();
     for number in 1_u64.. {
@@ -91,7 +128,10 @@ fn judge_lines(
             .and_then(|window| judge.step(&window).map_err(|error| fail(error.to_string())));
         // What was judged before the mistake is printed before the complaint.
         match outcome {
-            Ok(outcome) => writeln!(out, "{}", outcome.to_json())?,
+            Ok(outcome) => {
+                writeln!(out, "{}", outcome.to_json())?;
+                *last = Some(outcome);
+            }
             Err(failure) => {
                 out.flush()?;
                 return Err(Stop::Input(failure));

@@ -8,9 +8,9 @@ use std::{
 
 use coalmine_judge::{
     evidence::Window,
-    record::{Body, Decision, Finding, RolloutEnd, RolloutStart, Step},
+    record::{Body, Decision, Finding, HoldDeadline, RolloutEnd, Step},
     replay::Judged,
-    v1::{Judge, Outcome, Verdict},
+    v1::{Outcome, Verdict},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -56,25 +56,41 @@ enum Event {
     Closed,
 }
 
-/// A decision on its way into the log.
+/// A record on its way into the log.
 #[derive(Debug)]
 struct Pending {
-    decision: Decision,
+    entry: Entry,
     blobs: Vec<Blob>,
     /// The log's answer, while it is awaited.
     answer: Option<oneshot::Receiver<Result<Appended, AppendError>>>,
 }
 
+/// What is recorded of a window.
+#[derive(Debug, Clone)]
+enum Entry {
+    /// What was decided.
+    Decision(Box<Decision>),
+    /// That a HOLD has lasted as long as it may.
+    Deadline(HoldDeadline),
+}
+
+impl Entry {
+    fn body(&self) -> Body {
+        match self {
+            Self::Decision(decision) => Body::Decision(decision.clone()),
+            Self::Deadline(deadline) => Body::Deadline(deadline.clone()),
+        }
+    }
+}
+
 /// A rollout and its state.
 #[derive(Debug)]
 pub(super) struct Owner {
-    start: RolloutStart,
+    judged: Judged,
     comparison: Comparison,
-    judge: Judge,
-    outcome: Option<Outcome>,
     view: View,
     shared: Shared,
-    /// Decisions that are not in the log yet, in order.
+    /// Records that are not in the log yet, in order.
     pending: VecDeque<Pending>,
     broken: bool,
 }
@@ -83,15 +99,13 @@ impl Owner {
     pub(super) fn new(judged: Judged, view: View, shared: Shared) -> Self {
         let owner = Self {
             comparison: comparison(&judged.start),
-            start: judged.start,
-            judge: judged.judge,
-            outcome: judged.outcome,
+            judged,
             view,
             shared,
             pending: VecDeque::new(),
             broken: false,
         };
-        if let Some(outcome) = &owner.outcome {
+        if let Some(outcome) = &owner.judged.outcome {
             owner.show_metrics(outcome, None);
         }
         owner
@@ -110,11 +124,11 @@ impl Owner {
 
     /// The number of the window that comes next.
     pub(super) fn next_window(&self) -> u64 {
-        self.judge.last_window().unwrap_or(0) + 1
+        self.judged.judge.last_window().unwrap_or(0) + 1
     }
 
     fn next_slot_ms(&self) -> u64 {
-        self.start.start_ms + (self.next_window() - 1) * self.start.window_ms
+        self.judged.start.start_ms + (self.next_window() - 1) * self.judged.start.window_ms
     }
 
     pub(super) async fn run(
@@ -172,14 +186,14 @@ impl Owner {
     /// Judges the next slot, records the decision and shows it.
     async fn judge_slot(&mut self) {
         let begun = Instant::now();
-        let before = self.outcome.take();
+        let before = self.judged.outcome.take();
         // With very many tenants this takes a while, which must not keep others from being served.
         if let Err(problem) = tokio::task::block_in_place(|| self.judge_next()) {
-            self.outcome = before;
+            self.judged.outcome = before;
             return self.fail(&problem);
         }
         self.record().await;
-        if let Some(outcome) = &self.outcome {
+        if let Some(outcome) = &self.judged.outcome {
             self.show_metrics(outcome, before.as_ref());
         }
         self.shared
@@ -199,18 +213,34 @@ impl Owner {
         );
         let frozen = begun.elapsed();
         let judging = Instant::now();
-        let outcome = self.judge.step(&window).map_err(|error| error.to_string())?;
+        let outcome = self
+            .judged
+            .judge
+            .step(&window)
+            .map_err(|error| error.to_string())?;
         let judged = judging.elapsed();
         let (decision, blobs) = self
             .decide(&window, &outcome, frozen, judged)
             .map_err(|error| error.to_string())?;
         self.pending.push_back(Pending {
-            decision,
+            entry: Entry::Decision(Box::new(decision)),
             blobs,
             answer: None,
         });
-        self.outcome = Some(outcome);
+        self.judged.outcome = Some(outcome);
+        self.tell_deadline();
         Ok(())
+    }
+
+    /// Puts the record of a hold deadline in line, if the last window reached it.
+    pub(super) fn tell_deadline(&mut self) {
+        if let Some(deadline) = self.judged.hold_deadline() {
+            self.pending.push_back(Pending {
+                entry: Entry::Deadline(deadline),
+                blobs: Vec::new(),
+                answer: None,
+            });
+        }
     }
 
     /// Writes what is pending, in order, and shows the newest decision as recorded or not. Waits for the log only
@@ -218,12 +248,9 @@ impl Owner {
     async fn record(&mut self) {
         while let Some(pending) = self.pending.front_mut() {
             let ledger = &self.shared.ledger;
-            let answer = pending.answer.get_or_insert_with(|| {
-                ledger.submit(
-                    Body::Decision(Box::new(pending.decision.clone())),
-                    pending.blobs.clone(),
-                )
-            });
+            let answer = pending
+                .answer
+                .get_or_insert_with(|| ledger.submit(pending.entry.body(), pending.blobs.clone()));
             let answer = match tokio::time::timeout(RECORD_WITHIN, answer).await {
                 Ok(answer) => answer.unwrap_or(Err(AppendError::Closed)),
                 // Still on its way: what was submitted is not submitted again.
@@ -238,39 +265,59 @@ impl Owner {
     }
 
     fn recorded(&mut self, hash: &str) {
-        if let Some(Pending { decision, .. }) = self.pending.pop_front() {
-            tracing::info!(
-                rollout = decision.rollout,
-                window = decision.finding.window,
-                verdict = decision.finding.verdict,
-                score_ppm = decision.finding.score_ppm,
-                reason = decision.finding.reason,
-                "decision recorded"
-            );
-            self.view.recorded_decision(&decision, hash);
+        match self.pending.pop_front().map(|pending| pending.entry) {
+            None => {}
+            Some(Entry::Deadline(deadline)) => tracing::info!(
+                rollout = deadline.rollout,
+                held_ms = deadline.held_ms,
+                on_deadline = deadline.on_deadline,
+                verdict = deadline.verdict,
+                "hold deadline recorded"
+            ),
+            Some(Entry::Decision(decision)) => {
+                tracing::info!(
+                    rollout = decision.rollout,
+                    window = decision.finding.window,
+                    verdict = decision.finding.verdict,
+                    score_ppm = decision.finding.score_ppm,
+                    reason = decision.finding.reason,
+                    "decision recorded"
+                );
+                self.view.recorded_decision(&decision, hash);
+            }
         }
     }
 
     /// Shows the newest decision although the log does not have it.
     fn unrecorded(&mut self, error: &str) {
         tracing::error!(
-            rollout = self.start.rollout,
+            rollout = self.judged.start.rollout,
             pending = self.pending.len(),
             error,
             "decision not recorded yet"
         );
-        for pending in self.pending.iter_mut().filter(|pending| pending.answer.is_none()) {
-            // An approval that is held back has no effect, so it is not recorded late.
-            pending.decision.late = pending.decision.finding.verdict != Verdict::Approve.as_str();
+        let mut newest = None;
+        for pending in &mut self.pending {
+            if let Entry::Decision(decision) = &mut pending.entry {
+                if pending.answer.is_none() {
+                    // An approval that is held back has no effect, so it is not recorded late.
+                    decision.late = decision.finding.verdict != Verdict::Approve.as_str();
+                }
+                newest = Some(&*decision);
+            }
         }
-        if let Some(newest) = self.pending.back() {
-            self.view.decision(&newest.decision);
+        if let Some(decision) = newest {
+            self.view.decision(decision);
         }
         self.view.unrecorded(error);
     }
 
     fn fail(&mut self, problem: &str) {
-        tracing::error!(rollout = self.start.rollout, problem, "rollout cannot be judged");
+        tracing::error!(
+            rollout = self.judged.start.rollout,
+            problem,
+            "rollout cannot be judged"
+        );
         self.broken = true;
         self.view.broken(problem);
     }
@@ -289,21 +336,21 @@ impl Owner {
         let finding = Finding::of(outcome);
         let now_ms = clock::now_ms();
         let decision = Decision {
-            id: format!("{}-{}", self.start.rollout, outcome.window),
+            id: self.judged.start.decision_id(outcome.window),
             execution_id: format!(
                 "canary-{}-{:.5}",
                 clock::rfc3339(now_ms),
                 finding.outcome.to_string()
             ),
             task: "orchestrate_canary_health_checks".to_owned(),
-            rollout: self.start.rollout.clone(),
-            service: self.start.service.clone(),
-            canary_version: self.start.canary_version.clone(),
+            rollout: self.judged.start.rollout.clone(),
+            service: self.judged.start.service.clone(),
+            canary_version: self.judged.start.canary_version.clone(),
             steps: self.steps(window, outcome, frozen, judged, finding.anomalies_detected),
             finding,
             evidence: evidence.digest,
-            policy: self.start.policy,
-            judge: self.start.judge.clone(),
+            policy: self.judged.start.policy,
+            judge: self.judged.start.judge.clone(),
             build: BUILD.to_owned(),
             late: false,
         };
@@ -319,7 +366,7 @@ impl Owner {
         judged: Duration,
         anomalies: u64,
     ) -> Vec<Step> {
-        let policy = self.judge.policy();
+        let policy = self.judged.judge.policy();
         let steps = [
             (
                 "load_sla_baselines",
@@ -327,7 +374,7 @@ impl Owner {
                 format!(
                     "{} tenant definitions, policy {:.12}",
                     policy.tenants.len(),
-                    self.start.policy.to_string()
+                    self.judged.start.policy.to_string()
                 ),
                 Duration::ZERO,
             ),
@@ -411,7 +458,7 @@ impl Owner {
             return Err(AppendError::Disk(problem).into());
         }
         let end = RolloutEnd {
-            rollout: self.start.rollout.clone(),
+            rollout: self.judged.start.rollout.clone(),
             actor,
             reason,
             verdict: self.view.verdict.clone(),
@@ -421,9 +468,11 @@ impl Owner {
             .append(Body::End(end.clone()), Vec::new())
             .await?;
         self.view.end(&end);
-        self.shared
-            .metrics
-            .ended(&self.start.service, &self.start.rollout, self.outcome.as_ref());
+        self.shared.metrics.ended(
+            &self.judged.start.service,
+            &self.judged.start.rollout,
+            self.judged.outcome.as_ref(),
+        );
         tracing::info!(
             rollout = end.rollout,
             actor = end.actor,

@@ -5,7 +5,7 @@ use std::fmt;
 use coalmine_proto::names::TenantName;
 use serde::Serialize;
 
-use crate::{budget::Metric, fixed::Bits};
+use crate::{budget::Metric, fixed::Bits, policy::OnDeadline};
 
 /// What to do with the rollout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,6 +43,8 @@ impl fmt::Display for Verdict {
 pub enum Unit {
     /// All tenants together.
     Fleet,
+    /// Some tenants together: `tier:gold`, `region:eu`, `tail`.
+    Cohort(String),
     /// One tenant.
     Tenant(TenantName),
 }
@@ -51,6 +53,7 @@ impl fmt::Display for Unit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Fleet => f.write_str("fleet"),
+            Self::Cohort(name) => write!(f, "cohort:{name}"),
             Self::Tenant(name) => write!(f, "tenant:{name}"),
         }
     }
@@ -140,6 +143,8 @@ pub struct UnitReport {
     pub score_ppm: u32,
     /// What was seen, in one clause; only where something is not in order.
     pub seen: String,
+    /// The thresholds that it was judged by, and where they come from; where something is said.
+    pub limits: String,
 }
 
 /// What one step says.
@@ -151,10 +156,14 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// The rollout's health score, in parts per million.
     pub score_ppm: u32,
-    /// Whether harm was ever proven.
+    /// Whether the rollout is over: harm was proven, or the hold deadline has ended it.
     pub halted: bool,
-    /// All that is not CLEAR: the fleet first, then tenants by name; metrics in a fixed order.
+    /// All that is not CLEAR: the fleet first, then cohorts and tenants by name; metrics in a fixed order.
     pub units: Vec<UnitReport>,
+    /// What is CLEAR with at least a quarter of the evidence that halts, in the same order, at most twenty.
+    pub watched: Vec<UnitReport>,
+    /// The hold deadline, in the window in which it takes effect.
+    pub deadline: Option<Deadline>,
     /// Why, in one sentence.
     pub reason: String,
     /// The unit with the lowest score, if any is suspected.
@@ -168,10 +177,21 @@ pub struct Outcome {
     pub confidence_ppm: Option<u32>,
     /// Share of the canary's requests whose tenants are judged and not suspected, in parts per million.
     pub traffic_ppm: u32,
+    /// Share of the tenants with canary requests that are judged and not suspected, in parts per million.
+    pub tenants_ppm: u32,
     /// Share of the expected agents that reported this window, in parts per million.
     pub agents_ppm: u32,
     /// How many tenants are in each state: the worst of their metrics.
     pub tenants: TenantStates,
+}
+
+/// A HOLD that has lasted as long as it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadline {
+    /// How long it has lasted, in milliseconds.
+    pub held_ms: u64,
+    /// What the policy does then.
+    pub action: OnDeadline,
 }
 
 /// How many tenants are in which state.
@@ -181,6 +201,10 @@ pub struct TenantStates([u64; State::ALL.len()]);
 impl TenantStates {
     pub(super) fn count(&mut self, state: State) {
         self.0[state as usize] += 1;
+    }
+
+    pub(super) fn discount(&mut self, state: State) {
+        self.0[state as usize] = self.0[state as usize].saturating_sub(1);
     }
 
     /// How many tenants are in `state`.

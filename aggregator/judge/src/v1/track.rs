@@ -1,10 +1,19 @@
-//! Evidence on one metric of one unit, against its budget.
+//! Evidence on one question about one unit, against its budget.
 
 use super::outcome::State;
 use crate::{
-    eprocess::{Counts, Evidence, GRID, Onset, cap},
+    budget::{Grant, Metric},
+    eprocess::{
+        CEILING_WEIGHTS, CEILINGS, Counts, Evidence, LIVE_WEIGHTS, LIVES, Onset, Prior, REPEATS,
+        TAIL_WEIGHTS, TAILS, TailCounts,
+    },
     fixed::{Bits, OutOfRange},
 };
+
+/// What adds up over windows.
+pub(super) trait Seen: Clone + Default {
+    fn add(&mut self, other: &Self);
+}
 
 /// Counts of both arms.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -13,134 +22,240 @@ pub(super) struct Arms {
     pub(super) baseline: Counts,
 }
 
-impl Arms {
-    /// Counts of one arm alone, in the canary's place.
-    pub(super) fn of_canary(counts: Counts) -> Self {
-        Self {
-            canary: counts,
-            baseline: Counts::default(),
-        }
-    }
-    pub(super) fn add(&mut self, other: Self) {
+impl Seen for Arms {
+    fn add(&mut self, other: &Self) {
         self.canary.add(other.canary);
         self.baseline.add(other.baseline);
     }
+}
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.canary.requests == 0 && self.baseline.requests == 0
+impl Seen for TailCounts {
+    fn add(&mut self, other: &Self) {
+        Self::add(self, other);
     }
 }
 
-/// Evidence of harm on one metric, and what was seen since it began to grow.
-#[derive(Debug, Clone)]
-pub(super) struct Track {
-    evidence: Evidence,
-    budget: Bits,
-    cap: Bits,
-    /// The evidence at which the track was found in breach; the finding stays.
-    breached_at: Option<Bits>,
-    failed: bool,
-    /// What was counted since the evidence last began anew.
-    episode: Arms,
+impl Seen for () {
+    fn add(&mut self, (): &Self) {}
 }
 
-impl Track {
-    pub(super) fn new(budget: Bits) -> Result<Self, OutOfRange> {
+/// Evidence that halts, the most that one block may add to it, and the weights of the alternatives.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bar<const K: usize> {
+    pub(super) budget: Bits,
+    pub(super) cap: Bits,
+    pub(super) prior: Prior<K>,
+}
+
+impl<const K: usize> Bar<K> {
+    fn new(grant: &Grant, metric: Metric, weights: [u64; K]) -> Result<Self, OutOfRange> {
+        let prior = Prior::new(weights)?;
+        let budget = grant.budget(metric);
+        let cap = if budget == Bits::MAX {
+            0
+        } else {
+            prior.cap(budget)?
+        };
+        Ok(Self { budget, cap, prior })
+    }
+}
+
+/// Waits and timeouts, each with all sizes of fault.
+pub(super) const POOLS: usize = 2 * LIVES;
+
+/// The bars of a unit.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bars {
+    pub(super) live: Bar<LIVES>,
+    pub(super) errors: Bar<CEILINGS>,
+    pub(super) tail: Bar<TAILS>,
+    pub(super) slow: Bar<CEILINGS>,
+    pub(super) probes_live: Bar<LIVES>,
+    pub(super) probes: Bar<CEILINGS>,
+    pub(super) pool_live: Bar<POOLS>,
+    pub(super) pool: Bar<CEILINGS>,
+    pub(super) gaps: Bar<LIVES>,
+    /// Whether the baseline repeats the canary's trouble is asked of few sizes, with equal weights.
+    pub(super) repeats: Prior<REPEATS>,
+}
+
+impl Bars {
+    pub(super) fn new(grant: &Grant) -> Result<Self, OutOfRange> {
+        let mut pool_weights = [0; POOLS];
+        pool_weights[..LIVES].copy_from_slice(&LIVE_WEIGHTS);
+        pool_weights[LIVES..].copy_from_slice(&LIVE_WEIGHTS);
         Ok(Self {
-            evidence: Evidence::default(),
-            budget,
-            cap: cap(budget)?,
-            breached_at: None,
-            failed: false,
-            episode: Arms::default(),
+            live: Bar::new(grant, Metric::ErrorsLive, LIVE_WEIGHTS)?,
+            errors: Bar::new(grant, Metric::ErrorsSla, CEILING_WEIGHTS)?,
+            tail: Bar::new(grant, Metric::LatencyLive, TAIL_WEIGHTS)?,
+            slow: Bar::new(grant, Metric::LatencySla, CEILING_WEIGHTS)?,
+            probes_live: Bar::new(grant, Metric::Probes, LIVE_WEIGHTS)?,
+            probes: Bar::new(grant, Metric::Probes, CEILING_WEIGHTS)?,
+            pool_live: Bar::new(grant, Metric::Pool, pool_weights)?,
+            pool: Bar::new(grant, Metric::Pool, CEILING_WEIGHTS)?,
+            gaps: Bar::new(grant, Metric::Gaps, LIVE_WEIGHTS)?,
+            repeats: Prior::equal()?,
         })
     }
+}
 
-    /// Adds a block.
-    pub(super) fn take(
-        &mut self,
-        bits: Result<[Bits; GRID], OutOfRange>,
-        seen: Arms,
-        onset: Onset,
-    ) -> Result<(), OutOfRange> {
-        let begins = bits
-            .and_then(|bits| self.evidence.add(bits, onset, self.cap))
-            .inspect_err(|_| self.failed = true)?;
-        if begins {
-            self.episode = Arms::default();
+/// What one window brings to a question: nothing, evidence with the counts that it is from, or a failure.
+pub(super) type Piece<const K: usize, S> = Result<Option<([Bits; K], S)>, OutOfRange>;
+
+/// What is found about a unit on a metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reading {
+    pub(super) metric: Metric,
+    pub(super) state: State,
+    pub(super) bits: Bits,
+    pub(super) budget: Bits,
+}
+
+/// Pieces of several tenants, added up.
+#[derive(Debug, Clone)]
+pub(super) struct Sum<const K: usize, S> {
+    piece: Piece<K, S>,
+}
+
+impl<const K: usize, S> Default for Sum<K, S> {
+    fn default() -> Self {
+        Self { piece: Ok(None) }
+    }
+}
+
+impl<const K: usize, S: Seen> Sum<K, S> {
+    pub(super) fn add(&mut self, piece: &Piece<K, S>) {
+        match (&mut self.piece, piece) {
+            (Err(_), _) | (_, Ok(None)) => {}
+            (_, Err(error)) => self.piece = Err(*error),
+            (Ok(None), Ok(Some(first))) => self.piece = Ok(Some(first.clone())),
+            (Ok(Some((sum, seen))), Ok(Some((bits, more)))) => {
+                let mut fits = true;
+                for (sum, bits) in sum.iter_mut().zip(bits) {
+                    *sum = sum.checked_add(*bits).unwrap_or_else(|| {
+                        fits = false;
+                        0
+                    });
+                }
+                seen.add(more);
+                if !fits {
+                    self.piece = Err(OutOfRange);
+                }
+            }
         }
-        self.episode.add(seen);
-        Ok(())
     }
 
-    /// Adds a block; a failure is kept and reported.
-    pub(super) fn take_or_fail(&mut self, bits: Result<[Bits; GRID], OutOfRange>, seen: Arms, onset: Onset) {
-        if self.take(bits, seen, onset).is_err() {
-            self.failed = true;
+    /// What was added up; the sum begins anew.
+    pub(super) fn take(&mut self) -> Piece<K, S> {
+        std::mem::replace(&mut self.piece, Ok(None))
+    }
+}
+
+/// Evidence of harm on one question, and what was seen since it began to grow.
+#[derive(Debug, Clone)]
+pub(super) struct Track<const K: usize, S> {
+    evidence: Evidence<K>,
+    /// The evidence at which the track was found in breach; the finding stays.
+    breached_at: Bits,
+    /// What was counted since the evidence last began anew.
+    episode: S,
+    state: State,
+    failed: bool,
+}
+
+impl<const K: usize, S: Seen> Default for Track<K, S> {
+    fn default() -> Self {
+        Self {
+            evidence: Evidence::default(),
+            breached_at: Bits::MIN,
+            episode: S::default(),
+            state: State::Clear,
+            failed: false,
+        }
+    }
+}
+
+impl<const K: usize, S: Seen> Track<K, S> {
+    /// Adds what a window brings. A failure is kept and reported.
+    pub(super) fn take(&mut self, piece: &Piece<K, S>, onset: Onset, bar: &Bar<K>) {
+        let taken = match piece {
+            Ok(None) => return,
+            Ok(Some((bits, seen))) => self
+                .evidence
+                .add(bits, &bar.prior, onset, bar.cap)
+                .map(|begins| (begins, seen)),
+            Err(error) => Err(*error),
+        };
+        match taken {
+            Ok((begins, seen)) => {
+                if begins {
+                    self.episode = S::default();
+                }
+                self.episode.add(seen);
+            }
+            Err(OutOfRange) => self.failed = true,
         }
     }
 
-    pub(super) fn fail(&mut self) {
-        self.failed = true;
+    /// Draws the conclusion from the evidence. While the trouble is `shared` with the baseline the canary's evidence
+    /// says nothing about the new version: it is given up down to half of the budget, so that nothing is left over
+    /// to halt the rollout when the trouble ends.
+    pub(super) fn settle(&mut self, bar: &Bar<K>, shared: bool) {
+        self.state = if self.breached_at > Bits::MIN {
+            State::Breach
+        } else if self.failed {
+            State::Error
+        } else {
+            self.conclude(bar, shared).unwrap_or(State::Error)
+        };
+    }
+
+    fn conclude(&mut self, bar: &Bar<K>, shared: bool) -> Result<State, OutOfRange> {
+        let half = bar.budget / 2;
+        if !self.evidence.is_above(half)? {
+            return Ok(State::Clear);
+        }
+        if shared {
+            self.evidence.lower_to(half)?;
+            return Ok(State::Shared);
+        }
+        if !self.evidence.is_above(bar.budget)? {
+            return Ok(State::Suspect);
+        }
+        self.breached_at = self.evidence.bits()?;
+        Ok(State::Breach)
+    }
+
+    /// The conclusion that was drawn last.
+    pub(super) fn state(&self) -> State {
+        self.state
+    }
+
+    /// The evidence now; after a breach never less than it was then.
+    pub(super) fn bits(&self) -> Bits {
+        self.evidence.bits().unwrap_or(0).max(self.breached_at)
     }
 
     pub(super) fn blocks(&self) -> u32 {
         self.evidence.blocks()
     }
 
-    pub(super) fn budget(&self) -> Bits {
-        self.budget
-    }
-
-    pub(super) fn episode(&self) -> Arms {
-        self.episode
-    }
-
-    /// The evidence now; after a breach never less than it was then.
-    pub(super) fn bits(&self) -> Result<Bits, OutOfRange> {
-        let now = self.evidence.bits()?;
-        Ok(self.breached_at.map_or(now, |then| then.max(now)))
-    }
-
-    /// The track's state. A breach is kept.
-    pub(super) fn state(&mut self) -> State {
-        if self.breached_at.is_some() {
-            return State::Breach;
-        }
-        let Some(bits) = self.sound_bits() else {
-            return State::Error;
-        };
-        if bits > self.budget {
-            self.breached_at = Some(bits);
-            return State::Breach;
-        }
-        if bits >= self.budget / 2 {
-            State::Suspect
-        } else {
-            State::Clear
+    /// What is found on `metric`.
+    pub(super) fn reading(&self, metric: Metric, budget: Bits) -> Reading {
+        Reading {
+            metric,
+            state: self.state,
+            bits: self.bits(),
+            budget,
         }
     }
 
-    /// The track's state while its evidence is not about the new version: what is above half of the budget is
-    /// given up.
-    pub(super) fn excuse(&mut self) -> State {
-        if self.breached_at.is_some() {
-            return State::Breach;
-        }
-        let Some(bits) = self.sound_bits() else {
-            return State::Error;
-        };
-        if bits < self.budget / 2 {
-            return State::Clear;
-        }
-        if self.evidence.lower_to(self.budget / 2).is_err() {
-            self.failed = true;
-            return State::Error;
-        }
-        State::Shared
+    pub(super) fn episode(&self) -> &S {
+        &self.episode
     }
 
-    fn sound_bits(&self) -> Option<Bits> {
-        if self.failed { None } else { self.bits().ok() }
+    /// The alternative that fits best.
+    pub(super) fn best_alternative(&self) -> usize {
+        self.evidence.best_alternative()
     }
 }

@@ -148,7 +148,7 @@ impl Rollout {
         Ok(Self {
             traffic: Traffic::new(5, 20.0, 0.45),
             tenants: numbers.collect::<anyhow::Result<_>>()?,
-            judge: Judge::new(policy.clone(), None)?,
+            judge: Judge::new(policy.clone(), None, None)?,
             policy,
             book,
             comparison: Comparison {

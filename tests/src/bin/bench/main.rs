@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`proxies`] (the agent beside nginx, HAProxy and a bare relay), [`recorder`] (what a
 //! request costs in the agent's tables), [`ingest`] (what a window costs in the aggregator), [`decide`] (what
-//! a decision costs). What they share: [`aggregator`] (a real one), [`child`] and [`programs`] (processes that
+//! a decision costs), [`quality`] (how often it is right, and how soon; simulated). What they share: [`aggregator`] (a real one), [`child`] and [`programs`] (processes that
 //! never outlive the run), [`load`] (the clients), [`cpu`] (what a process or thread has used), [`sample`]
 //! (made-up traffic) and [`report`] (medians, tables, budgets).
 //!
@@ -21,6 +21,8 @@ mod recorder;
 mod ingest;
 
 mod decide;
+
+mod quality;
 
 mod aggregator;
 mod child;
@@ -44,11 +46,11 @@ use crate::{cpu::Cores, programs::Program, report::Report};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Whatever happens, the run is over after this.
-const LONGEST_RUN: Duration = Duration::from_secs(15 * 60);
+const LONGEST_RUN: Duration = Duration::from_secs(20 * 60);
 
 /// What the design has a budget for and nothing here measures.
 const NOT_MEASURED: &str = "Not measured here: linkerd2-proxy, HTTP/2 and gRPC, latency added at a constant rate, \
-    memory for each connection and tenant, transparency, Prometheus, face polls, the judge's quality, restarts.";
+    memory for each connection and tenant, transparency, Prometheus, face polls, restarts.";
 
 /// Measures the budgets of Coalmine's design, as ratios in one run
 #[derive(Debug, Parser)]
@@ -74,7 +76,7 @@ struct Options {
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(50..=10_000))]
     slice_ms: Option<u64>,
 
-    /// What a child of the bench runs.
+    /// One part with options of its own, or what a child of the bench runs.
     #[command(subcommand)]
     program: Option<Program>,
 }
@@ -90,6 +92,8 @@ enum Part {
     Ingest,
     /// Freezing, judging and recording a decision
     Decide,
+    /// False alarms, detection and limits of the judge, simulated
+    Quality,
 }
 
 /// How long and how often to measure, and where.
@@ -164,6 +168,9 @@ async fn measure(options: &Options, plan: Plan, directory: &Path) -> anyhow::Res
     if chosen(Part::Decide) {
         let decide = decide::measure(plan, directory, &mut report).await;
         decide.context("decisions cannot be measured")?;
+    }
+    if chosen(Part::Quality) {
+        report = quality::measure(plan, report).await?;
     }
     report.finish(NOT_MEASURED);
     Ok(())

@@ -1,4 +1,5 @@
-//! What the children of the bench run: the upstream, the bare relay, and the step before another program.
+//! What the bench runs besides itself: the judge's quality with options of its own, and as its children the upstream,
+//! the bare relay, and the step before another program.
 
 use std::{net::SocketAddr, os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 
@@ -10,14 +11,16 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::cpu;
+use crate::{cpu, quality};
 
 /// The longest request that the upstream reads.
 const MAX_REQUEST: usize = 4096;
 
-/// A program that the bench runs as a child.
+/// A part with options of its own, or a program that the bench runs as a child.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Program {
+    /// Simulates rollouts: false alarms, detection and limits of the judge, beside its peers
+    Quality(Box<quality::Options>),
     /// Answers HTTP/1.1 requests; the number in the path is how many bytes the answer has
     #[command(hide = true)]
     Upstream { core: usize, listen: SocketAddr },
@@ -40,8 +43,11 @@ pub(crate) enum Program {
 
 impl Program {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
+        if !matches!(self, Self::Quality(_)) {
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+        }
         match self {
+            Self::Quality(options) => quality::run(options),
             Self::Upstream { core, listen } => {
                 cpu::pin(*core)?;
                 block_on(upstream(*listen))

@@ -1,0 +1,524 @@
+//! From states to a verdict, a score and a sentence.
+
+use coalmine_proto::{histogram::upper_bound_ns, names::TenantName};
+
+use super::{
+    Judge,
+    group::Group,
+    outcome::{Deadline, Outcome, State, Unit, UnitReport, Verdict},
+    tenant::{Episode, Summary, Tenant, fleet_tolerance},
+    track::{Arms, Reading},
+};
+use crate::{
+    budget::Metric,
+    eprocess::{QUANTILE_PPM, TailCounts},
+    evidence::Window,
+    fixed::{Bits, ONE},
+    policy::{OnDeadline, Requirement},
+    quantity::{Span, micros, percent, percent_of},
+    threshold::Thresholds,
+};
+
+/// How many of the worst tenants are named.
+const WORST: usize = 10;
+
+/// How many of the units that are watched are named.
+const WATCHED: usize = 20;
+
+/// What was found in one window, unit by unit.
+pub(super) struct Findings {
+    theta_ppm: u32,
+    units: Vec<UnitReport>,
+    watched: Vec<UnitReport>,
+    worst: Option<UnitReport>,
+    /// The tenant with the lowest score below 1, whatever its state: where a finding about the fleet comes from.
+    worst_tenant: Option<UnitReport>,
+    score_ppm: u32,
+    scores: Vec<(TenantName, u32)>,
+    /// What stands in the way of APPROVE, in the order of importance.
+    missing: Vec<String>,
+}
+
+/// What the verdict needs of a tenant.
+pub(super) fn summary(readings: &[Option<Reading>], theta_ppm: u32) -> Summary {
+    let mut summary = Summary::default();
+    let mut worst: Option<State> = None;
+    for reading in readings.iter().flatten() {
+        summary.score_ppm = summary.score_ppm.min(score(reading, theta_ppm));
+        summary.suspected |= reading.state.is_trouble();
+        summary.notable |= reading.state != State::Clear;
+        // A metric that has no limit to be proven against is as good as it gets when it is CLEAR; it does not take
+        // PROVEN away.
+        let is_live = matches!(reading.metric, Metric::ErrorsLive | Metric::LatencyLive);
+        if !(is_live && reading.state == State::Clear)
+            && worst.is_none_or(|worst| worst.severity() < reading.state.severity())
+        {
+            worst = Some(reading.state);
+        }
+    }
+    summary.notable |= summary.score_ppm < 1_000_000;
+    summary.state = worst.unwrap_or(State::Clear);
+    summary
+}
+
+impl Findings {
+    pub(super) fn new(judge: &Judge) -> Self {
+        Self {
+            theta_ppm: judge.policy.rollout.rollback_threshold.ppm,
+            units: Vec::new(),
+            watched: Vec::new(),
+            worst: None,
+            worst_tenant: None,
+            score_ppm: 1_000_000,
+            scores: Vec::new(),
+            missing: Vec::new(),
+        }
+    }
+
+    /// Nothing is approved while the canary warms up.
+    pub(super) fn warm_up(&mut self, span: Option<Span>) {
+        let span = span.map_or(0, |span| span.micros);
+        self.missing.push(format!(
+            "the canary warms up: requests of the first {} are no evidence",
+            micros(span)
+        ));
+    }
+
+    /// Agents, pool, and data that must be there.
+    pub(super) fn service(&mut self, judge: &Judge, window: &Window) {
+        let found = judge.service.shortfalls(window, &judge.groups[0], &judge.policy);
+        self.missing.extend(found.missing);
+        self.units.extend(found.units);
+        for reading in judge.service.readings(&judge.groups[0].bars).iter().flatten() {
+            let proven = reading.metric == Metric::Pool && judge.service.is_pool_proven();
+            let mut reading = *reading;
+            if proven && reading.state == State::Clear {
+                reading.state = State::Proven;
+            }
+            self.push(judge, &Unit::Fleet, &reading, || {
+                judge.service.seen(reading.metric)
+            });
+        }
+    }
+
+    /// The fleet or a cohort.
+    pub(super) fn group(&mut self, judge: &Judge, group: &Group) {
+        let limits = fleet_tolerance(judge.limits);
+        for reading in group.readings(judge.proof).iter().flatten() {
+            self.push(judge, &group.unit, reading, || {
+                seen(reading.metric, group.episode(reading.metric), limits)
+            });
+        }
+        if group.unit != Unit::Fleet {
+            return;
+        }
+        for requirement in &judge.policy.defaults.required {
+            let proven = match requirement {
+                Requirement::Errors => group.errors.is_proven(judge.proof),
+                Requirement::Latency => group.slow.is_proven(judge.proof),
+                Requirement::Pool => judge.service.is_pool_proven(),
+            };
+            if !proven {
+                self.missing.push(format!(
+                    "not yet proven that {} ({} canary requests so far)",
+                    claim(judge, *requirement),
+                    group.totals.canary.requests
+                ));
+            }
+        }
+    }
+
+    /// A tenant of which something is to be said.
+    pub(super) fn tenant(&mut self, judge: &Judge, name: &TenantName, tenant: &Tenant) {
+        let bars = &judge.bars[tenant.bars as usize];
+        let limits = judge.tests[tenant.tests as usize].thresholds;
+        let unit = Unit::Tenant(name.clone());
+        for reading in tenant.readings(bars).iter().flatten() {
+            self.push(judge, &unit, reading, || {
+                seen(reading.metric, tenant.episode(reading.metric), limits)
+            });
+        }
+        if tenant.summary.score_ppm < 1_000_000 {
+            self.scores.push((name.clone(), tenant.summary.score_ppm));
+        }
+    }
+
+    fn push(&mut self, judge: &Judge, unit: &Unit, reading: &Reading, seen: impl Fn() -> String) {
+        let score_ppm = score(reading, self.theta_ppm);
+        let trouble = reading.state.is_trouble();
+        self.score_ppm = self.score_ppm.min(score_ppm);
+        if reading.state == State::Clear && score_ppm == 1_000_000 {
+            return;
+        }
+        let report = |with_text: bool| UnitReport {
+            unit: unit.clone(),
+            metric: reading.metric,
+            state: reading.state,
+            bits: reading.bits,
+            budget: reading.budget,
+            score_ppm,
+            seen: if with_text { seen() } else { String::new() },
+            limits: if with_text {
+                judge.limits_of(unit, reading.metric)
+            } else {
+                String::new()
+            },
+        };
+        let lowest = self
+            .worst_tenant
+            .as_ref()
+            .map_or(1_000_000, |worst| worst.score_ppm);
+        if matches!(unit, Unit::Tenant(_)) && score_ppm < lowest {
+            self.worst_tenant = Some(report(true));
+        }
+        if reading.state == State::Clear {
+            if reading.bits >= reading.budget / 4 && self.watched.len() < WATCHED {
+                self.watched.push(report(true));
+            }
+            return;
+        }
+        let report = report(trouble);
+        if trouble
+            && self
+                .worst
+                .as_ref()
+                .is_none_or(|worst| rank(&report) < rank(worst))
+        {
+            self.worst = Some(report.clone());
+        }
+        self.units.push(report);
+    }
+
+    /// Tenants that the policy calls critical must be judged.
+    pub(super) fn require_critical(&mut self, judge: &Judge) {
+        let least = judge.policy.rollout.min_coverage.requests;
+        for name in judge.policy.rollout.critical() {
+            let tenant = judge.ids.get(name).map(|id| &judge.tenants[*id as usize]);
+            let requests = tenant.map_or(0, |tenant| tenant.totals.canary.requests);
+            if requests < least {
+                self.missing.push(format!(
+                    "critical tenant {name} has {requests} canary requests, fewer than {least}"
+                ));
+            }
+        }
+    }
+
+    pub(super) fn has_breach(&self) -> bool {
+        self.units.iter().any(|report| report.state == State::Breach)
+    }
+
+    pub(super) fn conclude(mut self, judge: &Judge, window: &Window) -> Outcome {
+        let policy = &judge.policy.rollout;
+        let tally = &judge.tally;
+        let traffic_ppm = share_ppm(tally.judged_requests, tally.canary_requests);
+        let tenants_ppm = share_ppm(tally.judged_tenants.into(), tally.tenants.into());
+        let least = policy.min_coverage.requests;
+        if traffic_ppm < policy.min_coverage.traffic.ppm {
+            self.missing.push(format!(
+                "only {} of the canary's requests belong to tenants with at least {least} requests and no suspicion",
+                percent(u128::from(traffic_ppm) * 1_000),
+            ));
+        }
+        if tenants_ppm < policy.min_coverage.tenants.ppm {
+            self.missing.push(format!(
+                "only {} of {} tenants on the canary have at least {least} requests and no suspicion",
+                tally.judged_tenants, tally.tenants,
+            ));
+        }
+        if judge.windows < policy.min_windows {
+            self.missing.push(format!(
+                "only {} of at least {} windows were judged",
+                judge.windows, policy.min_windows
+            ));
+        }
+        let trouble = self.units.iter().any(|report| report.state.is_trouble());
+        let verdict = if judge.halted {
+            Verdict::Rollback
+        } else if trouble || !self.missing.is_empty() {
+            Verdict::Hold
+        } else {
+            Verdict::Approve
+        };
+        let by_deadline = judge.expired.is_some();
+        let confidence = 1_000_000_u32.saturating_sub(u32::try_from(policy.alpha.ppb / 1_000).unwrap_or(0));
+        let reason = judge
+            .expired
+            .clone()
+            .unwrap_or_else(|| self.reason(judge, verdict, traffic_ppm));
+        // One report for each unit and metric: the most serious.
+        self.units.sort_by(|a, b| {
+            (&a.unit, a.metric, b.state.severity()).cmp(&(&b.unit, b.metric, a.state.severity()))
+        });
+        self.units
+            .dedup_by(|b, a| (&a.unit, a.metric) == (&b.unit, b.metric));
+        self.scores.sort_by(|a, b| (a.1, &a.0).cmp(&(b.1, &b.0)));
+        self.scores.truncate(WORST);
+        let agents = |count: fn(&crate::evidence::Coverage) -> u32| {
+            u128::from(count(&window.canary)) + u128::from(count(&window.baseline))
+        };
+        Outcome {
+            window: window.number,
+            verdict,
+            score_ppm: self.score_ppm,
+            halted: judge.halted,
+            reason,
+            worst_tenant: self.worst.as_ref().and(self.worst_tenant.as_ref()).and_then(
+                |report| match &report.unit {
+                    Unit::Tenant(name) => Some(name.clone()),
+                    Unit::Fleet | Unit::Cohort(_) => None,
+                },
+            ),
+            worst: self.worst,
+            units: self.units,
+            watched: self.watched,
+            deadline: None,
+            worst_tenants: self.scores,
+            confidence_ppm: (verdict != Verdict::Hold && !by_deadline).then_some(confidence),
+            traffic_ppm,
+            tenants_ppm,
+            agents_ppm: share_ppm(agents(|arm| arm.reported), agents(|arm| arm.expected)),
+            tenants: tally.states,
+        }
+    }
+
+    fn reason(&self, judge: &Judge, verdict: Verdict, traffic_ppm: u32) -> String {
+        let alpha = percent(judge.policy.rollout.alpha.ppb.into());
+        match (verdict, &self.worst) {
+            (Verdict::Rollback, Some(worst)) => format!(
+                "{} on {}: {}{}; evidence {} bits of {} needed, which a healthy canary reaches in at most {alpha} of \
+                 rollouts",
+                unit_name(&worst.unit),
+                worst.metric.as_str(),
+                worst.seen,
+                self.where_from(worst),
+                bits_text(worst.bits),
+                bits_text(worst.budget),
+            ),
+            (Verdict::Hold, Some(worst)) => format!(
+                "{} is {} on {}: {}{}; evidence {} bits of {} needed to roll back",
+                unit_name(&worst.unit),
+                worst.state.as_str(),
+                worst.metric.as_str(),
+                worst.seen,
+                self.where_from(worst),
+                bits_text(worst.bits),
+                bits_text(worst.budget),
+            ),
+            (Verdict::Hold | Verdict::Rollback, _) => match self.missing.split_first() {
+                Some((first, [])) => first.clone(),
+                Some((first, rest)) => format!("{first}; and {} more", rest.len()),
+                None => "waiting".to_owned(),
+            },
+            (Verdict::Approve, _) => {
+                let totals = judge.groups[0].totals;
+                let required = judge.policy.defaults.required.iter();
+                let claims: Vec<_> = required.map(|requirement| claim(judge, *requirement)).collect();
+                format!(
+                    "no tenant is suspected; over {} canary requests the error rate is {} on the canary and {} on the \
+                     baseline; proven, with error probability {alpha}: {}; {} of the canary's requests are in tenants \
+                     that were judged",
+                    totals.canary.requests,
+                    percent_of(totals.canary.events, totals.canary.requests),
+                    percent_of(totals.baseline.events, totals.baseline.requests),
+                    claims.join(" and "),
+                    percent(u128::from(traffic_ppm) * 1_000),
+                )
+            }
+        }
+    }
+
+    /// Of a finding about several tenants: the one that it shows in most.
+    fn where_from(&self, worst: &UnitReport) -> String {
+        match (&worst.unit, &self.worst_tenant) {
+            (Unit::Fleet | Unit::Cohort(_), Some(tenant)) => {
+                format!("; most of it in {}: {}", unit_name(&tenant.unit), tenant.seen)
+            }
+            _ => String::new(),
+        }
+    }
+}
+
+/// What is proven when a requirement is met.
+fn claim(judge: &Judge, requirement: Requirement) -> String {
+    match requirement {
+        Requirement::Errors => {
+            format!(
+                "the canary's error rate is below {}",
+                percent(u128::from(judge.limits.max_rate_ppb))
+            )
+        }
+        Requirement::Latency => "less than 1 % of its requests are over their p99 limit".to_owned(),
+        Requirement::Pool => {
+            let limit = judge
+                .policy
+                .defaults
+                .pool
+                .map_or(0, |pool| pool.max_wait_rate.ppb);
+            format!(
+                "fewer than {} of its acquires of a connection wait",
+                percent(limit.into())
+            )
+        }
+    }
+}
+
+/// Ends a HOLD: says what follows, and returns the verdict.
+pub(super) fn expire(outcome: &mut Outcome, deadline: Deadline) -> Verdict {
+    let trouble = outcome.units.iter().any(|report| report.state.is_trouble());
+    let held = micros(deadline.held_ms.saturating_mul(1_000));
+    let verdict = match deadline.action {
+        OnDeadline::Rollback => Verdict::Rollback,
+        OnDeadline::Approve if trouble => Verdict::Rollback,
+        OnDeadline::Approve => Verdict::Approve,
+        OnDeadline::Hold => Verdict::Hold,
+    };
+    let what = match (deadline.action, verdict) {
+        (OnDeadline::Approve, Verdict::Approve) => "approve, as nothing is suspected",
+        (OnDeadline::Approve, _) => "approve, but not everything is in order",
+        (action, _) => action.as_str(),
+    };
+    outcome.reason = format!(
+        "on HOLD for {held}, as long as hold_deadline allows (on_deadline: {what}); last: {}",
+        outcome.reason
+    );
+    outcome.verdict = verdict;
+    outcome.halted = verdict == Verdict::Rollback;
+    outcome.confidence_ppm = None;
+    verdict
+}
+
+/// Orders reports: the lowest score first; at the same score a breach first, then tenants, cohorts, the fleet.
+fn rank(report: &UnitReport) -> (bool, u8, u32) {
+    let breach = report.state == State::Breach;
+    let width = match report.unit {
+        Unit::Tenant(_) => 0,
+        Unit::Cohort(_) => 1,
+        Unit::Fleet => 2,
+    };
+    (!breach, if breach { width } else { 0 }, report.score_ppm)
+}
+
+pub(super) fn unit_name(unit: &Unit) -> String {
+    match unit {
+        Unit::Fleet => "the fleet".to_owned(),
+        Unit::Cohort(name) => format!("cohort {name}"),
+        Unit::Tenant(name) => format!("tenant {name}"),
+    }
+}
+
+/// What was seen, in one clause: observed, expected, requests.
+pub(super) fn seen(metric: Metric, episode: Episode, limits: Thresholds) -> String {
+    let failed = if metric == Metric::Probes {
+        "probes"
+    } else {
+        "requests"
+    };
+    match episode {
+        Episode::Live(arms) => seen_live(arms, limits, failed),
+        Episode::Limit(arms) if metric == Metric::LatencySla => seen_slow(arms, limits),
+        Episode::Limit(Arms { canary, .. }) => format!(
+            "{} of {} canary {failed} failed ({}); the SLA allows {}",
+            canary.events,
+            canary.requests,
+            percent_of(canary.events, canary.requests),
+            percent(u128::from(limits.max_rate_ppb)),
+        ),
+        Episode::Tail(counts, q, marks) => {
+            seen_tail(&counts, q, marks.limits_ns(q, limits.margin_buckets), limits)
+        }
+    }
+}
+
+fn seen_live(Arms { canary, baseline }: Arms, limits: Thresholds, what: &str) -> String {
+    let baseline_ppb = u128::from(baseline.events) * 1_000_000_000 / u128::from(baseline.requests.max(1));
+    let tolerated =
+        baseline_ppb * u128::from(limits.max_ratio_milli) / 1_000 + u128::from(limits.max_increase_ppb);
+    format!(
+        "{} of {} canary {what} failed ({}), on the baseline {} of {} ({}); up to {} is tolerated",
+        canary.events,
+        canary.requests,
+        percent_of(canary.events, canary.requests),
+        baseline.events,
+        baseline.requests,
+        percent(baseline_ppb),
+        percent(tolerated.min(1_000_000_000)),
+    )
+}
+
+fn seen_slow(Arms { canary, .. }: Arms, limits: Thresholds) -> String {
+    format!(
+        "{} of {} canary requests took longer than {} ({}); at most 1 % is allowed",
+        canary.events,
+        canary.requests,
+        limits.p99_us.map_or_else(|| "the limit".to_owned(), micros),
+        percent_of(canary.events, canary.requests),
+    )
+}
+
+fn seen_tail(counts: &TailCounts, q: usize, limits_ns: Option<(u64, u64)>, limits: Thresholds) -> String {
+    let quantile = QUANTILE_PPM[q] / 10_000;
+    let (of_canary, of_baseline) = match limits_ns {
+        Some((tau, with_margin)) => (micros(with_margin / 1_000), micros(tau / 1_000)),
+        None => (
+            format!("its tenant's baseline p{quantile} and the margin"),
+            format!("that p{quantile}"),
+        ),
+    };
+    format!(
+        "{} of {} canary requests took longer than {of_canary} ({}), on the baseline {} of {} longer than {of_baseline} \
+         ({}), its p{quantile}; {} slower is tolerated",
+        counts.canary_over[q],
+        counts.canary,
+        percent_of(counts.canary_over[q], counts.canary),
+        counts.baseline_over[q],
+        counts.baseline,
+        percent_of(counts.baseline_over[q], counts.baseline),
+        margin(limits.margin_buckets),
+    )
+}
+
+/// A margin of so many buckets, in percent.
+pub(super) fn margin(buckets: u32) -> String {
+    // Buckets are bounded by powers of the same ratio, so any two that far apart will do; these are near a second.
+    let bound = |index: u32| {
+        i32::try_from(index)
+            .ok()
+            .and_then(upper_bound_ns)
+            .unwrap_or(u64::MAX)
+    };
+    let (low, high) = (bound(0), bound(buckets));
+    percent(u128::from(high - low) * 1_000_000_000 / u128::from(low))
+}
+
+/// The health score of a unit on a metric: 1 without evidence, theta at the budget, 0 at twice the budget.
+///
+/// For u = bits / budget: 1 - (1 - theta) u up to u = 1, theta (2 - u) up to 2, then 0. So the score is below theta if
+/// and only if the unit is in breach.
+pub(super) fn score(reading: &Reading, theta_ppm: u32) -> u32 {
+    let budget = i128::from(reading.budget.max(1));
+    let theta = i128::from(theta_ppm);
+    let mut bits = i128::from(reading.bits.max(0));
+    if reading.state != State::Breach {
+        bits = bits.min(budget);
+    }
+    let ppm = if bits <= budget && reading.state != State::Breach {
+        1_000_000 - (1_000_000 - theta) * bits / budget
+    } else {
+        (theta * (2 * budget - bits).max(0) / budget).min(theta - 1)
+    };
+    u32::try_from(ppm.clamp(0, 1_000_000)).unwrap_or(0)
+}
+
+fn share_ppm(part: u128, whole: u128) -> u32 {
+    if whole == 0 {
+        return 0;
+    }
+    u32::try_from(part * 1_000_000 / whole).unwrap_or(1_000_000)
+}
+
+/// Evidence with one decimal.
+pub(super) fn bits_text(bits: Bits) -> String {
+    let tenths = i128::from(bits) * 10 / i128::from(ONE);
+    let sign = if tenths < 0 { "-" } else { "" };
+    format!("{sign}{}.{}", tenths.abs() / 10, tenths.abs() % 10)
+}

@@ -1,0 +1,14 @@
+//! The judge on scripted rollouts.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test may panic and read its golden file"
+)]
+
+mod script;
+
+mod edges;
+mod golden;
+mod metrics;
+mod verdicts;
