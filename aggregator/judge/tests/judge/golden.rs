@@ -55,10 +55,10 @@ fn with_everything(window: &mut Window) {
         pool(Arm::Baseline, 1_400, number % 3),
     ];
     window.canary.expected = 4;
-    window.canary.reported = 4 - u32::from(number % 5 == 0);
+    window.canary.reported = 4 - u32::from(number.is_multiple_of(5));
     for (row, place) in window.rows.iter_mut().zip(0..) {
         for (arm, failed) in [
-            (&mut row.canary, u64::from(place == 3 && number % 2 == 0)),
+            (&mut row.canary, u64::from(place == 3 && number.is_multiple_of(2))),
             (&mut row.baseline, 0),
         ] {
             if place < 5 {
