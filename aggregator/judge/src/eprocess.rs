@@ -114,7 +114,7 @@ impl Onset {
     }
 
     /// log2 w_t, rounded down, for the `block`-th block, from 1.
-    fn weight(self, block: u32) -> Result<Bits, OutOfRange> {
+    pub fn weight(self, block: u32) -> Result<Bits, OutOfRange> {
         let t = u128::from(block);
         match block {
             1 => Ok(-ONE),
@@ -160,44 +160,33 @@ impl<const K: usize> Prior<K> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Evidence<const K: usize> {
     levels: [Bits; K],
-    /// The lowest that the best level ever was: where a change would have begun.
-    lowest: Bits,
-    blocks: u32,
 }
 
 impl<const K: usize> Default for Evidence<K> {
     fn default() -> Self {
         Self {
             levels: [LOWEST_LEVEL; K],
-            lowest: Bits::MAX,
-            blocks: 0,
         }
     }
 }
 
 impl<const K: usize> Evidence<K> {
-    /// Adds a block, no more than `cap` of it for each alternative. Says whether there was nothing before it: the
-    /// evidence had never been lower, so that a change would have begun with this block.
+    /// Adds a block that weighs `start`, as a start, no more than `cap` of it for each alternative. Says from which
+    /// level the best alternative went on: when that was never lower, a change would have begun with this block.
     pub fn add(
         &mut self,
         block: &[Bits; K],
         prior: &Prior<K>,
-        onset: Onset,
+        start: Bits,
         cap: Bits,
-    ) -> Result<bool, OutOfRange> {
-        self.blocks = self.blocks.checked_add(1).ok_or(OutOfRange)?;
-        let start = onset.weight(self.blocks)?;
+    ) -> Result<Bits, OutOfRange> {
         let mut from = LOWEST_LEVEL;
         for ((level, bits), weight) in self.levels.iter_mut().zip(block).zip(prior.0) {
             let begin = plus(start, weight)?.max(*level);
             from = from.max(begin);
             *level = plus(begin, (*bits).min(cap))?.max(LOWEST_LEVEL);
         }
-        let begins = from <= self.lowest;
-        if begins {
-            self.lowest = from;
-        }
-        Ok(begins)
+        Ok(from)
     }
 
     /// Gives up what is above `bits`.
@@ -221,24 +210,16 @@ impl<const K: usize> Evidence<K> {
         self.levels.iter().position(|level| *level == best).unwrap_or(0)
     }
 
-    /// log2 of the e-process; 0 before the first block.
+    /// log2 of the e-process; next to nothing before the first block.
     pub fn bits(&self) -> Result<Bits, OutOfRange> {
-        if self.blocks == 0 {
-            return Ok(0);
-        }
         log2_sum(&self.levels)
     }
 
     /// Whether the evidence is above `bits`; cheaper than to ask how much there is.
     pub fn is_above(&self, bits: Bits) -> Result<bool, OutOfRange> {
-        // The sum of K is at most K times the largest.
-        let reach = plus(self.best(), log2_upper(K as u128)? >> 24)?;
-        Ok(self.blocks > 0 && reach >= bits && self.bits()? > bits)
-    }
-
-    /// How many blocks were added.
-    pub const fn blocks(&self) -> u32 {
-        self.blocks
+        // The sum of K is at most K times the largest, and K is below 2^4.
+        const { assert!(K <= 16) };
+        Ok(plus(self.best(), 4 * ONE)? >= bits && self.bits()? > bits)
     }
 }
 
@@ -292,8 +273,9 @@ mod tests {
                 block[..shared].fill(1_000 * ONE);
                 let mut evidence = Evidence::default();
                 let mut crossed = Vec::new();
-                for _ in 0..3 {
-                    evidence.add(&block, &prior, onset, cap).unwrap();
+                for block_number in 1..=3 {
+                    let start = onset.weight(block_number).unwrap();
+                    evidence.add(&block, &prior, start, cap).unwrap();
                     crossed.push(evidence.is_above(budget).unwrap());
                 }
                 assert_eq!(crossed, [false, false, true], "{budget} {shared}");
@@ -306,20 +288,21 @@ mod tests {
         let onset = Onset::new(180).unwrap();
         let prior = Prior::equal().unwrap();
         let mut evidence = Evidence::default();
-        for _ in 0..90 {
-            evidence.add(&[-5 * ONE; 7], &prior, onset, 100 * ONE).unwrap();
+        for block in 1..=90 {
+            let start = onset.weight(block).unwrap();
+            evidence.add(&[-5 * ONE; 7], &prior, start, 100 * ONE).unwrap();
         }
-        assert!(evidence.add(&[10 * ONE; 7], &prior, onset, 100 * ONE).unwrap());
+        let start = onset.weight(91).unwrap();
+        let from = evidence.add(&[10 * ONE; 7], &prior, start, 100 * ONE).unwrap();
+        assert!(from < start, "it begins with this block");
         // 10 bits, less log2(8 * 179 / 3) = 8.8989 for the start; all sizes agree, so their number costs nothing.
         assert_eq!(evidence.bits().unwrap() * 100 / ONE, 110);
-        assert_eq!(evidence.blocks(), 91);
         // Long after the planned end a start still costs only some bits more.
         let mut late = Evidence {
             levels: [-500 * ONE; 7],
-            lowest: -500 * ONE,
-            blocks: 719,
         };
-        late.add(&[40 * ONE; 7], &prior, onset, 100 * ONE).unwrap();
+        let start = onset.weight(720).unwrap();
+        late.add(&[40 * ONE; 7], &prior, start, 100 * ONE).unwrap();
         assert_eq!(late.bits().unwrap() * 10 / ONE, 255);
     }
 
@@ -328,9 +311,10 @@ mod tests {
         let onset = Onset::new(10).unwrap();
         let prior = Prior::new([1, 2, 1]).unwrap();
         let mut evidence = Evidence::default();
-        assert_eq!((evidence.bits(), evidence.is_above(-ONE)), (Ok(0), Ok(false)));
+        assert_eq!(evidence.is_above(-ONE), Ok(false));
+        let first = onset.weight(1).unwrap();
         evidence
-            .add(&[ONE, 9 * ONE, -ONE], &prior, onset, 20 * ONE)
+            .add(&[ONE, 9 * ONE, -ONE], &prior, first, 20 * ONE)
             .unwrap();
         assert_eq!(evidence.best_alternative(), 1);
         // (2^1 / 4 + 2^9 / 2 + 2^-1 / 4) / 2 = 128.3125: 7.003518...
@@ -345,10 +329,11 @@ mod tests {
         assert!((0..=2).contains(&lowered), "{lowered}");
         evidence.lower_to(3 * ONE).unwrap();
         assert!(evidence.bits().unwrap() <= 2 * ONE);
-        // A block that begins lower than anything before it begins an episode; one on the way up does not.
-        assert!(!evidence.add(&[ONE; 3], &prior, onset, 20 * ONE).unwrap());
+        // On the way up it goes on from where it was.
+        let second = onset.weight(2).unwrap();
+        assert!(evidence.add(&[ONE; 3], &prior, second, 20 * ONE).unwrap() > ONE);
         assert_eq!(
-            evidence.add(&[i64::MIN; 3], &prior, onset, 20 * ONE),
+            evidence.add(&[i64::MIN; 3], &prior, second, 20 * ONE),
             Err(OutOfRange)
         );
     }

@@ -15,6 +15,7 @@ mod findings;
 mod group;
 mod outcome;
 mod past;
+mod roster;
 mod service;
 mod sla;
 mod tenant;
@@ -31,6 +32,7 @@ pub use self::outcome::{Deadline, Outcome, State, TenantStates, Unit, UnitReport
 use self::{
     findings::Findings,
     group::Group,
+    roster::Roster,
     service::Service,
     tenant::{Shared, Tenant, Tests},
     track::Bars,
@@ -68,6 +70,11 @@ pub enum StepError {
         /// The last one taken.
         last: u64,
     },
+    /// Rows come in the order of tenants, each once.
+    #[error(
+        "row {0} is not after the row before; rows must be in the order of their tenants' names, one for each tenant"
+    )]
+    Rows(usize),
     /// The policy has a limit that the arithmetic cannot express.
     #[error("the policy's limits are out of range")]
     Limits,
@@ -90,14 +97,11 @@ pub struct Judge {
     tests: Vec<Tests>,
     bars: Vec<Bars>,
     tests_by_thresholds: BTreeMap<Thresholds, u32>,
-    /// Tenants by name, and in the order of their admission.
-    ids: BTreeMap<TenantName, u32>,
-    names: Vec<TenantName>,
+    /// Who is judged, and what is kept of them by number.
+    roster: Roster,
     tenants: Vec<Tenant>,
     /// Blocks that wait to be closed: the window in which that is, the tenant, the block's number.
     due: VecDeque<(u32, u32, u32)>,
-    /// Tenants of which something is to be said.
-    notable: BTreeMap<TenantName, u32>,
     tally: Tally,
     /// The fleet, then the cohorts by name.
     groups: Vec<Group>,
@@ -132,7 +136,7 @@ struct Tally {
 impl Tally {
     /// What one tenant adds to the totals.
     fn parts(tenant: &Tenant, min_requests: u64) -> (u64, bool) {
-        let requests = tenant.totals.canary.requests;
+        let requests = tenant.canary_requests;
         (requests, requests >= min_requests && !tenant.summary.suspected)
     }
 
@@ -191,11 +195,9 @@ impl Judge {
             tests: Vec::new(),
             bars: Vec::new(),
             tests_by_thresholds: BTreeMap::new(),
-            ids: BTreeMap::new(),
-            names: Vec::new(),
+            roster: Roster::default(),
             tenants: Vec::new(),
             due: VecDeque::new(),
-            notable: BTreeMap::new(),
             tally: Tally::default(),
             groups,
             safety: Safety::below(limits.max_rate_ppb)?,
@@ -224,10 +226,12 @@ impl Judge {
         self.last
     }
 
-    /// The bytes of memory that are kept for tenants, without their names.
+    /// The bytes of memory that are kept for tenants, with their places in the indexes; the text of their names is shared
+    /// with the evidence.
     pub fn memory_bytes(&self) -> usize {
         let tenants: usize = self.tenants.iter().map(Tenant::memory_bytes).sum();
-        tenants + self.tests.len() * size_of::<Tests>() + self.bars.len() * size_of::<Bars>()
+        let shared = self.tests.len() * size_of::<Tests>() + self.bars.len() * size_of::<Bars>();
+        tenants + self.roster.memory_bytes() + shared
     }
 
     /// Takes one window and says what follows.
@@ -239,6 +243,10 @@ impl Judge {
                 got: window.number,
                 last,
             });
+        }
+        let follows = |pair: &[TenantWindow]| matches!(pair, [a, b] if a.tenant < b.tenant);
+        if let Some(place) = window.rows.windows(2).position(|pair| !follows(pair)) {
+            return Err(StepError::Rows(place + 1));
         }
         self.admit(window)?;
         self.last = Some(window.number);
@@ -259,19 +267,21 @@ impl Judge {
 
     /// A window of the warm-up: its requests are no evidence; where the baseline's latencies are is learned from it.
     fn observe(&mut self, window: &Window) {
+        let mut from = 0;
         for row in &window.rows {
-            if let Some(id) = self.ids.get(&row.tenant) {
-                self.tenants[*id as usize].observe(row);
+            if let Some(number) = self.roster.find_from(&mut from, &row.tenant) {
+                self.tenants[number as usize].observe(row);
             }
         }
         self.service.observe(window);
     }
 
     fn take(&mut self, window: &Window) {
+        let mut from = 0;
         for row in &window.rows {
-            // A row without requests of a tenant that was never seen has no tenant.
-            if let Some(id) = self.ids.get(&row.tenant) {
-                self.take_tenant(*id, Some(row));
+            // A row without requests of a tenant that was never seen has no number.
+            if let Some(number) = self.roster.find_from(&mut from, &row.tenant) {
+                self.take_tenant(number, Some(row));
             }
         }
         while let Some((_, id, serial)) = self.due.pop_front_if(|(due, ..)| *due <= self.windows) {
@@ -291,7 +301,7 @@ impl Judge {
         let min_requests = self.policy.rollout.min_coverage.requests;
         let tenant = &mut self.tenants[id as usize];
         self.tally.remove(tenant, min_requests);
-        let before = (tenant.open_block(), tenant.summary.notable);
+        let before = tenant.open_block();
         let small = self.policy.has_tail() && tenant.is_small(self.windows);
         let (tests, bars) = (
             &self.tests[tenant.tests as usize],
@@ -301,8 +311,8 @@ impl Judge {
         tenant.summary =
             findings::summary(&tenant.readings(bars), self.policy.rollout.rollback_threshold.ppm);
         self.tally.add(tenant, min_requests);
-        if let (open, Some((serial, due))) = (before.0, tenant.open_block())
-            && open.is_none_or(|(before, _)| before != serial)
+        if let Some((serial, due)) = tenant.open_block()
+            && before.is_none_or(|(before, _)| before != serial)
         {
             self.due.push_back((due, id, serial));
         }
@@ -313,27 +323,23 @@ impl Judge {
         if small && let Some(tail) = self.groups.last_mut() {
             tail.add(&step);
         }
-        let name = &self.names[id as usize];
-        match (before.1, tenant.summary.notable) {
-            (false, true) => drop(self.notable.insert(name.clone(), id)),
-            (true, false) => drop(self.notable.remove(name)),
-            _ => {}
-        }
+        self.roster.note(id, tenant.summary.notable);
     }
 
     /// Gives tenants that appear for the first time their share of the error probability.
     fn admit(&mut self, window: &Window) -> Result<(), StepError> {
+        let mut from = 0;
         let mut newcomers: Vec<&TenantName> = window
             .rows
             .iter()
             .filter(|row| !row.canary.is_idle() || !row.baseline.is_idle())
             .map(|row| &row.tenant)
-            .filter(|tenant| !self.ids.contains_key(*tenant))
+            .filter(|tenant| self.roster.find_from(&mut from, tenant).is_none())
             .collect();
         if newcomers.is_empty() {
             return Ok(());
         }
-        let first = self.ids.is_empty();
+        let first = self.roster.is_empty();
         if first {
             newcomers.extend(self.policy.tenants.keys());
             newcomers.sort();
@@ -347,8 +353,8 @@ impl Judge {
         let newcomers: Vec<TenantName> = newcomers.into_iter().cloned().collect();
         let bars = self.bars.len() as u32;
         self.bars.push(Bars::new(&grant)?);
-        for name in newcomers {
-            let thresholds = Thresholds::of(&self.policy, self.history.as_deref(), &name);
+        for name in &newcomers {
+            let thresholds = Thresholds::of(&self.policy, self.history.as_deref(), name);
             let tests = match self.tests_by_thresholds.get(&thresholds) {
                 Some(tests) => *tests,
                 None => {
@@ -358,13 +364,12 @@ impl Judge {
                     tests
                 }
             };
-            let cohorts = self.cohorts_of(&name);
+            let cohorts = self.cohorts_of(name);
             let tenant = Tenant::new(tests, bars, cohorts, self.windows);
             self.tally.add(&tenant, self.policy.rollout.min_coverage.requests);
-            self.ids.insert(name.clone(), self.tenants.len() as u32);
-            self.names.push(name);
             self.tenants.push(tenant);
         }
+        self.roster.admit(newcomers);
         Ok(())
     }
 
@@ -393,8 +398,8 @@ impl Judge {
         for group in &self.groups {
             findings.group(self, group);
         }
-        for (name, id) in &self.notable {
-            findings.tenant(self, name, &self.tenants[*id as usize]);
+        for (name, number) in self.roster.notable() {
+            findings.tenant(self, name, &self.tenants[number as usize]);
         }
         findings.require_critical(self);
         self.halted |= findings.has_breach();

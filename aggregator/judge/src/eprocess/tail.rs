@@ -24,8 +24,6 @@
 
 use crate::fixed::{Bits, Log, OutOfRange, log2_lower, log2_upper, power_lower, weighed};
 
-use super::MAX_BLOCK_REQUESTS;
-
 /// Quantiles that are compared.
 pub const QUANTILES: usize = 3;
 
@@ -55,23 +53,24 @@ const SHARES: std::ops::Range<u32> = 16..193;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Share(u8);
 
-/// Requests of both arms, and how many were above each mark.
+/// Requests of both arms, and how many were above each mark. A count that would pass 32 bits stays there, and is refused
+/// as evidence.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TailCounts {
     /// Requests of the canary whose latency is known.
-    pub canary: u64,
+    pub canary: u32,
     /// The same of the baseline.
-    pub baseline: u64,
+    pub baseline: u32,
     /// Of the canary, how many took longer than m tau, by quantile.
-    pub canary_over: [u64; QUANTILES],
+    pub canary_over: [u32; QUANTILES],
     /// Of the baseline, how many took longer than tau.
-    pub baseline_over: [u64; QUANTILES],
+    pub baseline_over: [u32; QUANTILES],
 }
 
 impl TailCounts {
     /// Adds the counts of another window.
     pub fn add(&mut self, other: &Self) {
-        let add = |mine: &mut u64, theirs: u64| *mine = mine.saturating_add(theirs);
+        let add = |mine: &mut u32, theirs: u32| *mine = mine.saturating_add(theirs);
         add(&mut self.canary, other.canary);
         add(&mut self.baseline, other.baseline);
         for q in 0..QUANTILES {
@@ -149,11 +148,14 @@ impl TailTest {
     /// rounded down. A block without requests on one arm says nothing.
     pub fn evidence(&self, counts: &TailCounts, q: usize, share: Share) -> Result<[Bits; ODDS], OutOfRange> {
         let mut evidence = [0; ODDS];
-        let (n_c, n_b) = (counts.canary, counts.baseline);
-        let (x_c, x_b) = (counts.canary_over[q], counts.baseline_over[q]);
-        if n_c.max(n_b) > MAX_BLOCK_REQUESTS {
+        if counts.canary.max(counts.baseline) == u32::MAX {
             return Err(OutOfRange);
         }
+        let (n_c, n_b) = (u64::from(counts.canary), u64::from(counts.baseline));
+        let (x_c, x_b) = (
+            u64::from(counts.canary_over[q]),
+            u64::from(counts.baseline_over[q]),
+        );
         let y_c = n_c.checked_sub(x_c).ok_or(OutOfRange)?;
         let y_b = n_b.checked_sub(x_b).ok_or(OutOfRange)?;
         if n_c == 0 || n_b == 0 {
@@ -188,7 +190,7 @@ mod tests {
     use super::*;
     use crate::fixed::ONE;
 
-    fn counts(n_c: u64, x_c: u64, n_b: u64, x_b: u64) -> TailCounts {
+    fn counts(n_c: u32, x_c: u32, n_b: u32, x_b: u32) -> TailCounts {
         TailCounts {
             canary: n_c,
             baseline: n_b,
@@ -220,9 +222,9 @@ mod tests {
     #[test]
     fn it_is_an_e_variable_for_every_common_share() {
         let test = TailTest::new().unwrap();
-        let binomial = |n: u64, x: u64, p: f64| {
-            let choose = (0..x).fold(1.0, |product, i| product * (n - i) as f64 / (i + 1) as f64);
-            choose * p.powi(i32::try_from(x).unwrap()) * (1.0 - p).powi(i32::try_from(n - x).unwrap())
+        let binomial = |n: u32, x: u32, p: f64| {
+            let choose = (0..x).fold(1.0, |product, i| product * f64::from(n - i) / f64::from(i + 1));
+            choose * p.powi(x.cast_signed()) * (1.0 - p).powi((n - x).cast_signed())
         };
         for (n_c, n_b) in [(1, 1), (5, 5), (4, 30), (20, 7)] {
             for p in [0.001, 0.01, 0.1, 0.5, 0.9] {
@@ -273,14 +275,14 @@ mod tests {
         for counts in [
             counts(1, 2, 5, 0),
             counts(1, 0, 5, 6),
-            counts(MAX_BLOCK_REQUESTS + 1, 0, 5, 0),
-            counts(5, 0, u64::MAX, 0),
+            counts(u32::MAX, 0, 5, 0),
+            counts(5, 0, u32::MAX, 0),
         ] {
             assert_eq!(test.evidence(&counts, 2, share), Err(OutOfRange));
         }
         let many = counts(1 << 26, 1 << 26, 1 << 26, 0);
         assert!(test.evidence(&many, 2, share).is_ok());
-        let most = counts(MAX_BLOCK_REQUESTS, MAX_BLOCK_REQUESTS, MAX_BLOCK_REQUESTS, 0);
+        let most = counts(u32::MAX - 1, u32::MAX - 1, u32::MAX - 1, 0);
         assert_eq!(test.evidence(&most, 2, share), Err(OutOfRange));
         assert_eq!(test.evidence(&counts(1, 0, 1, 0), 0, Share(255)), Err(OutOfRange));
     }
@@ -295,7 +297,7 @@ mod tests {
     proptest! {
         #[test]
         fn evidence_is_within_a_millionth_of_a_bit_of_the_reals_and_never_above(
-            n_c in 1_u64..100_000, n_b in 1_u64..1_000_000, x in 0_u64..=1_000, y in 0_u64..=1_000, j in 0_u8..177,
+            n_c in 1_u32..100_000, n_b in 1_u32..1_000_000, x in 0_u32..=1_000, y in 0_u32..=1_000, j in 0_u8..177,
         ) {
             let (x_c, x_b) = (n_c * x / 1_000, n_b * y / 1_000);
             let test = TailTest::new().unwrap();
@@ -303,7 +305,7 @@ mod tests {
             let row = test.rows[usize::from(j)];
             let part = |share: u64| share as f64 / WHOLE as f64;
             let t_b = part(row.baseline.share);
-            let (n_c, n_b, x_c, x_b) = (n_c as f64, n_b as f64, x_c as f64, x_b as f64);
+            let [n_c, n_b, x_c, x_b] = [n_c, n_b, x_c, x_b].map(f64::from);
             for (got, point) in got.into_iter().zip(row.canary) {
                 let t_c = part(point.share);
                 let t_0 = (n_c * t_c + n_b * t_b) / (n_c + n_b);

@@ -102,18 +102,17 @@ impl Judge {
     }
 
     fn tenant_lines(&self, name: &TenantName) -> Vec<String> {
-        let Some(id) = self.ids.get(name) else {
+        let Some(id) = self.roster.find(name) else {
             return vec![
                 format!("tenant {name}"),
                 "  has not been seen in this rollout".to_owned(),
             ];
         };
-        let tenant = &self.tenants[*id as usize];
+        let tenant = &self.tenants[id as usize];
         let bars = &self.bars[tenant.bars as usize];
-        let totals = tenant.totals;
         let mut lines = vec![format!(
             "tenant {name}: {} canary requests, {} on the baseline",
-            totals.canary.requests, totals.baseline.requests
+            tenant.canary_requests, tenant.baseline_requests
         )];
         let derived = Derivation::of(&self.policy, self.history.as_deref(), name);
         lines.extend(

@@ -193,8 +193,11 @@ impl Findings {
     pub(super) fn require_critical(&mut self, judge: &Judge) {
         let least = judge.policy.rollout.min_coverage.requests;
         for name in judge.policy.rollout.critical() {
-            let tenant = judge.ids.get(name).map(|id| &judge.tenants[*id as usize]);
-            let requests = tenant.map_or(0, |tenant| tenant.totals.canary.requests);
+            let tenant = judge
+                .roster
+                .find(name)
+                .map(|number| &judge.tenants[number as usize]);
+            let requests = tenant.map_or(0, |tenant| tenant.canary_requests);
             if requests < least {
                 self.missing.push(format!(
                     "critical tenant {name} has {requests} canary requests, fewer than {least}"
@@ -469,10 +472,10 @@ fn seen_tail(counts: &TailCounts, q: usize, limits_ns: Option<(u64, u64)>, limit
          ({}), its p{quantile}; {} slower is tolerated",
         counts.canary_over[q],
         counts.canary,
-        percent_of(counts.canary_over[q], counts.canary),
+        percent_of(counts.canary_over[q].into(), counts.canary.into()),
         counts.baseline_over[q],
         counts.baseline,
-        percent_of(counts.baseline_over[q], counts.baseline),
+        percent_of(counts.baseline_over[q].into(), counts.baseline.into()),
         margin(limits.margin_buckets),
     )
 }

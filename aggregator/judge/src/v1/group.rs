@@ -40,6 +40,7 @@ pub(super) struct GroupSla {
     canary: Track<CEILINGS, Arms>,
     sum: Sum<CEILINGS, Arms>,
     baseline: Evidence<REPEATS>,
+    baseline_blocks: u32,
     baseline_sum: Sum<REPEATS, ()>,
     proof: Proof,
     safety: Counts,
@@ -105,7 +106,7 @@ impl Group {
     /// counts as proven.
     pub(super) fn readings(&self, proven: Bits) -> [Option<Reading>; 5] {
         let bars = &self.bars;
-        let slow = self.slow.canary.blocks() > 0 || self.slow.baseline.blocks() > 0;
+        let slow = self.slow.canary.blocks() > 0 || self.slow.baseline_blocks > 0;
         let probes_live = self.probes_live.0.blocks() > 0;
         let probes = probes_live || self.probes.canary.blocks() > 0;
         [
@@ -166,7 +167,11 @@ impl GroupSla {
         let mut canary = self.sum.take();
         let pooled = std::mem::take(&mut self.safety);
         let baseline = match self.baseline_sum.take() {
-            Ok(Some((bits, ()))) => self.baseline.add(&bits, repeats, onset, bar.cap).map(drop),
+            Ok(Some((bits, ()))) => {
+                self.baseline_blocks = self.baseline_blocks.saturating_add(1);
+                let start = onset.weight(self.baseline_blocks);
+                start.and_then(|start| self.baseline.add(&bits, repeats, start, bar.cap).map(drop))
+            }
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         };

@@ -13,7 +13,7 @@ const ENOUGH: u32 = 20;
 pub(super) struct Past {
     /// Position of the first count, in buckets from the lowest.
     first: u16,
-    counts: Vec<u16>,
+    counts: Box<[u16]>,
     /// Counts stand for so many doublings.
     halvings: u8,
     /// Counts below and above the range.
@@ -22,14 +22,24 @@ pub(super) struct Past {
 }
 
 /// Where requests begin to be slow, by quantile.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Marks([Option<Mark>; QUANTILES]);
-
-/// The upper bound of a bucket of the baseline, and the share of the baseline that was above it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Mark {
-    position: u16,
-    share: Share,
+pub(super) struct Marks {
+    /// The bucket whose upper bound it is, or `NONE`.
+    positions: [u16; QUANTILES],
+    /// The share of the baseline that was above it.
+    shares: [Share; QUANTILES],
+}
+
+/// No mark.
+const NONE: u16 = u16::MAX;
+
+impl Default for Marks {
+    fn default() -> Self {
+        Self {
+            positions: [NONE; QUANTILES],
+            shares: [Share::default(); QUANTILES],
+        }
+    }
 }
 
 impl Past {
@@ -67,33 +77,32 @@ impl Past {
         if total < ENOUGH {
             return marks;
         }
-        for (mark, ppm) in marks.0.iter_mut().zip(QUANTILE_PPM) {
+        for (q, ppm) in QUANTILE_PPM.into_iter().enumerate() {
             // The rank of the quantile, from 1.
             let rank = (u64::from(total) * u64::from(ppm)).div_ceil(1_000_000);
             let mut seen = u64::from(self.under);
             if seen >= rank {
                 continue;
             }
-            *mark = self
-                .counts
-                .iter()
-                .zip(self.first..)
-                .find_map(|(count, position)| {
-                    seen += u64::from(*count);
-                    let share = TailTest::share(u64::from(total) - seen, total.into());
-                    (seen >= rank).then_some(Mark { position, share })
-                });
+            let found = self.counts.iter().zip(self.first..).find(|(count, _)| {
+                seen += u64::from(**count);
+                seen >= rank
+            });
+            if let Some((_, position)) = found {
+                marks.positions[q] = position;
+                marks.shares[q] = TailTest::share(u64::from(total) - seen, total.into());
+            }
         }
         marks
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.counts.capacity() * size_of::<u16>()
+        self.counts.len() * size_of::<u16>()
     }
 
     fn halve(&mut self) {
         self.halvings += 1;
-        for count in &mut self.counts {
+        for count in &mut *self.counts {
             *count /= 2;
         }
         self.under /= 2;
@@ -104,15 +113,15 @@ impl Past {
     fn cover(&mut self, start: usize, len: usize) {
         let old = usize::from(self.first)..usize::from(self.first) + self.counts.len();
         if self.counts.is_empty() {
-            self.counts = vec![0; len];
+            self.counts = vec![0; len].into();
             self.first = start as u16;
         } else if start < old.start || start + len > old.end {
             let new = start.min(old.start)..(start + len).max(old.end);
             let mut counts = Vec::with_capacity(new.len());
             counts.resize(old.start - new.start, 0);
-            counts.append(&mut self.counts);
+            counts.extend_from_slice(&self.counts);
             counts.resize(new.len(), 0);
-            self.counts = counts;
+            self.counts = counts.into();
             self.first = new.start as u16;
         }
     }
@@ -121,33 +130,37 @@ impl Past {
 impl Marks {
     /// Whether there is any.
     pub(super) fn is_set(&self) -> bool {
-        self.0.iter().any(Option::is_some)
+        self.positions.iter().any(|position| *position != NONE)
     }
 
     /// The share of the baseline above the mark of quantile `q`.
     pub(super) fn share(&self, q: usize) -> Option<Share> {
-        self.0[q].map(|mark| mark.share)
+        (self.positions[q] != NONE).then_some(self.shares[q])
     }
 
     /// The baseline's mark and, `margin` buckets higher, the canary's, in nanoseconds. None where a mark is missing or
     /// out of the histogram's range.
     pub(super) fn limits_ns(&self, q: usize, margin: u32) -> Option<(u64, u64)> {
         let bound = |position: u32| upper_bound_ns(i32::try_from(position).ok()? + MIN_OTEL_INDEX);
-        let position = u32::from(self.0[q]?.position);
+        let position = u32::from(self.positions[q]);
+        if position == u32::from(NONE) {
+            return None;
+        }
         Some((bound(position)?, bound(position.checked_add(margin)?)?))
     }
 
     /// Counts both arms' requests against the marks.
     pub(super) fn count(&self, canary: &Histogram, baseline: &Histogram, margin: u32) -> TailCounts {
+        let small = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         let mut counts = TailCounts {
-            canary: canary.count(),
-            baseline: baseline.count(),
+            canary: small(canary.count()),
+            baseline: small(baseline.count()),
             ..TailCounts::default()
         };
         for q in 0..QUANTILES {
             if let Some((tau, with_margin)) = self.limits_ns(q, margin) {
-                counts.canary_over[q] = canary.count_above(with_margin).at_least;
-                counts.baseline_over[q] = baseline.count_above(tau).at_least;
+                counts.canary_over[q] = small(canary.count_above(with_margin).at_least);
+                counts.baseline_over[q] = small(baseline.count_above(tau).at_least);
             }
         }
         counts

@@ -16,6 +16,7 @@ pub(super) struct Sla {
     pub(super) canary: Track<CEILINGS, Arms>,
     baseline: Evidence<REPEATS>,
     proof: Proof,
+    baseline_blocks: u32,
     proven: bool,
 }
 
@@ -54,7 +55,9 @@ impl Sla {
         };
         if arms.baseline.requests > 0 {
             let taken = ceiling.repeated(arms.baseline).and_then(|bits| {
-                self.baseline.add(&bits, repeats, onset, bar.cap)?;
+                self.baseline_blocks = self.baseline_blocks.saturating_add(1);
+                let start = onset.weight(self.baseline_blocks)?;
+                self.baseline.add(&bits, repeats, start, bar.cap)?;
                 Ok(Some((bits, ())))
             });
             step.baseline = taken;
@@ -77,7 +80,7 @@ impl Sla {
 
     /// Whether anything was counted.
     pub(super) fn is_begun(&self) -> bool {
-        self.canary.blocks() > 0 || self.baseline.blocks() > 0
+        self.canary.blocks() > 0 || self.baseline_blocks > 0
     }
 
     /// Whether safety is proven.
@@ -96,5 +99,5 @@ impl Sla {
 
 /// Whether the baseline is over the limit too, as far as its evidence says.
 pub(super) fn is_over(baseline: &Evidence<REPEATS>) -> bool {
-    baseline.blocks() > 0 && baseline.is_above(-1).unwrap_or(false)
+    baseline.is_above(-1).unwrap_or(false)
 }

@@ -155,10 +155,13 @@ impl<const K: usize, S: Seen> Sum<K, S> {
 #[derive(Debug, Clone)]
 pub(super) struct Track<const K: usize, S> {
     evidence: Evidence<K>,
+    /// The lowest that the best alternative ever was: where a change would have begun.
+    lowest: Bits,
     /// The evidence at which the track was found in breach; the finding stays.
     breached_at: Bits,
     /// What was counted since the evidence last began anew.
     episode: S,
+    blocks: u32,
     state: State,
     failed: bool,
 }
@@ -167,8 +170,10 @@ impl<const K: usize, S: Seen> Default for Track<K, S> {
     fn default() -> Self {
         Self {
             evidence: Evidence::default(),
+            lowest: Bits::MAX,
             breached_at: Bits::MIN,
             episode: S::default(),
+            blocks: 0,
             state: State::Clear,
             failed: false,
         }
@@ -178,23 +183,23 @@ impl<const K: usize, S: Seen> Default for Track<K, S> {
 impl<const K: usize, S: Seen> Track<K, S> {
     /// Adds what a window brings. A failure is kept and reported.
     pub(super) fn take(&mut self, piece: &Piece<K, S>, onset: Onset, bar: &Bar<K>) {
-        let taken = match piece {
-            Ok(None) => return,
-            Ok(Some((bits, seen))) => self
-                .evidence
-                .add(bits, &bar.prior, onset, bar.cap)
-                .map(|begins| (begins, seen)),
-            Err(error) => Err(*error),
-        };
-        match taken {
-            Ok((begins, seen)) => {
-                if begins {
-                    self.episode = S::default();
-                }
-                self.episode.add(seen);
-            }
+        match piece {
+            Ok(None) => {}
+            Ok(Some((bits, seen))) => self.failed |= self.add(bits, seen, onset, bar).is_err(),
             Err(OutOfRange) => self.failed = true,
         }
+    }
+
+    fn add(&mut self, bits: &[Bits; K], seen: &S, onset: Onset, bar: &Bar<K>) -> Result<(), OutOfRange> {
+        self.blocks = self.blocks.saturating_add(1);
+        let start = onset.weight(self.blocks)?;
+        let from = self.evidence.add(bits, &bar.prior, start, bar.cap)?;
+        if from <= self.lowest {
+            self.lowest = from;
+            self.episode = S::default();
+        }
+        self.episode.add(seen);
+        Ok(())
     }
 
     /// Draws the conclusion from the evidence. While the trouble is `shared` with the baseline the canary's evidence
@@ -233,11 +238,14 @@ impl<const K: usize, S: Seen> Track<K, S> {
 
     /// The evidence now; after a breach never less than it was then.
     pub(super) fn bits(&self) -> Bits {
+        if self.blocks == 0 {
+            return 0;
+        }
         self.evidence.bits().unwrap_or(0).max(self.breached_at)
     }
 
     pub(super) fn blocks(&self) -> u32 {
-        self.evidence.blocks()
+        self.blocks
     }
 
     /// What is found on `metric`.

@@ -422,7 +422,7 @@ fn a_warm_up_is_no_evidence() {
 #[test]
 fn newcomers_draw_on_the_reserve_and_the_account_says_so() {
     let mut judge = judge_with("  required: [errors]", "");
-    let names = ["first", "second", "third", "fourth"];
+    let names = ["1-first", "2-second", "3-third", "4-fourth"];
     let mut last = None;
     for number in 1..=60 {
         let known = if number < 5 {
@@ -437,7 +437,7 @@ fn newcomers_draw_on_the_reserve_and_the_account_says_so() {
             .map(|name| {
                 row(
                     name,
-                    plain(40, u64::from(*name == "third" && number > 10) * 8),
+                    plain(40, u64::from(*name == "3-third" && number > 10) * 8),
                     plain(360, 0),
                 )
             })
@@ -449,7 +449,7 @@ fn newcomers_draw_on_the_reserve_and_the_account_says_so() {
         }
     }
     let found = breached(&last.expect("the newcomer's fault is found"));
-    assert!(found.iter().any(|(unit, _)| unit == "tenant:third"), "{found:?}");
+    assert!(found.iter().any(|(unit, _)| unit == "tenant:3-third"), "{found:?}");
     assert_eq!(
         judge.account(),
         [

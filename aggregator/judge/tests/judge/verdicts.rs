@@ -276,7 +276,20 @@ fn windows_must_come_in_order() {
 }
 
 #[test]
-fn the_order_of_rows_does_not_matter() {
+fn rows_must_come_in_order() {
+    let mut judge = judge();
+    let mut window = Script::new(7, 3, 100).window(5, &|_, _| 0, 0);
+    window.rows.swap(1, 2);
+    assert_eq!(
+        judge.step(&window).unwrap_err().to_string(),
+        "row 2 is not after the row before; rows must be in the order of their tenants' names, one for each tenant"
+    );
+    window.rows.swap(1, 2);
+    judge.step(&window).unwrap();
+}
+
+#[test]
+fn the_order_of_rows_in_a_line_does_not_matter() {
     let mut script = Script::new(8, 20, 500);
     let window = script.window(1, &|_, _| 10_000, 2_000);
     let json = window.to_json();

@@ -71,7 +71,10 @@ struct Times {
     decide: Vec<f64>,
     pack: Vec<f64>,
     append: Vec<f64>,
+    /// A step in which one tenant of a hundred has traffic.
+    quiet: Vec<f64>,
     evidence_bytes: Vec<f64>,
+    state_bytes: f64,
     last: Option<Verdict>,
 }
 
@@ -98,6 +101,8 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
         for _ in 0..fleet.windows {
             rollout.window(&mut times).await?;
         }
+        rollout.quiet(&mut times)?;
+        times.state_bytes = rollout.judge.memory_bytes() as f64 / fleet.tenants as f64;
         print(&fleet, &times, report);
     }
     Ok(())
@@ -112,6 +117,11 @@ fn print(fleet: &Fleet, times: &Times, report: &mut Report) {
         ("freeze from the book", &times.freeze, Budget::None),
         ("Judge::step", &times.step, Budget::None),
         (&decide, &times.decide, Budget::AtMost(fleet.budget_ms)),
+        (
+            "Judge::step, traffic in 1 tenant of 100",
+            &times.quiet,
+            Budget::None,
+        ),
         ("audit: evidence to JSON and zstd", &times.pack, Budget::None),
         ("audit: append to the log (clock)", &times.append, Budget::None),
     ] {
@@ -125,6 +135,15 @@ fn print(fleet: &Fleet, times: &Times, report: &mut Report) {
         }
         table.row(row);
     }
+    let what = format!("state of the judge, bytes a tenant, {} tenants", fleet.tenants);
+    let mut row = vec![
+        what.clone(),
+        format!("{:.0} bytes", times.state_bytes),
+        String::new(),
+    ];
+    row.extend(report.held(&what, times.state_bytes, Budget::AtMost(1024.0), 0));
+    row.push(format!("{:.2}", times.state_bytes / 1024.0));
+    table.row(row);
     report.note("");
     table.print();
     let verdict = times.last.map_or("none", Verdict::as_str);
@@ -194,6 +213,26 @@ impl Rollout {
         times.evidence_bytes.push(json_bytes as f64);
         times.last = Some(outcome.verdict);
         self.book.evict(now_ms, |_| None);
+        Ok(())
+    }
+
+    /// Windows in which few tenants have traffic, judged by a copy of the judge.
+    fn quiet(&mut self, times: &mut Times) -> anyhow::Result<()> {
+        let mut judge = self.judge.clone();
+        for number in 1..=6 {
+            let start_ms = START_MS + self.number * self.policy.window_ms();
+            let mut window = self
+                .book
+                .freeze(&self.comparison, start_ms, self.number + number, start_ms);
+            let mut place = 0;
+            window.rows.retain(|_| {
+                place += 1;
+                place % 100 == 0
+            });
+            let begun = thread_ns();
+            black_box(judge.step(&window)?);
+            times.quiet.push((thread_ns() - begun) / 1e6);
+        }
         Ok(())
     }
 
