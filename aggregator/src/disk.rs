@@ -98,6 +98,8 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// Syncs the directory that holds `path`, so that a new name in it lasts.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     match path.parent() {
+        // A bare name is in the directory that the process is in.
+        Some(directory) if directory.as_os_str().is_empty() => File::open(".")?.sync_all(),
         Some(directory) => File::open(directory)?.sync_all(),
         None => Ok(()),
     }

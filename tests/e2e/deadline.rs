@@ -24,8 +24,7 @@ fn the_hold_deadline_rolls_back_and_has_a_record_of_its_own() {
     let gate = aggregator.wait_for_verdict(&rollout, &["ROLLBACK"]);
     let reason = gate["reason"].as_str().unwrap();
     assert!(
-        reason
-            .starts_with("on HOLD for 3 s, as long as hold_deadline allows (on_deadline: rollback); last: "),
+        reason.starts_with("on HOLD for 3s, as long as hold_deadline allows (on_deadline: rollback); last: "),
         "{gate}"
     );
 

@@ -185,6 +185,13 @@ fn shorten(text: &str) -> String {
 impl Policy {
     /// Reads and validates a policy.
     pub fn parse(source: &str) -> Result<Self, PolicyError> {
+        if source.trim().is_empty() {
+            return Err(PolicyError {
+                line: 1,
+                column: 1,
+                message: "the file is empty; a policy begins with apiVersion: coalmine.dev/v1".to_owned(),
+            });
+        }
         if source.len() > MAX_POLICY_BYTES {
             return Err(PolicyError {
                 line: 1,
@@ -284,11 +291,29 @@ impl Policy {
             ));
         }
         match (self.follows_history(), history) {
-            (true, None) => notes.push("adjust.from_history: give the digest with --history".to_owned()),
+            (true, None) => notes.push(
+                "adjust.from_history: limits follow a history only where one is given with --history"
+                    .to_owned(),
+            ),
             (false, Some(_)) => notes.push(
                 "the history changes nothing: adjust.from_history is not true in the policy".to_owned(),
             ),
             (true, Some(_)) | (false, None) => {}
+        }
+        for name in self
+            .rollout
+            .critical()
+            .filter(|name| !self.tenants.contains_key(*name))
+        {
+            notes.push(format!(
+                "rollout.critical names {name}, which is not among tenants; check its spelling"
+            ));
+        }
+        if self.rollout.min_windows > self.planned_windows() {
+            notes.push(format!(
+                "rollout.min_windows {} is more than fits before hold_deadline, so nothing can be approved before it",
+                self.rollout.min_windows
+            ));
         }
         notes.push(format!(
             "hold_deadline {}: a rollout is planned for {} windows of {}; a HOLD that lasts so long {}",

@@ -192,6 +192,8 @@ pub struct Finding {
     pub confidence_ppm: Option<u32>,
     /// Why, in one sentence.
     pub reason: String,
+    /// What stood in the way of APPROVE besides the anomalies, most important first, at most [`MAX_ANOMALIES`].
+    pub missing: Vec<String>,
     /// The unit with the lowest score, if one is suspected.
     pub worst: Option<Anomaly>,
     /// The tenant to look at first, if anything is suspected.

@@ -225,6 +225,7 @@ impl Finding {
             score_ppm: outcome.score_ppm,
             confidence_ppm: outcome.confidence_ppm,
             reason: outcome.reason.clone(),
+            missing: outcome.missing.iter().take(MAX_ANOMALIES).cloned().collect(),
             worst: outcome.worst.as_ref().map(anomaly),
             worst_tenant: outcome
                 .worst_tenant

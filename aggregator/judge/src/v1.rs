@@ -428,7 +428,7 @@ impl Judge {
         }
         let action = self.policy.defaults.on_deadline;
         let deadline = Deadline { held_ms, action };
-        let expired = findings::expire(outcome, deadline);
+        let expired = findings::expire(outcome, deadline, self.policy.defaults.hold_deadline.micros);
         if expired == Verdict::Rollback {
             self.halted = true;
             self.expired = Some(outcome.reason.clone());

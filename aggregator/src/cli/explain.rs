@@ -112,6 +112,9 @@ fn print(decision: &Decision, hash: &str, tree: Option<&[String]>) {
         decision.finding.traffic_ppm / 10_000,
         decision.finding.tenants_ppm / 10_000
     ));
+    for missing in &decision.finding.missing {
+        say(&format_args!("missing    {missing}"));
+    }
     if !decision.finding.anomalies.is_empty() {
         say(&format_args!(
             "anomalies  {} (evidence in bits, of those needed to roll back)",

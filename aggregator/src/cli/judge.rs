@@ -77,6 +77,7 @@ pub(super) fn run(options: &Options) -> Result<Exit, Failure> {
         Err(Stop::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Good),
         Err(Stop::Output(error)) => Err(error.into()),
         Err(Stop::Input(failure)) => Err(failure),
+        Ok(()) if judge.last_window().is_none() => Err(Failure::usage(format!("{name} has no window"))),
         Ok(()) => Ok(Exit::Good),
     }
 }
@@ -103,6 +104,7 @@ fn judge_lines(
     last: &mut Option<Outcome>,
 ) -> Result<(), Stop> {
     let mut line = Vec::new();
+    let mut warned = false;
     for number in 1_u64.. {
         line.clear();
         let limit = MAX_LINE_BYTES as u64 + 1;
@@ -125,7 +127,17 @@ fn judge_lines(
             .map_err(|_| Stop::Input(fail("the line is not UTF-8".into())))?;
         let outcome = Window::from_json(text)
             .map_err(|error| fail(error.to_string()))
-            .and_then(|window| judge.step(&window).map_err(|error| fail(error.to_string())));
+            .and_then(|window| {
+                let wanted = judge.policy().window_ms();
+                if window.len_ms != wanted && !warned {
+                    warned = true;
+                    tell(&format_args!(
+                        "coalmine: {name}:{number}: the window has {} ms, and the policy's judge_window {wanted} ms",
+                        window.len_ms
+                    ));
+                }
+                judge.step(&window).map_err(|error| fail(error.to_string()))
+            });
         // What was judged before the mistake is printed before the complaint.
         match outcome {
             Ok(outcome) => {

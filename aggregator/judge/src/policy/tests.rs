@@ -60,7 +60,7 @@ fn the_example_is_read() {
         policy.notes(None),
         [
             "latency.margin 10 % is judged as 2 buckets, +9.05 %",
-            "adjust.from_history: give the digest with --history",
+            "adjust.from_history: limits follow a history only where one is given with --history",
             "hold_deadline 30m: a rollout is planned for 180 windows of 10s; a HOLD that lasts so long ends in ROLLBACK",
         ]
     );

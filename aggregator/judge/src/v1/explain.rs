@@ -5,13 +5,13 @@ use coalmine_proto::names::TenantName;
 use super::{
     Judge,
     findings::{self, bits_text, unit_name},
-    outcome::{Outcome, Unit},
+    outcome::{Outcome, Unit, Verdict},
     track::Reading,
 };
 use crate::{
     budget::{Holder, Metric, Share},
     policy::{Policy, Requirement},
-    quantity::{micros, percent},
+    quantity::{percent, span},
     threshold::{Derivation, Limit},
 };
 
@@ -25,10 +25,11 @@ impl Judge {
             let units = entry.units;
             let who = match entry.holder {
                 Holder::Fleet => "the fleet".to_owned(),
+                Holder::Cohorts if units == 1 => "the one cohort".to_owned(),
                 Holder::Cohorts => format!("{units} cohorts, equal parts"),
                 Holder::Known => format!("{units} tenants known at the start, equal parts"),
                 Holder::Newcomers(group) => {
-                    format!("{units} tenants that appeared later (group {group}), equal parts")
+                    format!("newcomers, group {group}: {units} that appeared together, equal parts")
                 }
             };
             lines.push(format!("{} of it to {who}", of_alpha(entry.share)));
@@ -68,7 +69,8 @@ impl Judge {
                 .into_iter()
                 .flatten()
                 .map(|reading| {
-                    let seen = findings::seen(reading.metric, group.episode(reading.metric), limits);
+                    let seen =
+                        findings::seen(reading.metric, &group.unit, group.episode(reading.metric), limits);
                     (reading, seen)
                 })
                 .collect();
@@ -76,19 +78,53 @@ impl Judge {
                 let service = self.service.readings(&group.bars).into_iter().flatten();
                 all.extend(service.map(|reading| (reading, self.service.seen(reading.metric))));
             }
+            let unit = &group.unit;
+            let said = |metric: Metric| {
+                let mut reports = outcome.units.iter();
+                reports.find(|report| (&report.unit, report.metric) == (unit, metric))
+            };
+            let totals = group.totals;
+            lines.push(format!(
+                "  {} canary requests, {} failed; on the baseline {}, {} failed",
+                totals.canary.requests,
+                totals.canary.events,
+                totals.baseline.requests,
+                totals.baseline.events
+            ));
+            for (reading, seen) in &mut all {
+                // Where data is missing the outcome says so, whatever the evidence was until then.
+                match said(reading.metric) {
+                    Some(report) if report.state.is_trouble() => {
+                        reading.state = report.state;
+                        seen.clone_from(&report.seen);
+                    }
+                    Some(report) => reading.state = report.state,
+                    None => {}
+                }
+            }
+            let is_read = |metric: Metric| all.iter().any(|(reading, _)| reading.metric == metric);
+            let mut unread = Vec::new();
+            for report in &outcome.units {
+                if report.unit == *unit && !is_read(report.metric) {
+                    let (metric, state) = (report.metric.as_str(), report.state.as_str());
+                    unread.push(format!("  {metric:<12} {state}: {}", report.seen));
+                }
+            }
             lines.extend(
                 all.iter()
                     .flat_map(|(reading, seen)| self.reading_lines(reading, seen)),
             );
+            lines.extend(unread);
         }
         let worst = outcome.worst_tenants.iter().map(|(name, _)| name);
         let asked = tenant.filter(|tenant| worst.clone().all(|name| name != *tenant));
         for name in worst.chain(asked) {
             lines.extend(self.tenant_lines(name));
         }
+        lines.push(format!("verdict {}", outcome.verdict));
+        lines.push(format!("  {}", outcome.reason));
         lines.push(format!(
-            "verdict {}: the lowest score is {}, {} the threshold of {}",
-            outcome.verdict,
+            "  the lowest score is {}, {} the threshold of {}",
             ppm(outcome.score_ppm),
             if outcome.score_ppm < self.policy.rollout.rollback_threshold.ppm {
                 "below"
@@ -97,7 +133,14 @@ impl Judge {
             },
             ppm(self.policy.rollout.rollback_threshold.ppm),
         ));
-        lines.push(format!("  {}", outcome.reason));
+        if outcome.verdict != Verdict::Approve {
+            lines.extend(
+                outcome
+                    .missing
+                    .iter()
+                    .map(|missing| format!("  missing for APPROVE: {missing}")),
+            );
+        }
         lines
     }
 
@@ -110,9 +153,16 @@ impl Judge {
         };
         let tenant = &self.tenants[id as usize];
         let bars = &self.bars[tenant.bars as usize];
+        let least = self.policy.rollout.min_coverage.requests;
         let mut lines = vec![format!(
-            "tenant {name}: {} canary requests, {} on the baseline",
-            tenant.canary_requests, tenant.baseline_requests
+            "tenant {name}: {} canary requests, {} on the baseline{}",
+            tenant.canary_requests,
+            tenant.baseline_requests,
+            if tenant.canary_requests < least {
+                format!("; not judged, as fewer than {least}")
+            } else {
+                String::new()
+            }
         )];
         let derived = Derivation::of(&self.policy, self.history.as_deref(), name);
         lines.extend(
@@ -122,7 +172,13 @@ impl Judge {
                 .map(|limit| format!("  threshold {limit}")),
         );
         for reading in tenant.readings(bars).iter().flatten() {
-            let seen = findings::seen(reading.metric, tenant.episode(reading.metric), derived.thresholds);
+            let unit = Unit::Tenant(name.clone());
+            let seen = findings::seen(
+                reading.metric,
+                &unit,
+                tenant.episode(reading.metric),
+                derived.thresholds,
+            );
             lines.extend(self.reading_lines(reading, &seen));
         }
         lines
@@ -132,7 +188,7 @@ impl Judge {
         let theta = self.policy.rollout.rollback_threshold.ppm;
         [
             format!(
-                "  {:<12} {} of {} bits -> {} -> score {}",
+                "  {:<12} {} of {} bits of harm -> {} -> score {}",
                 reading.metric.as_str(),
                 bits_text(reading.bits.max(0)),
                 bits_text(reading.budget),
@@ -203,7 +259,7 @@ fn policy_lines(policy: &Policy) -> Vec<String> {
         ),
         format!(
             "  a HOLD lasts at most {}, then {}",
-            micros(policy.defaults.hold_deadline.micros),
+            span(policy.defaults.hold_deadline.micros),
             policy.defaults.on_deadline.as_str()
         ),
     ]

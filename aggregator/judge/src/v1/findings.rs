@@ -15,7 +15,7 @@ use crate::{
     evidence::Window,
     fixed::{Bits, ONE},
     policy::{OnDeadline, Requirement},
-    quantity::{Span, micros, percent, percent_of},
+    quantity::{Span, micros, percent, percent_of, span},
     threshold::Thresholds,
 };
 
@@ -76,11 +76,10 @@ impl Findings {
     }
 
     /// Nothing is approved while the canary warms up.
-    pub(super) fn warm_up(&mut self, span: Option<Span>) {
-        let span = span.map_or(0, |span| span.micros);
+    pub(super) fn warm_up(&mut self, warm_up: Option<Span>) {
         self.missing.push(format!(
             "the canary warms up: requests of the first {} are no evidence",
-            micros(span)
+            span(warm_up.map_or(0, |span| span.micros))
         ));
     }
 
@@ -106,7 +105,7 @@ impl Findings {
         let limits = fleet_tolerance(judge.limits);
         for reading in group.readings(judge.proof).iter().flatten() {
             self.push(judge, &group.unit, reading, || {
-                seen(reading.metric, group.episode(reading.metric), limits)
+                seen(reading.metric, &group.unit, group.episode(reading.metric), limits)
             });
         }
         if group.unit != Unit::Fleet {
@@ -135,7 +134,7 @@ impl Findings {
         let unit = Unit::Tenant(name.clone());
         for reading in tenant.readings(bars).iter().flatten() {
             self.push(judge, &unit, reading, || {
-                seen(reading.metric, tenant.episode(reading.metric), limits)
+                seen(reading.metric, &unit, tenant.episode(reading.metric), limits)
             });
         }
         if tenant.summary.score_ppm < 1_000_000 {
@@ -157,18 +156,26 @@ impl Findings {
             bits: reading.bits,
             budget: reading.budget,
             score_ppm,
-            seen: if with_text { seen() } else { String::new() },
+            seen: match reading.state {
+                _ if !with_text => String::new(),
+                State::Error => "its counts are out of range and cannot be computed with".to_owned(),
+                State::Shared => format!(
+                    "{}; the baseline is over the limit too, so it is not the new version's",
+                    seen()
+                ),
+                _ => seen(),
+            },
             limits: if with_text {
                 judge.limits_of(unit, reading.metric)
             } else {
                 String::new()
             },
         };
-        let lowest = self
+        let is_worst = self
             .worst_tenant
             .as_ref()
-            .map_or(1_000_000, |worst| worst.score_ppm);
-        if matches!(unit, Unit::Tenant(_)) && score_ppm < lowest {
+            .is_none_or(|worst| (score_ppm, worst.bits) < (worst.score_ppm, reading.bits));
+        if matches!(unit, Unit::Tenant(_)) && score_ppm < 1_000_000 && is_worst {
             self.worst_tenant = Some(report(true));
         }
         if reading.state == State::Clear {
@@ -275,6 +282,7 @@ impl Findings {
             units: self.units,
             watched: self.watched,
             deadline: None,
+            missing: self.missing,
             worst_tenants: self.scores,
             confidence_ppm: (verdict != Verdict::Hold && !by_deadline).then_some(confidence),
             traffic_ppm,
@@ -288,8 +296,8 @@ impl Findings {
         let alpha = percent(judge.policy.rollout.alpha.ppb.into());
         match (verdict, &self.worst) {
             (Verdict::Rollback, Some(worst)) => format!(
-                "{} on {}: {}{}; evidence {} bits of {} needed, which a healthy canary reaches in at most {alpha} of \
-                 rollouts",
+                "{} on {}: {}{}; evidence {} bits of {} needed; of healthy rollouts at most {alpha} are ever halted, by \
+                 whatever finding",
                 unit_name(&worst.unit),
                 worst.metric.as_str(),
                 worst.seen,
@@ -333,8 +341,11 @@ impl Findings {
     /// Of a finding about several tenants: the one that it shows in most.
     fn where_from(&self, worst: &UnitReport) -> String {
         match (&worst.unit, &self.worst_tenant) {
+            (Unit::Fleet | Unit::Cohort(_), Some(tenant)) if tenant.seen != worst.seen => {
+                format!("; worst in {}: {}", unit_name(&tenant.unit), tenant.seen)
+            }
             (Unit::Fleet | Unit::Cohort(_), Some(tenant)) => {
-                format!("; most of it in {}: {}", unit_name(&tenant.unit), tenant.seen)
+                format!("; all of it in {}", unit_name(&tenant.unit))
             }
             _ => String::new(),
         }
@@ -350,7 +361,7 @@ fn claim(judge: &Judge, requirement: Requirement) -> String {
                 percent(u128::from(judge.limits.max_rate_ppb))
             )
         }
-        Requirement::Latency => "less than 1 % of its requests are over their p99 limit".to_owned(),
+        Requirement::Latency => "less than 1 % of the canary's requests are over their p99 limit".to_owned(),
         Requirement::Pool => {
             let limit = judge
                 .policy
@@ -358,7 +369,7 @@ fn claim(judge: &Judge, requirement: Requirement) -> String {
                 .pool
                 .map_or(0, |pool| pool.max_wait_rate.ppb);
             format!(
-                "fewer than {} of its acquires of a connection wait",
+                "fewer than {} of the canary's acquires of a connection wait",
                 percent(limit.into())
             )
         }
@@ -366,9 +377,9 @@ fn claim(judge: &Judge, requirement: Requirement) -> String {
 }
 
 /// Ends a HOLD: says what follows, and returns the verdict.
-pub(super) fn expire(outcome: &mut Outcome, deadline: Deadline) -> Verdict {
+pub(super) fn expire(outcome: &mut Outcome, deadline: Deadline, allowed_us: u64) -> Verdict {
     let trouble = outcome.units.iter().any(|report| report.state.is_trouble());
-    let held = micros(deadline.held_ms.saturating_mul(1_000));
+
     let verdict = match deadline.action {
         OnDeadline::Rollback => Verdict::Rollback,
         OnDeadline::Approve if trouble => Verdict::Rollback,
@@ -381,7 +392,8 @@ pub(super) fn expire(outcome: &mut Outcome, deadline: Deadline) -> Verdict {
         (action, _) => action.as_str(),
     };
     outcome.reason = format!(
-        "on HOLD for {held}, as long as hold_deadline allows (on_deadline: {what}); last: {}",
+        "on HOLD for {}, as long as hold_deadline allows (on_deadline: {what}); last: {}",
+        span(allowed_us),
         outcome.reason
     );
     outcome.verdict = verdict;
@@ -390,15 +402,17 @@ pub(super) fn expire(outcome: &mut Outcome, deadline: Deadline) -> Verdict {
     verdict
 }
 
-/// Orders reports: the lowest score first; at the same score a breach first, then tenants, cohorts, the fleet.
-fn rank(report: &UnitReport) -> (bool, u8, u32) {
+/// Orders reports: breaches first, of tenants, then cohorts, then the fleet; then the lowest score, the more serious state,
+/// and the most evidence.
+fn rank(report: &UnitReport) -> (bool, u8, u32, std::cmp::Reverse<(u8, Bits)>) {
     let breach = report.state == State::Breach;
     let width = match report.unit {
         Unit::Tenant(_) => 0,
         Unit::Cohort(_) => 1,
         Unit::Fleet => 2,
     };
-    (!breach, if breach { width } else { 0 }, report.score_ppm)
+    let weight = std::cmp::Reverse((report.state.severity(), report.bits));
+    (!breach, if breach { width } else { 0 }, report.score_ppm, weight)
 }
 
 pub(super) fn unit_name(unit: &Unit) -> String {
@@ -410,7 +424,9 @@ pub(super) fn unit_name(unit: &Unit) -> String {
 }
 
 /// What was seen, in one clause: observed, expected, requests.
-pub(super) fn seen(metric: Metric, episode: Episode, limits: Thresholds) -> String {
+pub(super) fn seen(metric: Metric, unit: &Unit, episode: Episode, limits: Thresholds) -> String {
+    // Tenants have limits of their own, which several tenants together need not share.
+    let is_tenant = matches!(unit, Unit::Tenant(_));
     let failed = if metric == Metric::Probes {
         "probes"
     } else {
@@ -418,13 +434,19 @@ pub(super) fn seen(metric: Metric, episode: Episode, limits: Thresholds) -> Stri
     };
     match episode {
         Episode::Live(arms) => seen_live(arms, limits, failed),
-        Episode::Limit(arms) if metric == Metric::LatencySla => seen_slow(arms, limits),
+        Episode::Limit(arms) if metric == Metric::LatencySla => {
+            seen_slow(arms, limits.p99_us.filter(|_| is_tenant))
+        }
         Episode::Limit(Arms { canary, .. }) => format!(
-            "{} of {} canary {failed} failed ({}); the SLA allows {}",
+            "{} of {} canary {failed} failed ({}); at most {} is allowed",
             canary.events,
             canary.requests,
             percent_of(canary.events, canary.requests),
-            percent(u128::from(limits.max_rate_ppb)),
+            if is_tenant {
+                percent(u128::from(limits.max_rate_ppb))
+            } else {
+                "each tenant's limit".to_owned()
+            },
         ),
         Episode::Tail(counts, q, marks) => {
             seen_tail(&counts, q, marks.limits_ns(q, limits.margin_buckets), limits)
@@ -433,6 +455,9 @@ pub(super) fn seen(metric: Metric, episode: Episode, limits: Thresholds) -> Stri
 }
 
 fn seen_live(Arms { canary, baseline }: Arms, limits: Thresholds, what: &str) -> String {
+    if canary.requests == 0 || baseline.requests == 0 {
+        return format!("not compared yet: no {what} on both arms");
+    }
     let baseline_ppb = u128::from(baseline.events) * 1_000_000_000 / u128::from(baseline.requests.max(1));
     let tolerated =
         baseline_ppb * u128::from(limits.max_ratio_milli) / 1_000 + u128::from(limits.max_increase_ppb);
@@ -448,36 +473,41 @@ fn seen_live(Arms { canary, baseline }: Arms, limits: Thresholds, what: &str) ->
     )
 }
 
-fn seen_slow(Arms { canary, .. }: Arms, limits: Thresholds) -> String {
+fn seen_slow(Arms { canary, .. }: Arms, limit_us: Option<u64>) -> String {
     format!(
         "{} of {} canary requests took longer than {} ({}); at most 1 % is allowed",
         canary.events,
         canary.requests,
-        limits.p99_us.map_or_else(|| "the limit".to_owned(), micros),
+        limit_us.map_or_else(|| "their tenant's limit".to_owned(), micros),
         percent_of(canary.events, canary.requests),
     )
 }
 
 fn seen_tail(counts: &TailCounts, q: usize, limits_ns: Option<(u64, u64)>, limits: Thresholds) -> String {
     let quantile = QUANTILE_PPM[q] / 10_000;
-    let (of_canary, of_baseline) = match limits_ns {
-        Some((tau, with_margin)) => (micros(with_margin / 1_000), micros(tau / 1_000)),
-        None => (
-            format!("its tenant's baseline p{quantile} and the margin"),
-            format!("that p{quantile}"),
+    let over = |over: u32, count: u32| percent_of(over.into(), count.into());
+    let (canary_over, baseline_over) = (counts.canary_over[q], counts.baseline_over[q]);
+    let (on_canary, on_baseline) = (
+        over(canary_over, counts.canary),
+        over(baseline_over, counts.baseline),
+    );
+    let margin = margin(limits.margin_buckets);
+    match limits_ns {
+        Some((tau, with_margin)) => format!(
+            "{canary_over} of {} canary requests took longer than {} ({on_canary}), on the baseline {baseline_over} of {} \
+             longer than {}, its p{quantile} ({on_baseline}); {margin} slower is tolerated",
+            counts.canary,
+            micros(with_margin / 1_000),
+            counts.baseline,
+            micros(tau / 1_000),
         ),
-    };
-    format!(
-        "{} of {} canary requests took longer than {of_canary} ({}), on the baseline {} of {} longer than {of_baseline} \
-         ({}), its p{quantile}; {} slower is tolerated",
-        counts.canary_over[q],
-        counts.canary,
-        percent_of(counts.canary_over[q].into(), counts.canary.into()),
-        counts.baseline_over[q],
-        counts.baseline,
-        percent_of(counts.baseline_over[q].into(), counts.baseline.into()),
-        margin(limits.margin_buckets),
-    )
+        None => format!(
+            "{canary_over} of {} canary requests took longer than their tenant's p{quantile} on the baseline and {margin}, \
+             which is tolerated ({on_canary}); on the baseline {baseline_over} of {} took longer than that p{quantile} \
+             ({on_baseline})",
+            counts.canary, counts.baseline,
+        ),
+    }
 }
 
 /// A margin of so many buckets, in percent.

@@ -166,6 +166,8 @@ pub struct Outcome {
     pub deadline: Option<Deadline>,
     /// Why, in one sentence.
     pub reason: String,
+    /// What stands in the way of APPROVE besides what `units` lists, most important first.
+    pub missing: Vec<String>,
     /// The unit with the lowest score, if any is suspected.
     pub worst: Option<UnitReport>,
     /// The tenant with the lowest score, if anything is suspected: the one to look at, also when it is the fleet

@@ -14,7 +14,7 @@ use crate::{
     evidence::{Coverage, Pool, Window},
     fixed::{Bits, OutOfRange},
     policy::{Policy, Requirement},
-    quantity::percent_of,
+    quantity::{percent, percent_of},
     threshold::Thresholds,
 };
 use coalmine_proto::names::Arm;
@@ -177,7 +177,7 @@ impl Service {
             _ => {
                 let Arms { canary, baseline } = self.gaps.episode();
                 format!(
-                    "canary agents fell silent {} times in {} windows of theirs, baseline agents {} times in {}",
+                    "agents fell silent {} times on the canary (in {} reports) and {} times on the baseline (in {})",
                     canary.events, canary.requests, baseline.events, baseline.requests
                 )
             }
@@ -256,8 +256,10 @@ impl Service {
             }
             if is_short(now.reported.into(), now.expected.into()) {
                 gaps.push(format!(
-                    "{} of {} {arm} agents reported",
-                    now.reported, now.expected
+                    "{} of {} {arm} agents reported, and {} are needed",
+                    now.reported,
+                    now.expected,
+                    percent(u128::from(minimum_ppm) * 1_000)
                 ));
                 continue;
             }

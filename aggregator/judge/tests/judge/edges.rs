@@ -86,7 +86,7 @@ fn nothing_at_all_holds_and_the_deadline_ends_it() {
     assert!(
         ended
             .reason
-            .starts_with("on HOLD for 60 s, as long as hold_deadline allows (on_deadline: rollback); last: "),
+            .starts_with("on HOLD for 1m, as long as hold_deadline allows (on_deadline: rollback); last: "),
         "{}",
         ended.reason
     );

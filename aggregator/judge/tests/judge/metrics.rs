@@ -294,7 +294,7 @@ fn a_required_pool_must_be_measured_and_proven() {
     assert!(
         proven
             .reason
-            .contains("fewer than 1 % of its acquires of a connection wait"),
+            .contains("fewer than 1 % of the canary's acquires of a connection wait"),
         "{}",
         proven.reason
     );
@@ -407,7 +407,7 @@ fn a_warm_up_is_no_evidence() {
     assert!(
         outcomes[19]
             .reason
-            .contains("requests of the first 20 s are no evidence"),
+            .contains("requests of the first 20s are no evidence"),
         "{}",
         outcomes[19].reason
     );
@@ -449,16 +449,19 @@ fn newcomers_draw_on_the_reserve_and_the_account_says_so() {
         }
     }
     let found = breached(&last.expect("the newcomer's fault is found"));
-    assert!(found.iter().any(|(unit, _)| unit == "tenant:3-third"), "{found:?}");
+    assert!(
+        found.iter().any(|(unit, _)| unit == "tenant:3-third"),
+        "{found:?}"
+    );
     assert_eq!(
         judge.account(),
         [
             "alpha is 1 % for the whole rollout",
             "12.5 % of it to the fleet",
-            "12.5 % of it to 1 cohorts, equal parts",
+            "12.5 % of it to the one cohort",
             "62.5 % of it to 1 tenants known at the start, equal parts",
-            "7.6 % of it to 2 tenants that appeared later (group 1), equal parts",
-            "1.9 % of it to 1 tenants that appeared later (group 2), equal parts",
+            "7.6 % of it to newcomers, group 1: 2 that appeared together, equal parts",
+            "1.9 % of it to newcomers, group 2: 1 that appeared together, equal parts",
             "3 % of it is left for newcomers",
         ]
     );
@@ -490,12 +493,13 @@ fn the_tree_goes_from_the_policy_to_the_verdict() {
     let tree = judge.explain(&outcome, Some(&asked)).join("\n");
     for part in [
         "policy of service checkout",
-        "a HOLD lasts at most 180 s, then rollback",
+        "a HOLD lasts at most 3m, then rollback",
         "alpha is 1 % for the whole rollout",
         "threshold errors.max_rate 0.5 % (tenants.gold-one 0.5 %)",
         "tenant tenant-001: ",
-        " bits -> BREACH -> score ",
-        "verdict ROLLBACK: the lowest score is 0",
+        " bits of harm -> BREACH -> score ",
+        "verdict ROLLBACK\n  tenant tenant-001 on errors/",
+        "the lowest score is 0.000, ",
         "below the threshold of 0.950",
     ] {
         assert!(tree.contains(part), "{part:?} is not in\n{tree}");

@@ -236,7 +236,7 @@ fn missing_agents_hold() {
     };
     let gap = judge.step(&window).unwrap();
     assert_eq!(gap.verdict, Verdict::Hold);
-    assert_eq!(gap.reason, "1 of 2 canary agents reported");
+    assert_eq!(gap.reason, "1 of 2 canary agents reported, and 90 % are needed");
     let mut window = script.window(32, &|_, _| 1_000, 2_000);
     window.canary = Coverage {
         expected: 1,

@@ -103,6 +103,21 @@ impl Side {
             ("rollout.min_coverage.requests", coverage.requests.to_string()),
             ("rollout.cohorts", list(rollout.cohorts().collect())),
             (
+                "tiers",
+                list(self.policy.tiers.keys().map(String::as_str).collect()),
+            ),
+            (
+                "adjust",
+                self.policy.adjust.map_or_else(
+                    || "none".to_owned(),
+                    |adjust| {
+                        let [floor, ceiling] =
+                            [adjust.floor, adjust.ceiling].map(|factor| times(factor.milli));
+                        format!("from_history: {}, {floor}x to {ceiling}x", adjust.from_history)
+                    },
+                ),
+            ),
+            (
                 "rollout.critical",
                 list(rollout.critical().map(TenantName::as_str).collect()),
             ),

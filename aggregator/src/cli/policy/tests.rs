@@ -37,6 +37,7 @@ fn decision(rollout: &str, window: u64, verdict: &str, blob: &Blob, policy: &Blo
             score_ppm: 1_000_000,
             confidence_ppm: None,
             reason: String::new(),
+            missing: Vec::new(),
             worst: None,
             worst_tenant: None,
             anomalies: Vec::new(),
