@@ -15,7 +15,8 @@
 //! Given the requests and the rates of a block, requests fail (or are slow) independently of each other. Rates may
 //! move from block to block in any way, also depending on what happened before; that both arms share the movement
 //! is what a comparison with the live baseline is for. Which requests go to which arm, and how many, may depend on
-//! everything up to the block's start and on nothing in it. Where this fails, by bursts or by lasting differences
+//! everything up to the block's start and on nothing in it; retries after an error, counted as requests, are the case to
+//! think of. A tenant's rates within an open block do not depend on what other tenants see. Where this fails, by bursts or by lasting differences
 //! between equal machines, the cap and the margins below keep the promise in practice; the simulator measures it.
 //!
 //! # Many blocks
@@ -47,8 +48,8 @@
 //!
 //! l_t <- min(l_t, c) can only lower E. With c = (budget + 1 - log2 v) / 3 for the largest weight v (the 1 is -log2 w_1)
 //! that alternative alone needs three blocks at the cap; and two blocks never reach the budget whatever the
-//! alternatives share, since their weights add up to 1: -1 + 2c <= budget, which [`cap`] sees to. So a burst in one
-//! window, or in two, is no verdict.
+//! alternatives share, since their weights add up to 1: -1 + 2c <= budget, which [`cap`] sees to. So from nothing
+//! a burst in one window, or in two, is no verdict; a unit that is suspected already may need but two.
 //!
 //! # Giving up evidence
 //!
@@ -336,6 +337,35 @@ mod tests {
             evidence.add(&[i64::MIN; 3], &prior, second, 20 * ONE),
             Err(OutOfRange)
         );
+    }
+
+    #[test]
+    fn the_cap_is_a_third_of_the_way_and_never_more_than_half() {
+        // (17 + 1 - log2 1) / 3, and one unit.
+        assert_eq!(Prior::new([1]).unwrap().cap(17 * ONE), Ok(6 * ONE + 1));
+        // (5 + 1 + log2 15) / 3 would be 3.3.
+        assert_eq!(Prior::<15>::equal().unwrap().cap(5 * ONE), Ok(3 * ONE));
+        assert_eq!(Prior::<2>::equal().unwrap().cap(i64::MAX), Err(OutOfRange));
+    }
+
+    #[test]
+    fn a_proof_is_the_mean_over_its_alternatives() {
+        let mut proof = Proof::default();
+        let near = |got: Result<Bits, OutOfRange>, want: Bits| {
+            let low = want - got.unwrap();
+            assert!((0..=4).contains(&low), "{low}");
+        };
+        near(proof.bits(), 0);
+        proof.add(&[5 * ONE; SAFETIES]).unwrap();
+        near(proof.bits(), 5 * ONE);
+        assert!(proof.reaches(5 * ONE - 4) && !proof.reaches(5 * ONE + 1));
+        proof
+            .add(&[-90 * ONE, -90 * ONE, -90 * ONE, 5 * ONE, -90 * ONE])
+            .unwrap();
+        // 2^10 / 5: 7.678071905...
+        assert_eq!(proof.bits().unwrap() * 100_000 / ONE, 767_807);
+        proof.add(&[-(1 << 61); SAFETIES]).unwrap();
+        assert_eq!(proof.levels, [LOWEST_LEVEL; SAFETIES]);
     }
 
     #[test]

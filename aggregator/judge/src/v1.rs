@@ -70,6 +70,18 @@ pub enum StepError {
         /// The last one taken.
         last: u64,
     },
+    /// Windows follow each other in time.
+    #[error(
+        "window {got} begins at {got_ms} ms, before the window ahead of it, which begins at {last_ms} ms"
+    )]
+    Time {
+        /// The window that was given.
+        got: u64,
+        /// When it begins.
+        got_ms: u64,
+        /// When the last one began.
+        last_ms: u64,
+    },
     /// Rows come in the order of tenants, each once.
     #[error(
         "row {0} is not after the row before; rows must be in the order of their tenants' names, one for each tenant"
@@ -105,19 +117,20 @@ pub struct Judge {
     tally: Tally,
     /// The fleet, then the cohorts by name.
     groups: Vec<Group>,
-    /// The limits of fleet and cohorts, and the proof that their error rate is below.
+    /// The limits of a tenant that nothing is said about, from which the tolerance of fleet and cohorts follows.
     limits: Thresholds,
-    safety: Safety,
     service: Service,
     /// Evidence that proves the fleet's safety on one required metric.
     proof: Bits,
     /// Windows judged.
     windows: u32,
     last: Option<u64>,
+    last_ms: u64,
     /// When the first window began, and the HOLD that lasts.
     begun_ms: Option<u64>,
     held_since_ms: Option<u64>,
     deadline_told: bool,
+    approved_late: bool,
     halted: bool,
     /// Why, when the hold deadline ended the rollout.
     expired: Option<String>,
@@ -200,15 +213,16 @@ impl Judge {
             due: VecDeque::new(),
             tally: Tally::default(),
             groups,
-            safety: Safety::below(limits.max_rate_ppb)?,
             service: Service::new(&policy, limits)?,
             limits,
             proof: log2_ceil(1_000_000_000, u128::from(parts.max(1)))?,
             windows: 0,
             last: None,
+            last_ms: 0,
             begun_ms: None,
             held_since_ms: None,
             deadline_told: false,
+            approved_late: false,
             halted: false,
             expired: None,
             policy,
@@ -244,12 +258,22 @@ impl Judge {
                 last,
             });
         }
+        if window.start_ms < self.last_ms {
+            return Err(StepError::Time {
+                got: window.number,
+                got_ms: window.start_ms,
+                last_ms: self.last_ms,
+            });
+        }
         let follows = |pair: &[TenantWindow]| matches!(pair, [a, b] if a.tenant < b.tenant);
         if let Some(place) = window.rows.windows(2).position(|pair| !follows(pair)) {
             return Err(StepError::Rows(place + 1));
         }
         self.admit(window)?;
-        self.last = Some(window.number);
+        if let Some(last) = self.last.replace(window.number) {
+            self.service.miss(window.number - last - 1);
+        }
+        self.last_ms = window.start_ms;
         let begun_ms = *self.begun_ms.get_or_insert(window.start_ms);
         if self.is_warming_up(window, begun_ms) {
             self.observe(window);
@@ -290,16 +314,49 @@ impl Judge {
                 self.take_tenant(id, None);
             }
         }
-        let (slow, onset) = (&self.shared.fast, self.shared.onset);
+        let onset = self.shared.onset;
         for group in &mut self.groups {
-            group.close_window(onset, &self.safety, slow);
+            group.close_window(onset);
         }
+        self.relax_the_silent();
         self.service.take(window, onset, &self.groups[0].bars, self.proof);
     }
 
+    /// A tenant that is suspected and has gone holds the rollout for a while, and then no longer.
+    fn relax_the_silent(&mut self) {
+        let silent = |number: &u32| {
+            let tenant = &self.tenants[*number as usize];
+            tenant.is_left_suspected(self.windows, service::NODATA_WINDOWS)
+        };
+        let left: Vec<u32> = self
+            .roster
+            .notable()
+            .map(|(_, number)| number)
+            .filter(silent)
+            .collect();
+        for number in left {
+            let tenant = &mut self.tenants[number as usize];
+            let bars = &self.bars[tenant.bars as usize];
+            tenant.relax(bars);
+            self.summarise(number);
+        }
+    }
+
+    /// Draws up what the verdict needs of a tenant, and keeps the totals.
+    fn summarise(&mut self, number: u32) {
+        let rollout = &self.policy.rollout;
+        let tenant = &mut self.tenants[number as usize];
+        let bars = &self.bars[tenant.bars as usize];
+        let summary = findings::summary(&tenant.readings(bars), rollout.rollback_threshold.ppm);
+        self.tally.remove(tenant, rollout.min_coverage.requests);
+        tenant.summary = summary;
+        self.tally.add(tenant, rollout.min_coverage.requests);
+        self.roster.note(number, summary.notable);
+    }
+
     fn take_tenant(&mut self, id: u32, row: Option<&TenantWindow>) {
-        let min_requests = self.policy.rollout.min_coverage.requests;
         let tenant = &mut self.tenants[id as usize];
+        let min_requests = self.policy.rollout.min_coverage.requests;
         self.tally.remove(tenant, min_requests);
         let before = tenant.open_block();
         let small = self.policy.has_tail() && tenant.is_small(self.windows);
@@ -308,8 +365,6 @@ impl Judge {
             &self.bars[tenant.bars as usize],
         );
         let step = tenant.take(row, self.windows, &self.shared, tests, bars);
-        tenant.summary =
-            findings::summary(&tenant.readings(bars), self.policy.rollout.rollback_threshold.ppm);
         self.tally.add(tenant, min_requests);
         if let Some((serial, due)) = tenant.open_block()
             && before.is_none_or(|(before, _)| before != serial)
@@ -323,7 +378,7 @@ impl Judge {
         if small && let Some(tail) = self.groups.last_mut() {
             tail.add(&step);
         }
-        self.roster.note(id, tenant.summary.notable);
+        self.summarise(id);
     }
 
     /// Gives tenants that appear for the first time their share of the error probability.
@@ -416,7 +471,15 @@ impl Judge {
         if outcome.verdict != Verdict::Hold {
             self.held_since_ms = None;
             self.deadline_told = false;
+            self.approved_late = false;
             return;
+        }
+        let trouble = outcome.units.iter().any(|report| report.state.is_trouble());
+        // After an approval by the deadline, trouble is a new HOLD.
+        if self.approved_late && trouble {
+            self.approved_late = false;
+            self.deadline_told = false;
+            self.held_since_ms = None;
         }
         let since = *self.held_since_ms.get_or_insert(window.start_ms);
         let held_ms = window
@@ -428,7 +491,14 @@ impl Judge {
         }
         let action = self.policy.defaults.on_deadline;
         let deadline = Deadline { held_ms, action };
-        let expired = findings::expire(outcome, deadline, self.policy.defaults.hold_deadline.micros);
+        let is_compared = self.groups[0].live_blocks() > 0;
+        let expired = findings::expire(
+            outcome,
+            deadline,
+            self.policy.defaults.hold_deadline.micros,
+            is_compared,
+        );
+        self.approved_late = expired == Verdict::Approve;
         if expired == Verdict::Rollback {
             self.halted = true;
             self.expired = Some(outcome.reason.clone());

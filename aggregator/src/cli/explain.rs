@@ -128,7 +128,9 @@ fn print(decision: &Decision, hash: &str, tree: Option<&[String]>) {
         }
     }
     if let Some(tree) = tree {
-        say(&"tree       policy -> threshold -> evidence -> state -> score -> verdict");
+        say(
+            &"tree       policy -> threshold -> evidence -> state -> score -> verdict (counts: since the evidence began to grow)",
+        );
         for line in tree {
             say(&format_args!("  {line}"));
         }

@@ -11,6 +11,13 @@
 //!
 //! The same with p1 < p0: null p >= p0, f falls with p. Rejecting it shows that the rate is below p0. Pooled counts are
 //! allowed here, by the concavity above: what is shown is that the mean rate over the pooled requests is below p0.
+//!
+//! One may look after every window, although the rate moves: with p_s the rate of window s and f_s(p) = p p1/p0 + (1-p)
+//! (1-p1)/(1-p0), M_t = product over s <= t of exp(l_s) / f_s(p_s)^n_s is a martingale of mean 1. Whenever the mean rate
+//! over the windows so far is at least p0, the product of f_s(p_s)^n_s is at most 1 by concavity, so E_t <= M_t. Hence the
+//! probability that E ever reaches 1/a at a time when the mean rate so far is not below p0 is at most a. It says nothing of
+//! the last windows alone; that is what the tests for harm are for. Where tenants have limits p0_i of their own, p0 of a
+//! window is their mean, weighed with the window's requests: what is shown is that the mean rate is below the mean limit.
 
 use super::{BILLION, Counts};
 use crate::fixed::{Bits, Log, OutOfRange, log2_lower, log2_upper, weighed};
@@ -39,6 +46,7 @@ const SAFETY_FRACTIONS: [(u64, u64); SAFETIES] = [(1, 30), (1, 10), (1, 3), (2, 
 /// Evidence of a failure and of a success, for each of `K` alternatives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Coefficients<const K: usize> {
+    limit_ppb: u64,
     event: [Log; K],
     other: [Log; K],
 }
@@ -56,6 +64,7 @@ impl<const K: usize> Coefficients<K> {
         }
         let ratio = |part: u64, whole: u64| Ok(log2_lower(part.into())? - log2_upper(whole.into())?);
         let mut both = Self {
+            limit_ppb: p0,
             event: [0; K],
             other: [0; K],
         };
@@ -64,6 +73,11 @@ impl<const K: usize> Coefficients<K> {
             both.other[k] = ratio(BILLION - p1, BILLION - p0)?;
         }
         Ok(both)
+    }
+
+    /// p0, in parts per billion.
+    pub const fn limit_ppb(&self) -> u64 {
+        self.limit_ppb
     }
 
     /// Evidence of some requests, rounded down.

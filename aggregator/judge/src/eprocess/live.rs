@@ -17,9 +17,13 @@
 //! the product of 1 + p_i (a - 1) is at most exp of their sum, so p_c and p_b may be means. (It is the two-stream
 //! e-variable of Turner, Ly, Grünwald, JSPI 2024, arXiv 2106.02693, in Poisson form.)
 //!
-//! The null is about a block as a whole: where the split of traffic moves within one block of several windows while
-//! the shared rate moves too, the block's averages can differ between equal arms. Blocks of more than one window are
-//! only formed by tenants with fewer than five requests a window.
+//! A block of one window needs nothing more. Of several windows, added up, the null is about the averages over all of its
+//! requests, and these can differ between equal arms when the split of traffic moves within the block while the shared
+//! rate moves too. It holds when n_c / n_b is the same in each window of the block; and when each request is assigned to an
+//! arm at random with one share for the whole block, whatever the rates do: then, given which requests would fail, x_c is
+//! hypergeometric, below the binomial in convex order. A canary that has traffic in some windows only would break both;
+//! so a block begins anew as long as one arm has had no request. (Blocks of several windows are formed where one arm has
+//! fewer than five requests a window, and last six windows at most.)
 
 use super::{BILLION, Counts};
 use crate::fixed::{Bits, LOG2_E_Q62_CEIL, Log, OutOfRange, log2_lower, log2_upper, weighed};

@@ -19,6 +19,8 @@
 //! ln(p C + (1-p) D), at most n ln of the weighted mean p (n_c A + n_b C)/n + (1-p) (n_c B + n_b D)/n by concavity, and
 //! both of these means are 1 by the choice of t_0. QED. For requests of different p_i the same concavity serves arm by arm.
 //!
+//! Of blocks of several windows the same holds as for rates of failure; `live.rs` has the conditions.
+//!
 //! So t_b and tau only decide how much is found, never whether it is true: t_b is the share of the baseline that
 //! was above tau in earlier blocks, on a grid of 1/16 of an octave, so that its logarithms come from a table.
 

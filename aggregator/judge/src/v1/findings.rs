@@ -296,8 +296,8 @@ impl Findings {
         let alpha = percent(judge.policy.rollout.alpha.ppb.into());
         match (verdict, &self.worst) {
             (Verdict::Rollback, Some(worst)) => format!(
-                "{} on {}: {}{}; evidence {} bits of {} needed; of healthy rollouts at most {alpha} are ever halted, by \
-                 whatever finding",
+                "{} on {}: {}{}; evidence {} bits of {} needed; of healthy rollouts at most {alpha} ever \
+                 show a breach",
                 unit_name(&worst.unit),
                 worst.metric.as_str(),
                 worst.seen,
@@ -356,10 +356,13 @@ impl Findings {
 fn claim(judge: &Judge, requirement: Requirement) -> String {
     match requirement {
         Requirement::Errors => {
-            format!(
-                "the canary's error rate is below {}",
-                percent(u128::from(judge.limits.max_rate_ppb))
-            )
+            let mut limits = judge.tests.iter().map(|tests| tests.thresholds.max_rate_ppb);
+            let first = limits.next().unwrap_or(judge.limits.max_rate_ppb);
+            if limits.all(|limit| limit == first) {
+                format!("the canary's error rate is below {}", percent(first.into()))
+            } else {
+                "the canary's error rate is below the mean of its tenants' limits".to_owned()
+            }
         }
         Requirement::Latency => "less than 1 % of the canary's requests are over their p99 limit".to_owned(),
         Requirement::Pool => {
@@ -377,12 +380,17 @@ fn claim(judge: &Judge, requirement: Requirement) -> String {
 }
 
 /// Ends a HOLD: says what follows, and returns the verdict.
-pub(super) fn expire(outcome: &mut Outcome, deadline: Deadline, allowed_us: u64) -> Verdict {
+pub(super) fn expire(
+    outcome: &mut Outcome,
+    deadline: Deadline,
+    allowed_us: u64,
+    is_compared: bool,
+) -> Verdict {
     let trouble = outcome.units.iter().any(|report| report.state.is_trouble());
 
     let verdict = match deadline.action {
         OnDeadline::Rollback => Verdict::Rollback,
-        OnDeadline::Approve if trouble => Verdict::Rollback,
+        OnDeadline::Approve if trouble || !is_compared => Verdict::Rollback,
         OnDeadline::Approve => Verdict::Approve,
         OnDeadline::Hold => Verdict::Hold,
     };
@@ -554,4 +562,117 @@ pub(super) fn bits_text(bits: Bits) -> String {
     let tenths = i128::from(bits) * 10 / i128::from(ONE);
     let sign = if tenths < 0 { "-" } else { "" };
     format!("{sign}{}.{}", tenths.abs() / 10, tenths.abs() % 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reading(metric: Metric, state: State, bits: Bits) -> Reading {
+        Reading {
+            metric,
+            state,
+            bits,
+            budget: 20 * ONE,
+        }
+    }
+
+    #[test]
+    fn the_score_goes_from_one_to_theta_at_the_budget_and_to_nothing_at_twice_the_budget() {
+        let score = |state, bits| score(&reading(Metric::ErrorsLive, state, bits), 950_000);
+        assert_eq!(score(State::Clear, -5 * ONE), 1_000_000);
+        assert_eq!(score(State::Clear, 0), 1_000_000);
+        assert_eq!(score(State::Suspect, 10 * ONE), 975_000);
+        assert_eq!(score(State::Suspect, 20 * ONE), 950_000);
+        // Below theta if and only if in breach, also at the budget itself.
+        assert_eq!(score(State::Breach, 20 * ONE), 949_999);
+        assert_eq!(score(State::Shared, 25 * ONE), 950_000);
+        assert_eq!(score(State::Breach, 30 * ONE), 475_000);
+        assert_eq!(score(State::Breach, 40 * ONE), 0);
+        assert_eq!(score(State::Breach, Bits::MAX), 0);
+    }
+
+    #[test]
+    fn a_summary_is_the_worst_of_its_readings() {
+        let summary = |states: &[(Metric, State, Bits)]| {
+            let readings: Vec<_> = states
+                .iter()
+                .map(|(metric, state, bits)| Some(reading(*metric, *state, *bits)))
+                .collect();
+            let summary = super::summary(&readings, 950_000);
+            (
+                summary.state,
+                summary.score_ppm,
+                summary.suspected,
+                summary.notable,
+            )
+        };
+        let clear = (Metric::ErrorsLive, State::Clear, 0);
+        assert_eq!(summary(&[]), (State::Clear, 1_000_000, false, false));
+        assert_eq!(summary(&[clear]), (State::Clear, 1_000_000, false, false));
+        // Against the live baseline nothing can be proven, so CLEAR there does not take PROVEN away; elsewhere it does.
+        let proven = (Metric::ErrorsSla, State::Proven, -ONE);
+        assert_eq!(summary(&[clear, proven]), (State::Proven, 1_000_000, false, true));
+        let slow = (Metric::LatencySla, State::Clear, 2 * ONE);
+        assert_eq!(
+            summary(&[clear, proven, slow]),
+            (State::Clear, 995_000, false, true)
+        );
+        let suspect = (Metric::LatencyLive, State::Suspect, 10 * ONE);
+        assert_eq!(summary(&[suspect, proven]), (State::Suspect, 975_000, true, true));
+        let breach = (Metric::Probes, State::Breach, 40 * ONE);
+        assert_eq!(summary(&[suspect, breach, clear]), (State::Breach, 0, true, true));
+    }
+
+    #[test]
+    fn the_worst_report_is_a_breach_of_the_narrowest_unit_with_the_most_evidence() {
+        let report = |unit: &str, state, score_ppm, bits| UnitReport {
+            unit: match unit {
+                "fleet" => Unit::Fleet,
+                "tail" => Unit::Cohort("tail".to_owned()),
+                name => TenantName::parse(name.as_bytes()).map(Unit::Tenant).unwrap(),
+            },
+            metric: Metric::ErrorsLive,
+            state,
+            bits,
+            budget: ONE,
+            score_ppm,
+            seen: String::new(),
+            limits: String::new(),
+        };
+        let mut reports = [
+            report("fleet", State::Suspect, 960_000, 9),
+            report("c", State::Shared, 970_000, 7),
+            report("d", State::Error, 970_000, 0),
+            report("fleet", State::Breach, 0, 90),
+            report("tail", State::Breach, 0, 95),
+            report("a", State::Breach, 0, 20),
+            report("b", State::Breach, 0, 30),
+        ];
+        reports.sort_by_key(rank);
+        let order: Vec<_> = reports.iter().map(|report| report.unit.to_string()).collect();
+        let wanted = [
+            "tenant:b",
+            "tenant:a",
+            "cohort:tail",
+            "fleet",
+            "fleet",
+            "tenant:d",
+            "tenant:c",
+        ];
+        assert_eq!(order, wanted);
+    }
+
+    #[test]
+    fn shares_margins_and_bits_are_shown_in_short() {
+        assert_eq!(
+            (share_ppm(1, 3), share_ppm(0, 0), share_ppm(5, 5)),
+            (333_333, 0, 1_000_000)
+        );
+        assert_eq!([0, 1, 2, 16].map(margin), ["0 %", "4.43 %", "9.05 %", "100 %"]);
+        assert_eq!(
+            [0, 19 * ONE + ONE / 2, -ONE / 4].map(bits_text),
+            ["0.0", "19.5", "-0.2"]
+        );
+    }
 }

@@ -5,7 +5,7 @@ use super::{
     past::Marks,
     sla::{SlaStep, is_over},
     tenant::{Episode, Step},
-    track::{Arms, Bar, Bars, Piece, Reading, Seen, Sum, Track},
+    track::{Arms, Bar, Bars, Reading, Seen, Sum, Track},
 };
 use crate::{
     budget::Metric,
@@ -44,6 +44,10 @@ pub(super) struct GroupSla {
     baseline_sum: Sum<REPEATS, ()>,
     proof: Proof,
     safety: Counts,
+    /// The sum of the limits of the requests in `safety`.
+    limits: u128,
+    /// Windows in a row in which the canary had requests and none was measured.
+    pub(super) unmeasured: u32,
     /// Canary requests on which the proof rests.
     pub(super) requests: u64,
 }
@@ -77,24 +81,30 @@ impl Group {
         self.probes.add(&step.probes);
     }
 
-    /// Takes what the window has added up to; the proofs are of these two limits.
-    pub(super) fn close_window(&mut self, onset: Onset, errors: &Safety, slow: &Safety) {
+    /// Takes what the window has added up to.
+    pub(super) fn close_window(&mut self, onset: Onset) {
         let live = self.live.1.take();
         let count = |idle: u32, is_there: bool| if is_there { 0 } else { idle.saturating_add(1) };
         let window = std::mem::take(&mut self.window);
         self.totals.add(&window);
         self.without_canary = count(self.without_canary, window.canary.requests > 0);
-        self.without_live = count(self.without_live, !matches!(live, Ok(None)));
+        self.without_live = count(self.without_live, live.0.is_some());
         let bars = &self.bars;
-        take(&mut self.live.0, &live, onset, &bars.live);
-        take(&mut self.tail.0, &self.tail.1.take(), onset, &bars.tail);
-        let probes = self.probes_live.1.take();
-        take(&mut self.probes_live.0, &probes, onset, &bars.probes_live);
+        take(&mut self.live.0, live, onset, &bars.live);
+        take(&mut self.tail.0, self.tail.1.take(), onset, &bars.tail);
+        take(
+            &mut self.probes_live.0,
+            self.probes_live.1.take(),
+            onset,
+            &bars.probes_live,
+        );
+        let has_canary = window.canary.requests > 0;
         self.errors
-            .close_window(onset, &bars.errors, &bars.repeats, errors);
-        self.slow.close_window(onset, &bars.slow, &bars.repeats, slow);
+            .close_window(onset, (&bars.errors, &bars.repeats), has_canary);
+        self.slow
+            .close_window(onset, (&bars.slow, &bars.repeats), has_canary);
         self.probes
-            .close_window(onset, &bars.probes, &bars.repeats, errors);
+            .close_window(onset, (&bars.probes, &bars.repeats), false);
     }
 
     /// Blocks in which tenants were compared with the live baseline.
@@ -151,8 +161,16 @@ impl Group {
     }
 }
 
-fn take<const K: usize, S: Seen>(track: &mut Track<K, S>, piece: &Piece<K, S>, onset: Onset, bar: &Bar<K>) {
-    track.take(piece, onset, bar);
+fn take<const K: usize, S: Seen>(
+    track: &mut Track<K, S>,
+    (sum, failed): (Option<([Bits; K], S)>, bool),
+    onset: Onset,
+    bar: &Bar<K>,
+) {
+    track.take(&Ok(sum), onset, bar);
+    if failed {
+        track.miss();
+    }
     track.settle(bar, false);
 }
 
@@ -161,30 +179,61 @@ impl GroupSla {
         self.sum.add(&step.canary);
         self.baseline_sum.add(&step.baseline);
         self.safety.add(step.safety);
+        self.limits = self
+            .limits
+            .saturating_add(u128::from(step.safety.requests) * u128::from(step.limit_ppb));
     }
 
-    fn close_window(&mut self, onset: Onset, bar: &Bar<CEILINGS>, repeats: &Prior<REPEATS>, safety: &Safety) {
-        let mut canary = self.sum.take();
+    fn close_window(
+        &mut self,
+        onset: Onset,
+        (bar, repeats): (&Bar<CEILINGS>, &Prior<REPEATS>),
+        has_canary: bool,
+    ) {
+        let (canary, failed) = self.sum.take();
         let pooled = std::mem::take(&mut self.safety);
-        let baseline = match self.baseline_sum.take() {
-            Ok(Some((bits, ()))) => {
-                self.baseline_blocks = self.baseline_blocks.saturating_add(1);
-                let start = onset.weight(self.baseline_blocks);
-                start.and_then(|start| self.baseline.add(&bits, repeats, start, bar.cap).map(drop))
-            }
-            Ok(None) => Ok(()),
-            Err(error) => Err(error),
+        let limits = std::mem::take(&mut self.limits);
+        let (baseline, baseline_failed) = self.baseline_sum.take();
+        let repeated = self.repeat(baseline.map(|(bits, ())| bits), onset, bar.cap, repeats);
+        let proof = self.prove(pooled, limits);
+        self.unmeasured = if has_canary && pooled.requests == 0 {
+            self.unmeasured.saturating_add(1)
+        } else {
+            0
         };
-        let proof = match pooled.requests {
-            0 => Ok(()),
-            _ => safety.evidence(pooled).and_then(|bits| self.proof.add(&bits)),
-        };
-        self.requests = self.requests.saturating_add(pooled.requests);
-        if baseline.and(proof).is_err() {
-            canary = Err(OutOfRange);
+        self.canary.take(&Ok(canary), onset, bar);
+        if failed || baseline_failed || repeated.and(proof).is_err() {
+            self.canary.miss();
         }
-        self.canary.take(&canary, onset, bar);
         self.canary.settle(bar, is_over(&self.baseline));
+    }
+
+    fn repeat(
+        &mut self,
+        bits: Option<[Bits; REPEATS]>,
+        onset: Onset,
+        cap: Bits,
+        prior: &Prior<REPEATS>,
+    ) -> Result<(), OutOfRange> {
+        let Some(bits) = bits else { return Ok(()) };
+        self.baseline_blocks = self.baseline_blocks.saturating_add(1);
+        let start = onset.weight(self.baseline_blocks)?;
+        self.baseline.add(&bits, prior, start, cap)?;
+        if self.baseline.is_above(cap)? {
+            self.baseline.lower_to(cap)?;
+        }
+        Ok(())
+    }
+
+    /// Adds to the proof that the mean rate is below the mean of the limits.
+    fn prove(&mut self, pooled: Counts, limits: u128) -> Result<(), OutOfRange> {
+        if pooled.requests == 0 {
+            return Ok(());
+        }
+        self.requests = self.requests.saturating_add(pooled.requests);
+        let limit = u64::try_from(limits / u128::from(pooled.requests)).map_err(|_| OutOfRange)?;
+        let bits = Safety::below(limit)?.evidence(pooled)?;
+        self.proof.add(&bits)
     }
 
     /// Whether safety is proven with this much evidence.

@@ -115,8 +115,8 @@ impl State {
             Self::NoData | Self::Gap => 2,
             Self::Suspect => 3,
             Self::Shared => 4,
-            Self::Breach => 5,
-            Self::Error => 6,
+            Self::Error => 5,
+            Self::Breach => 6,
         }
     }
 

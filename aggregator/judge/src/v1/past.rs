@@ -52,15 +52,17 @@ impl Past {
         }
         let first = usize::from(self.first);
         for (position, count) in (start..).zip(counts) {
-            let mut count = *count >> self.halvings;
-            while count + u64::from(self.counts[position - first]) > u64::from(u16::MAX) {
+            let mut count = count.checked_shr(self.halvings.into()).unwrap_or(0);
+            while count.saturating_add(self.counts[position - first].into()) > u64::from(u16::MAX) {
                 self.halve();
                 count >>= 1;
             }
             // Checked by the loop.
             self.counts[position - first] += count as u16;
         }
-        let outside = |count: u64| u32::try_from(count >> self.halvings).unwrap_or(u32::MAX / 4);
+        let outside = |count: u64| {
+            u32::try_from(count.checked_shr(self.halvings.into()).unwrap_or(0)).unwrap_or(u32::MAX / 4)
+        };
         let (under, over) = (outside(window.underflow()), outside(window.overflow()));
         self.under = self.under.saturating_add(under);
         self.over = self.over.saturating_add(over);

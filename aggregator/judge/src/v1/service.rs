@@ -20,7 +20,7 @@ use crate::{
 use coalmine_proto::names::Arm;
 
 /// After so many windows in a row without canary requests, or without a comparison, there is no data.
-const NODATA_WINDOWS: u32 = 12;
+pub(super) const NODATA_WINDOWS: u32 = 12;
 
 /// Over so many windows the agents' reports are held against the policy's minimum.
 const COVERAGE_WINDOWS: usize = 10;
@@ -52,6 +52,8 @@ struct PoolTracks {
     ceiling: Ceiling,
     safety: Safety,
     limit: Sla,
+    /// Windows in a row without an acquire on the canary.
+    unmeasured: u32,
     /// Windows in a row in which the canary's pool was full and the baseline's was not.
     full: u32,
     last: [PoolSum; 2],
@@ -124,6 +126,7 @@ impl Service {
                 ceiling: Ceiling::above(pool.max_wait_rate.ppb)?,
                 safety: Safety::below(pool.max_wait_rate.ppb)?,
                 limit: Sla::default(),
+                unmeasured: 0,
                 full: 0,
                 last: Default::default(),
             })
@@ -141,6 +144,22 @@ impl Service {
         self.agents.push_back([window.canary, window.baseline]);
         if self.agents.len() > COVERAGE_WINDOWS {
             self.agents.pop_front();
+        }
+    }
+
+    /// Remembers windows that never came.
+    pub(super) fn miss(&mut self, windows: u64) {
+        let Some(mut last) = self.agents.back().copied() else {
+            return;
+        };
+        for coverage in &mut last {
+            coverage.reported = 0;
+        }
+        for _ in 0..windows.min(COVERAGE_WINDOWS as u64) {
+            self.agents.push_back(last);
+            if self.agents.len() > COVERAGE_WINDOWS {
+                self.agents.pop_front();
+            }
         }
     }
 
@@ -222,19 +241,37 @@ impl Service {
             found.missing.push(seen.to_owned());
         }
         if fleet.totals.canary.requests > 0 && window.canary.reported > 0 {
-            let pool_counted = self.pool.as_ref().is_some_and(PoolTracks::is_begun);
-            let latency = (required(Requirement::Latency) && fleet.slow.requests == 0).then_some((
+            let pool_counted = self
+                .pool
+                .as_ref()
+                .is_some_and(|pool| pool.is_begun() && !idle(pool.unmeasured));
+            let measured = fleet.slow.requests > 0 && !idle(fleet.slow.unmeasured);
+            let latency = (required(Requirement::Latency) && !measured).then_some((
                 Metric::LatencySla,
-                "no latency was measured, and the policy requires it",
+                "no latency is measured, and the policy requires it",
             ));
             let pool = (required(Requirement::Pool) && !pool_counted).then_some((
                 Metric::Pool,
-                "no connection pool was measured, and the policy requires it",
+                "no connection pool is measured, and the policy requires it",
             ));
             for (metric, seen) in latency.into_iter().chain(pool) {
                 found.missing.push(seen.to_owned());
                 found.units.push(without_evidence(metric, State::NoData, seen));
             }
+        }
+        let answered = fleet
+            .totals
+            .canary
+            .requests
+            .saturating_sub(fleet.totals.canary.events);
+        let least = u128::from(policy.rollout.min_coverage.traffic.ppm);
+        if required(Requirement::Latency)
+            && u128::from(fleet.slow.requests) * 1_000_000 < u128::from(answered) * least
+        {
+            found.missing.push(format!(
+                "the latency of only {} of the canary's requests is measured",
+                percent_of(fleet.slow.requests, answered)
+            ));
         }
         self.require_agents(window, policy.rollout.min_coverage.agents.ppm, &mut found);
         found
@@ -290,11 +327,12 @@ impl Service {
 /// Agents that reported the window before, and those of them that do not report this one. Only the window in which
 /// an agent falls silent is an event: that it stays silent is no news, and would make one event look like many.
 fn fell_silent(before: Coverage, now: Coverage) -> Counts {
-    let missed = |coverage: Coverage| coverage.expected.saturating_sub(coverage.reported);
-    let new = missed(now).saturating_sub(missed(before));
+    // Those who left are not expected, and those who have just come did not report before.
+    let missed = now.expected.saturating_sub(now.reported);
+    let fewer = before.reported.saturating_sub(now.reported);
     Counts {
         requests: before.reported.into(),
-        events: new.min(before.reported).into(),
+        events: fewer.min(missed).into(),
     }
 }
 
@@ -326,6 +364,11 @@ impl PoolTracks {
         };
         self.full = if canary.is_full() && !baseline.is_full() {
             self.full.saturating_add(1)
+        } else {
+            0
+        };
+        self.unmeasured = if canary.acquires == 0 {
+            self.unmeasured.saturating_add(1)
         } else {
             0
         };

@@ -25,8 +25,9 @@ pub(super) struct Sla {
 pub(super) struct SlaStep {
     pub(super) canary: Piece<CEILINGS, Arms>,
     pub(super) baseline: Piece<REPEATS, ()>,
-    /// The canary's requests, as many of them counted as bad as can have been.
+    /// The canary's requests, as many of them counted as bad as can have been, and the limit on their rate.
     pub(super) safety: Counts,
+    pub(super) limit_ppb: u64,
 }
 
 impl Default for SlaStep {
@@ -35,6 +36,7 @@ impl Default for SlaStep {
             canary: Ok(None),
             baseline: Ok(None),
             safety: Counts::default(),
+            limit_ppb: 0,
         }
     }
 }
@@ -51,6 +53,7 @@ impl Sla {
     ) -> SlaStep {
         let mut step = SlaStep {
             safety: possibly,
+            limit_ppb: safety.limit_ppb(),
             ..SlaStep::default()
         };
         if arms.baseline.requests > 0 {
@@ -58,6 +61,10 @@ impl Sla {
                 self.baseline_blocks = self.baseline_blocks.saturating_add(1);
                 let start = onset.weight(self.baseline_blocks)?;
                 self.baseline.add(&bits, repeats, start, bar.cap)?;
+                // No more than one block's worth, so that an incident that is over is soon forgotten.
+                if self.baseline.is_above(bar.cap)? {
+                    self.baseline.lower_to(bar.cap)?;
+                }
                 Ok(Some((bits, ())))
             });
             step.baseline = taken;

@@ -1,5 +1,7 @@
 //! What is kept of one tenant, and what a window adds to it.
 
+use coalmine_proto::histogram::Histogram;
+
 use super::{
     outcome::State,
     past::{Marks, Past},
@@ -86,6 +88,13 @@ struct Block {
     opened: u32,
 }
 
+impl Block {
+    /// Whether there is nothing to compare yet.
+    fn is_one_sided(&self) -> bool {
+        self.arms.canary.requests == 0 || self.arms.baseline.requests == 0
+    }
+}
+
 /// One tenant.
 #[derive(Debug, Clone)]
 pub(super) struct Tenant {
@@ -107,8 +116,9 @@ pub(super) struct Tenant {
     /// Requests so far, the warm-up's not counted.
     pub(super) canary_requests: u64,
     pub(super) baseline_requests: u64,
-    /// The window of the rollout in which it was first seen.
+    /// Windows of the rollout before it was first seen, and until it was last seen.
     admitted: u32,
+    seen: u32,
     pub(super) summary: Summary,
 }
 
@@ -189,6 +199,14 @@ fn probes_of(row: &TenantWindow) -> Arms {
     }
 }
 
+/// The latencies of one arm: none of no requests; unknown if there were requests and nothing was measured.
+fn latencies<'a>(counts: &'a ArmCounts, none: &'a Histogram) -> Option<&'a Histogram> {
+    match &counts.latency {
+        Some(latency) => Some(&latency.histogram),
+        None => (counts.requests == 0).then_some(none),
+    }
+}
+
 fn slow(counts: &ArmCounts, over: impl Fn(&Latency) -> u64) -> Counts {
     counts
         .latency
@@ -217,6 +235,7 @@ impl Tenant {
             canary_requests: 0,
             baseline_requests: 0,
             admitted,
+            seen: admitted,
             summary: Summary::default(),
         }
     }
@@ -224,7 +243,8 @@ impl Tenant {
     /// Whether it had less than one canary request a window so far: what is wrong with it is seen, if at all, where
     /// many such tenants are added up. It depends on counts of requests in earlier windows only.
     pub(super) fn is_small(&self, window: u32) -> bool {
-        window > self.admitted && self.canary_requests < u64::from(window - self.admitted)
+        let before = window.saturating_sub(self.admitted + 1);
+        self.canary_requests < u64::from(before)
     }
 
     /// Takes the baseline's latencies of a window that is not judged.
@@ -243,21 +263,40 @@ impl Tenant {
     ) -> Step {
         let mut step = Step::default();
         if let Some(row) = row {
+            self.seen = windows;
             self.take_row(row, windows, shared, tests, bars, &mut step);
         }
         self.close_block(windows, shared, tests, bars, &mut step);
         if let Some(row) = row {
             self.learn(row);
         }
-        if self.block.opened == 0 && (!self.marks.is_set() || self.is_time_for_marks()) {
+        if self.block.is_one_sided() && (!self.marks.is_set() || self.is_time_for_marks()) {
             self.marks = self.past.marks();
         }
         self.settle(shared, bars);
         step
     }
 
+    /// Whether it is suspected and has been silent for so many windows.
+    pub(super) fn is_left_suspected(&self, windows: u32, silent: u32) -> bool {
+        self.summary.suspected && windows - self.seen >= silent
+    }
+
+    /// Gives up what is above half of the evidence that halts: nothing more can be learned of a tenant that is gone.
+    pub(super) fn relax(&mut self, bars: &Bars) {
+        self.live.relax(&bars.live);
+        self.tail.relax(&bars.tail);
+        self.errors.canary.relax(&bars.errors);
+        self.slow.canary.relax(&bars.slow);
+        if let Some(probes) = &mut self.probes {
+            probes.live.relax(&bars.probes_live);
+            probes.limit.canary.relax(&bars.probes);
+        }
+    }
+
     fn is_time_for_marks(&self) -> bool {
-        self.serial <= EARLY_BLOCKS || self.serial.is_multiple_of(BLOCKS_BETWEEN_MARKS)
+        let blocks = self.live.blocks();
+        blocks <= EARLY_BLOCKS || blocks.is_multiple_of(BLOCKS_BETWEEN_MARKS)
     }
 
     fn learn(&mut self, row: &TenantWindow) {
@@ -280,17 +319,22 @@ impl Tenant {
         self.canary_requests = self.canary_requests.saturating_add(arms.canary.requests);
         self.baseline_requests = self.baseline_requests.saturating_add(arms.baseline.requests);
         if arms.canary.requests > 0 || arms.baseline.requests > 0 {
-            if self.block.opened == 0 {
+            // While one arm was silent there is nothing to compare: the block begins when both have requests.
+            if self.block.is_one_sided() {
                 self.serial = self.serial.saturating_add(1);
-                self.block.opened = windows;
+                self.block = Block {
+                    opened: windows,
+                    ..Block::default()
+                };
             }
             self.block.arms.add(&arms);
-            if let (Some(canary), Some(baseline)) = (&row.canary.latency, &row.baseline.latency)
+            let none = Histogram::new();
+            if let (Some(canary), Some(baseline)) =
+                (latencies(&row.canary, &none), latencies(&row.baseline, &none))
                 && self.marks.is_set()
             {
                 let margin = tests.thresholds.margin_buckets;
-                let counts = self.marks.count(&canary.histogram, &baseline.histogram, margin);
-                self.block.tail.add(&counts);
+                self.block.tail.add(&self.marks.count(canary, baseline, margin));
             }
         }
         let onset = shared.onset;

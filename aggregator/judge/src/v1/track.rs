@@ -111,43 +111,45 @@ pub(super) struct Reading {
     pub(super) budget: Bits,
 }
 
-/// Pieces of several tenants, added up.
+/// Pieces of several tenants, added up. One that failed is left out, and said to be missing.
 #[derive(Debug, Clone)]
 pub(super) struct Sum<const K: usize, S> {
-    piece: Piece<K, S>,
+    sum: Option<([Bits; K], S)>,
+    failed: bool,
 }
 
 impl<const K: usize, S> Default for Sum<K, S> {
     fn default() -> Self {
-        Self { piece: Ok(None) }
+        Self {
+            sum: None,
+            failed: false,
+        }
     }
 }
 
 impl<const K: usize, S: Seen> Sum<K, S> {
     pub(super) fn add(&mut self, piece: &Piece<K, S>) {
-        match (&mut self.piece, piece) {
-            (Err(_), _) | (_, Ok(None)) => {}
-            (_, Err(error)) => self.piece = Err(*error),
-            (Ok(None), Ok(Some(first))) => self.piece = Ok(Some(first.clone())),
-            (Ok(Some((sum, seen))), Ok(Some((bits, more)))) => {
-                let mut fits = true;
-                for (sum, bits) in sum.iter_mut().zip(bits) {
-                    *sum = sum.checked_add(*bits).unwrap_or_else(|| {
-                        fits = false;
-                        0
-                    });
+        match (&mut self.sum, piece) {
+            (_, Ok(None)) => {}
+            (_, Err(OutOfRange)) => self.failed = true,
+            (None, Ok(Some(first))) => self.sum = Some(first.clone()),
+            (Some((sum, seen)), Ok(Some((bits, more)))) => {
+                let mut added = *sum;
+                for (sum, bits) in added.iter_mut().zip(bits) {
+                    match sum.checked_add(*bits) {
+                        Some(both) => *sum = both,
+                        None => return self.failed = true,
+                    }
                 }
+                *sum = added;
                 seen.add(more);
-                if !fits {
-                    self.piece = Err(OutOfRange);
-                }
             }
         }
     }
 
-    /// What was added up; the sum begins anew.
-    pub(super) fn take(&mut self) -> Piece<K, S> {
-        std::mem::replace(&mut self.piece, Ok(None))
+    /// What was added up, and whether something is missing; the sum begins anew.
+    pub(super) fn take(&mut self) -> (Option<([Bits; K], S)>, bool) {
+        (self.sum.take(), std::mem::take(&mut self.failed))
     }
 }
 
@@ -185,9 +187,33 @@ impl<const K: usize, S: Seen> Track<K, S> {
     pub(super) fn take(&mut self, piece: &Piece<K, S>, onset: Onset, bar: &Bar<K>) {
         match piece {
             Ok(None) => {}
-            Ok(Some((bits, seen))) => self.failed |= self.add(bits, seen, onset, bar).is_err(),
-            Err(OutOfRange) => self.failed = true,
+            Ok(Some((bits, seen))) => {
+                if self.add(bits, seen, onset, bar).is_err() {
+                    self.fail();
+                }
+            }
+            Err(OutOfRange) => self.fail(),
         }
+    }
+
+    /// Gives up the evidence, which is always allowed, and remembers it. What comes later can still show harm.
+    fn fail(&mut self) {
+        self.failed = true;
+        self.evidence = Evidence::default();
+        self.episode = S::default();
+    }
+
+    /// Remembers that something is missing.
+    pub(super) fn miss(&mut self) {
+        self.failed = true;
+    }
+
+    /// Gives up what is above half of the budget.
+    pub(super) fn relax(&mut self, bar: &Bar<K>) {
+        if self.state == State::Suspect && self.evidence.lower_to(bar.budget / 2).is_err() {
+            self.fail();
+        }
+        self.settle(bar, false);
     }
 
     fn add(&mut self, bits: &[Bits; K], seen: &S, onset: Onset, bar: &Bar<K>) -> Result<(), OutOfRange> {
@@ -208,10 +234,12 @@ impl<const K: usize, S: Seen> Track<K, S> {
     pub(super) fn settle(&mut self, bar: &Bar<K>, shared: bool) {
         self.state = if self.breached_at > Bits::MIN {
             State::Breach
-        } else if self.failed {
-            State::Error
         } else {
-            self.conclude(bar, shared).unwrap_or(State::Error)
+            match self.conclude(bar, shared) {
+                Ok(State::Breach) => State::Breach,
+                Ok(state) if !self.failed => state,
+                Ok(_) | Err(OutOfRange) => State::Error,
+            }
         };
     }
 
@@ -221,7 +249,8 @@ impl<const K: usize, S: Seen> Track<K, S> {
             return Ok(State::Clear);
         }
         if shared {
-            self.evidence.lower_to(half)?;
+            // A little above half, so that it stays shared until something new is counted.
+            self.evidence.lower_to(half + 16)?;
             return Ok(State::Shared);
         }
         if !self.evidence.is_above(bar.budget)? {

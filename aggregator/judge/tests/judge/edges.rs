@@ -337,3 +337,132 @@ fn a_silent_tenant_costs_nothing_and_keeps_its_state() {
     // The open block is closed in time; after that nothing changes.
     assert!(states[6..].iter().all(|state| *state == states[6]), "{states:?}");
 }
+
+#[test]
+fn a_block_of_few_requests_is_closed_after_six_windows_though_its_tenant_is_silent() {
+    let mut judge = minimal("hold");
+    let score = |outcome: &Outcome| {
+        let small = outcome
+            .worst_tenants
+            .iter()
+            .find(|(name, _)| name.as_str() == "small");
+        small.map_or(1_000_000, |(_, score)| *score)
+    };
+    let mut scores = Vec::new();
+    for number in 1..=9 {
+        let mut rows = vec![("busy".to_owned(), [100, 0], [900, 0])];
+        if number == 2 {
+            // Against the SLA one failure of one request counts at once; against the baseline the block waits.
+            rows.push(("small".to_owned(), [1, 1], [3, 0]));
+        }
+        scores.push(score(&judge.step(&window(number, rows)).unwrap()));
+    }
+    assert_eq!(scores[0], 1_000_000);
+    assert!(
+        scores[1] < 1_000_000 && scores[1..6].iter().all(|score| *score == scores[1]),
+        "{scores:?}"
+    );
+    let tree = judge.explain(
+        &judge.clone().step(&window(10, [])).unwrap(),
+        Some(&TenantName::parse(b"small").unwrap()),
+    );
+    let live = tree
+        .iter()
+        .skip_while(|line| !line.starts_with("tenant small: 1 canary"))
+        .find(|line| line.contains("failed"));
+    assert_eq!(
+        live.map(|line| line.trim()),
+        Some("1 of 1 canary requests failed (100 %), on the baseline 0 of 3 (0 %); up to 0.1 % is tolerated")
+    );
+}
+
+#[test]
+fn coverage_counts_tenants_with_enough_requests_and_no_suspicion() {
+    let policy = "apiVersion: coalmine.dev/v1
+kind: SlaBaseline
+service: checkout
+defaults: { errors: { max_rate: 1% }, required: [errors], judge_window: 1s, hold_deadline: 1h }
+rollout: { critical: [slow], min_coverage: { tenants: 60%, traffic: 90%, requests: 20 } }
+";
+    let mut judge = Judge::new(Policy::parse(policy).unwrap(), None, None).unwrap();
+    let mut outcomes = Vec::new();
+    for number in 1..=40 {
+        let failed = if (10..14).contains(&number) { 4 } else { 0 };
+        outcomes.push(
+            judge
+                .step(&window(
+                    number,
+                    [
+                        ("absent".to_owned(), [0, 0], [9, 0]),
+                        ("fast".to_owned(), [96, 0], [900, 0]),
+                        ("idle".to_owned(), [0, 0], [0, 0]),
+                        ("shaky".to_owned(), [3, failed.min(3)], [30, 0]),
+                        ("slow".to_owned(), [1, 0], [9, 0]),
+                    ],
+                ))
+                .unwrap(),
+        );
+    }
+    let at = |number: usize| {
+        let outcome = &outcomes[number - 1];
+        (outcome.traffic_ppm, outcome.tenants_ppm)
+    };
+    // Of three tenants with canary traffic one has enough requests, then two, then three.
+    assert_eq!(at(1), (960_000, 333_333));
+    assert_eq!(at(6), (960_000, 333_333));
+    assert_eq!(at(7), (990_000, 666_666));
+    // While one is suspected it does not count.
+    let suspected = outcomes
+        .iter()
+        .position(|outcome| outcome.tenants.get(State::Suspect) == 1)
+        .unwrap();
+    assert_eq!(at(suspected + 1), (960_000, 333_333));
+    // The idle one was never seen; the policy's and the one without canary are there.
+    assert_eq!(outcomes[0].tenants.total(), 4);
+    let critical = |number: usize| {
+        outcomes[number - 1]
+            .missing
+            .iter()
+            .any(|missing| missing.starts_with("critical tenant slow has "))
+    };
+    assert!(critical(19) && !critical(20));
+    let short = |number: usize| {
+        outcomes[number - 1]
+            .missing
+            .iter()
+            .any(|missing| missing.starts_with("only 1 of 3 tenants"))
+    };
+    assert!(short(6) && !short(7));
+}
+
+#[test]
+fn the_tail_is_those_with_less_than_one_canary_request_a_window() {
+    let mut judge = minimal("hold");
+    let rows = |number: u64| {
+        [
+            ("exactly-one".to_owned(), [1, 0], [9, 0]),
+            ("every-second".to_owned(), [number % 2, 0], [9, 0]),
+            ("not-on-canary".to_owned(), [0, 0], [9, 0]),
+        ]
+    };
+    let sorted = |number| {
+        let mut rows = rows(number);
+        rows.sort();
+        window(number, rows)
+    };
+    for number in 1..=100 {
+        judge.step(&sorted(number)).unwrap();
+    }
+    let last = judge.step(&sorted(101)).unwrap();
+    let tree = judge.explain(&last, None);
+    let tail = tree
+        .iter()
+        .skip_while(|line| *line != "cohort tail")
+        .nth(1)
+        .unwrap();
+    // From the window on in which each is known to be small.
+    assert_eq!(
+        tail.trim(),
+        "50 canary requests, 0 failed; on the baseline 1791, 0 failed"
+    );
+}

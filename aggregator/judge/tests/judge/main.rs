@@ -10,5 +10,6 @@ mod script;
 
 mod edges;
 mod golden;
+mod memory;
 mod metrics;
 mod verdicts;

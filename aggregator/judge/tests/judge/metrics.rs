@@ -279,7 +279,7 @@ fn a_required_pool_must_be_measured_and_proven() {
     let unmeasured = run(with_pools(60, |_| Vec::new()));
     assert_eq!(unmeasured.verdict, Verdict::Hold);
     assert!(
-        unmeasured.reason.contains("no connection pool was measured"),
+        unmeasured.reason.contains("no connection pool is measured"),
         "{}",
         unmeasured.reason
     );
