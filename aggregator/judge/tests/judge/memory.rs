@@ -3,7 +3,6 @@
 use coalmine_judge::{
     budget::Metric,
     evidence::{ArmCounts, Coverage, Latency, Pool, TenantWindow, Window},
-    policy::Policy,
     v1::{Judge, Outcome, State, Verdict},
 };
 use coalmine_proto::{
@@ -11,23 +10,10 @@ use coalmine_proto::{
     names::{Arm, TenantName},
 };
 
+use crate::script::judge_by;
+
 fn judge(defaults: &str, rest: &str) -> Judge {
-    let text = format!(
-        "apiVersion: coalmine.dev/v1
-kind: SlaBaseline
-service: checkout
-defaults:
-  errors: {{ max_rate: 1% }}
-  judge_window: 1s
-{defaults}
-{rest}"
-    );
-    Judge::new(
-        Policy::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}")),
-        None,
-        None,
-    )
-    .unwrap()
+    judge_by(&["  errors: { max_rate: 1% }", defaults], rest)
 }
 
 fn errors(requests: u64, errors: u64) -> ArmCounts {

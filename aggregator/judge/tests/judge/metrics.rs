@@ -3,7 +3,6 @@
 use coalmine_judge::{
     budget::Metric,
     evidence::{ArmCounts, Coverage, Latency, Pool, Probes, TenantWindow, Window},
-    policy::Policy,
     v1::{Judge, Outcome, State, Unit, Verdict},
 };
 use coalmine_proto::{
@@ -11,28 +10,14 @@ use coalmine_proto::{
     names::{Arm, TenantName},
 };
 
-use crate::script::{Random, Script};
+use crate::script::{Random, Script, judge_by};
 
-/// A judge by the usual policy with further lines in `defaults`, `tenants` and `rollout`.
+/// A judge by the usual policy with further lines in `defaults` and after it.
 fn judge_with(defaults: &str, rest: &str) -> Judge {
-    let text = format!(
-        "apiVersion: coalmine.dev/v1
-kind: SlaBaseline
-service: checkout
-defaults:
-  errors: {{ max_rate: 1%, max_increase: 0.1pp, max_ratio: 1.25 }}
-  latency: {{ p99: 10s }}
-  judge_window: 1s
-  hold_deadline: 3m
-{defaults}
-{rest}"
-    );
-    Judge::new(
-        Policy::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}")),
-        None,
-        None,
-    )
-    .unwrap()
+    let usual = "  errors: { max_rate: 1%, max_increase: 0.1pp, max_ratio: 1.25 }
+  latency: { p99: 10s }
+  hold_deadline: 3m";
+    judge_by(&[usual, defaults], rest)
 }
 
 /// The first window in which something is in breach, and what is.
@@ -348,6 +333,28 @@ fn failing_probes_are_found_where_requests_are_fine() {
         first_breach(&mut judge_with("", ""), probed(1, 1)),
         None,
         "the baseline's probes fail as well"
+    );
+}
+
+#[test]
+fn probes_within_the_limit_are_held_against_the_baseline_all_the_same() {
+    let arm = |requests, failed| ArmCounts {
+        probes: Probes { checks: 5, failed },
+        ..plain(requests, 0)
+    };
+    let windows = (1..=40).map(|number| window(number, vec![row("acme", arm(50, 2), arm(450, 0))]));
+    let mut judge = judge_with("", "tenants: { acme: { errors: { max_rate: 60% } } }");
+    let (_, breached) = first_breach(&mut judge, windows).expect("it is found");
+    assert!(
+        breached.contains(&("tenant:acme".to_owned(), Metric::Probes)),
+        "{breached:?}"
+    );
+    // Without a baseline the limit alone decides.
+    let alone = (1..=40).map(|number| window(number, vec![row("acme", arm(50, 2), plain(450, 0))]));
+    let (_, breached) = first_breach(&mut judge_with("", ""), alone).expect("it is found");
+    assert!(
+        breached.contains(&("tenant:acme".to_owned(), Metric::Probes)),
+        "{breached:?}"
     );
 }
 

@@ -108,6 +108,16 @@ impl Script {
     }
 }
 
+/// A judge by a policy of these lines: those of `defaults`, then what follows it.
+pub(crate) fn judge_by(defaults: &[&str], rest: &str) -> Judge {
+    let defaults = defaults.join("\n");
+    let text = format!(
+        "apiVersion: coalmine.dev/v1\nkind: SlaBaseline\nservice: checkout\ndefaults:\n  judge_window: 1s\n{defaults}\n{rest}"
+    );
+    let policy = Policy::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    Judge::new(policy, None, None).unwrap()
+}
+
 pub(crate) fn judge() -> Judge {
     Judge::new(Policy::parse(POLICY).unwrap(), None, None).unwrap()
 }

@@ -77,8 +77,9 @@ impl Side {
             let [wait, increase] =
                 [pool.max_wait_rate.ppb, pool.max_increase.ppb].map(|ppb| percent(u128::from(ppb)));
             format!(
-                "at most {wait} wait, up to {} times the baseline's plus {increase}",
-                times(pool.max_ratio.milli)
+                "at most {wait} wait, up to {} times the baseline's plus {}pp",
+                times(pool.max_ratio.milli),
+                increase.trim_end_matches(" %")
             )
         });
         let required = defaults.required.iter().map(|required| required.as_str());

@@ -254,6 +254,7 @@ fn a_difference_says_whose_limits_change_and_why() {
         shown,
         [
             "(rollout)|rollout.alpha|1 %|2 %|",
+            "(rollout)|tiers|[]|[gold]|",
             "(default)|latency.p99|350 ms|300 ms|defaults 300 ms",
             "(default)|latency.margin|2 buckets, +9.05 %|4 buckets, +18.9 %|defaults 20 %",
             "beta|latency.margin|2 buckets, +9.05 %|4 buckets, +18.9 %|defaults 20 %",
