@@ -262,7 +262,7 @@ fn a_difference_says_whose_limits_change_and_why() {
         ]
     );
     assert_eq!((tenants, changed), (1, 1));
-    let change: Value = serde_json::to_value(&compare(&plain(), &side(&other, None)).changes[1]).unwrap();
+    let change: Value = serde_json::to_value(&compare(&plain(), &side(&other, None)).changes[2]).unwrap();
     assert_eq!(change["who"], "(default)");
     assert_eq!(change["raw"], serde_json::json!([350_000, 300_000]));
     let foreign = side(&POLICY.replace("checkout", "cart"), None);
