@@ -16,13 +16,14 @@ use crate::{
     tools::tool,
 };
 
-/// The policy of the tests: windows of one second.
+/// The policy of the tests: windows of one second. All instances share one machine, where healthy ones may differ in
+/// latency by as much again.
 pub const POLICY: &str = "apiVersion: coalmine.dev/v1
 kind: SlaBaseline
 service: checkout
 defaults:
   errors:  { max_rate: 1%, max_increase: 0.1pp, max_ratio: 1.25 }
-  latency: { p99: 350ms }
+  latency: { p99: 350ms, margin: 100% }
   judge_window: 1s
   hold_deadline: 5m
 rollout: { min_coverage: { requests: 10 } }

@@ -22,13 +22,14 @@ const READY_WITHIN: Duration = Duration::from_secs(15);
 /// How long the last windows may take to arrive.
 const COUNTED_WITHIN: Duration = Duration::from_secs(10);
 
-/// The demonstration's policy: windows of one second, and fewer requests for a tenant to count as judged.
+/// The demonstration's policy: windows of one second, fewer requests for a tenant to count as judged, and a wide margin on
+/// latency, since all instances share this machine.
 const POLICY: &str = "apiVersion: coalmine.dev/v1
 kind: SlaBaseline
 service: checkout
 defaults:
   errors:  { max_rate: 1%, max_increase: 0.1pp, max_ratio: 1.25 }
-  latency: { p99: 350ms }
+  latency: { p99: 350ms, margin: 50% }
   judge_window: 1s
   hold_deadline: 3m
 rollout: { min_coverage: { requests: 10 } }
