@@ -357,10 +357,16 @@ fn agents() {
     command.args(["--listen", &listen.to_string(), "--admin", &admin.to_string()]);
     let agent = Process::start(command, &directory.path().join("agent.log"));
     let said = eventually("the agent says that it has no aggregator", || {
-        Some(agent.said()).filter(|said| said.contains("WARN"))
+        Some(agent.said()).filter(|said| said.contains("no connection to the aggregator"))
     });
+    let warning = said
+        .lines()
+        .find(|line| line.contains("no connection to the aggregator"))
+        .unwrap();
     assert!(
-        said.contains("no-such-host.invalid") && said.contains("--aggregator"),
+        warning.contains("WARN")
+            && warning.contains("check --aggregator")
+            && warning.contains("no-such-host.invalid"),
         "{said}"
     );
     assert_eq!(get(admin, "/readyz").unwrap().status, 200);
