@@ -3,6 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::mpsc::Receiver,
 };
@@ -87,8 +88,22 @@ pub(crate) fn open_append(path: &Path) -> Result<File, DiskError> {
 
 /// Writes a whole file so that either the old or the new content is there, whatever happens.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    replace_with(path, content, 0o666)
+}
+
+/// The same, for the owner's eyes only.
+pub(crate) fn replace_secret(path: &Path, content: &[u8]) -> io::Result<()> {
+    replace_with(path, content, 0o600)
+}
+
+fn replace_with(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let temporary = path.with_extension("tmp");
-    let mut file = File::create(&temporary)?;
+    let mut file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(mode)
+        .open(&temporary)?;
     file.write_all(content)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;

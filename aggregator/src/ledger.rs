@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! DATA/decisions.jsonl       one record a line; the form is described in coalmine_judge::record
-//! DATA/checkpoint            log name, number of records, Merkle root; replaced after each commit
+//! DATA/checkpoint            log name, number of records, Merkle root, signed; replaced after each commit
+//! DATA/key                   the key that signs, secret; made with the log, and never again
 //! DATA/evidence/ab/ab12...   blobs: zstd, named by the SHA-256 of their stored bytes
 //! DATA/decisions.jsonl.torn-T  what stood after the last whole record when the log was opened at time T
 //! DATA/.lock                 held by the process that writes
@@ -17,7 +18,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, BufRead as _, BufReader, Read as _},
+    io::{self, BufRead as _, BufReader},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{
@@ -29,24 +30,24 @@ use std::{
 };
 
 use coalmine_judge::{
-    chain::{Chain, Hash, base64, parse_checkpoint},
+    chain::{Chain, Hash},
+    note::{Checkpoint, Note, Proof, SignerKey},
     record::{Body, Record},
-    replay::Blobs,
+    tree::Nodes,
 };
 use foldhash::HashMap;
 use tokio::sync::oneshot;
+
+mod blobs;
+mod key;
+
+pub use blobs::{Blob, BlobStore};
 
 use crate::{
     BUILD, clock,
     disk::{self, DiskError},
     metrics::Metrics,
 };
-
-/// Largest content of a blob, in bytes.
-const MAX_BLOB_BYTES: u64 = 1 << 30;
-
-/// zstd's level: higher ones cost fifty times the time for a tenth of the size.
-const ZSTD_LEVEL: i32 = 3;
 
 /// A record that is on disk.
 #[derive(Debug, Clone)]
@@ -75,81 +76,6 @@ struct Job {
     body: Body,
     blobs: Vec<Blob>,
     answer: oneshot::Sender<Result<Appended, AppendError>>,
-}
-
-/// Content that a record names.
-#[derive(Debug, Clone)]
-pub struct Blob {
-    /// SHA-256 of the stored bytes.
-    pub digest: Hash,
-    stored: Vec<u8>,
-}
-
-impl Blob {
-    /// Packs some content.
-    pub fn pack(content: &[u8]) -> Result<Self, AppendError> {
-        let stored = zstd::bulk::compress(content, ZSTD_LEVEL)
-            .map_err(|error| AppendError::Disk(error.to_string()))?;
-        Ok(Self {
-            digest: Hash::of(&stored),
-            stored,
-        })
-    }
-}
-
-/// The blobs of a data directory.
-#[derive(Debug, Clone)]
-pub struct BlobStore {
-    directory: PathBuf,
-}
-
-impl BlobStore {
-    /// The blobs under a data directory.
-    pub fn new(data: &Path) -> Self {
-        Self {
-            directory: data.join("evidence"),
-        }
-    }
-
-    /// Where a blob is kept.
-    pub fn path(&self, digest: &Hash) -> PathBuf {
-        let name = digest.to_string();
-        self.directory.join(name.get(..2).unwrap_or("")).join(&name)
-    }
-
-    fn write(&self, blob: &Blob) -> io::Result<()> {
-        let path = self.path(&blob.digest);
-        if path.exists() {
-            return Ok(());
-        }
-        if let Some(parent) = path.parent()
-            && !parent.exists()
-        {
-            std::fs::create_dir_all(parent)?;
-            disk::sync_directory(parent)?;
-        }
-        disk::replace(&path, &blob.stored)
-    }
-}
-
-impl Blobs for BlobStore {
-    fn text(&self, digest: &Hash) -> Result<String, String> {
-        let path = self.path(digest);
-        let stored = std::fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
-        let found = Hash::of(&stored);
-        if found != *digest {
-            return Err(format!("was changed: its bytes hash to {found}"));
-        }
-        let decoder =
-            zstd::Decoder::new(stored.as_slice()).map_err(|error| format!("cannot be unpacked: {error}"))?;
-        let mut content = String::new();
-        let read = decoder.take(MAX_BLOB_BYTES).read_to_string(&mut content);
-        match read {
-            Ok(bytes) if (bytes as u64) < MAX_BLOB_BYTES => Ok(content),
-            Ok(_) => Err(format!("is larger than {MAX_BLOB_BYTES} bytes")),
-            Err(error) => Err(format!("cannot be unpacked: {error}")),
-        }
-    }
 }
 
 /// The decision log of a running aggregator.
@@ -186,18 +112,42 @@ pub struct Place {
     length: usize,
 }
 
-/// Where records are, so that one can be read without the others.
+/// A checkpoint as it was published.
+#[derive(Debug, Clone)]
+pub struct Published {
+    /// The number of records that it covers.
+    pub size: u64,
+    /// The signed note.
+    pub note: String,
+}
+
+impl Published {
+    /// Proof that a record, of which this is the line, is in the log; none if the checkpoint does not cover it.
+    pub fn proof(&self, nodes: &Nodes, seq: u64, line: Vec<u8>) -> Option<Proof> {
+        Some(Proof {
+            extra: Some(line),
+            index: seq,
+            path: nodes.inclusion(seq, self.size)?,
+            checkpoint: self.note.clone(),
+        })
+    }
+}
+
+/// Where records are, so that one can be read without the others, and what proves that they are there.
 #[derive(Debug, Default)]
 pub struct Index {
     places: Vec<Place>,
+    nodes: Nodes,
+    published: Option<Published>,
     decisions: HashMap<String, u64>,
     /// Positions of each rollout's decisions, in order.
     rollouts: BTreeMap<String, Vec<u64>>,
 }
 
 impl Index {
-    fn add(&mut self, record: &Record, place: Place) {
+    fn add(&mut self, record: &Record, leaf: Hash, place: Place) {
         self.places.push(place);
+        self.nodes.push(leaf);
         if let Body::Decision(decision) = &record.body {
             self.decisions.insert(decision.id.clone(), record.seq);
             self.rollouts
@@ -244,8 +194,15 @@ pub struct Scan {
     pub whole_bytes: u64,
     /// Bytes after the last newline.
     pub torn_bytes: u64,
+    /// The checkpoint; none if there is none.
+    pub published: Option<Published>,
+}
+
+impl Scan {
     /// How many records the checkpoint covers.
-    pub covered: u64,
+    pub fn covered(&self) -> u64 {
+        self.published.as_ref().map_or(0, |published| published.size)
+    }
 }
 
 impl LedgerFiles {
@@ -273,7 +230,7 @@ impl LedgerFiles {
             file: path.clone(),
             problem,
         };
-        let checkpoint = self.read_checkpoint()?;
+        let published = self.read_checkpoint()?;
         let file = match File::open(&path) {
             Ok(file) => Some(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -283,7 +240,7 @@ impl LedgerFiles {
             chain: Chain::default(),
             whole_bytes: 0,
             torn_bytes: 0,
-            covered: 0,
+            published,
         };
         let mut reader = file.map(BufReader::new);
         let mut line = Vec::new();
@@ -309,43 +266,71 @@ impl LedgerFiles {
             };
             scan.whole_bytes += read as u64;
             each(record, scan.chain.head().unwrap_or(Hash::ZERO), place);
-            if let Some((log, size, root)) = &checkpoint
-                && scan.chain.size() == *size
-            {
-                if scan.chain.log() != Some(log) || base64(&scan.chain.root().0) != *root {
-                    return Err(problem(format!(
-                        "record {} or one before it differs from what the checkpoint of {size} records covers",
-                        size - 1
-                    )));
-                }
-                scan.covered = *size;
+            if scan.covered() == scan.chain.size() {
+                self.hold_against_checkpoint(&scan)?;
             }
         }
-        if let Some((_, size, _)) = checkpoint
-            && scan.chain.size() < size
-        {
+        let (covered, size) = (scan.covered(), scan.chain.size());
+        if size < covered {
             return Err(problem(format!(
-                "ends after record {}, but the checkpoint covers {size} records: the log was cut",
-                scan.chain.size().saturating_sub(1)
+                "ends after record {}, but the checkpoint covers {covered} records: the log was cut",
+                size.saturating_sub(1)
             )));
         }
         Ok(scan)
     }
 
-    fn read_checkpoint(&self) -> Result<Option<(String, u64, String)>, LogProblem> {
-        let path = self.checkpoint_path();
-        match std::fs::read_to_string(&path) {
-            Ok(text) => parse_checkpoint(&text).map(Some).ok_or_else(|| LogProblem {
-                file: path,
-                problem: "is not a checkpoint (three lines: log, size, root)".to_owned(),
-            }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+    /// Checks the checkpoint, when as many records have been read as it covers.
+    fn hold_against_checkpoint(&self, scan: &Scan) -> Result<(), LogProblem> {
+        let Some(published) = &scan.published else {
+            return Ok(());
+        };
+        let signed = Checkpoint::open(&published.note, scan.chain.keys()).map_err(|error| LogProblem {
+            file: self.checkpoint_path(),
+            problem: error.to_string(),
+        })?;
+        let found = scan.chain.checkpoint();
+        if signed == found {
+            return Ok(());
+        }
+        Err(LogProblem {
+            file: self.log_path(),
+            problem: format!(
+                "record {} or one before it differs from what the checkpoint of {} records covers\n  signed: {}\n  found:  {}",
+                signed.size.saturating_sub(1),
+                signed.size,
+                one_line(&signed),
+                one_line(&found),
+            ),
+        })
+    }
+
+    /// The checkpoint as it stands there; its signature can be checked only with the log's key.
+    fn read_checkpoint(&self) -> Result<Option<Published>, LogProblem> {
+        let file = self.checkpoint_path();
+        let note = match std::fs::read_to_string(&file) {
+            Ok(note) => note,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                let problem = format!("cannot be read: {error}");
+                return Err(LogProblem { file, problem });
+            }
+        };
+        match Note::parse(&note).and_then(|note| Checkpoint::parse(note.unverified())) {
+            Ok(checkpoint) => Ok(Some(Published {
+                size: checkpoint.size,
+                note,
+            })),
             Err(error) => Err(LogProblem {
-                file: path,
-                problem: format!("cannot be read: {error}"),
+                file,
+                problem: error.to_string(),
             }),
         }
     }
+}
+
+fn one_line(checkpoint: &Checkpoint) -> String {
+    checkpoint.to_string().trim_end().replace('\n', " ")
 }
 
 impl Ledger {
@@ -353,14 +338,14 @@ impl Ledger {
     pub fn open(data: &Path, name: &str, metrics: Arc<Metrics>) -> Result<Opened, DiskError> {
         let files = LedgerFiles::new(data);
         let mut index = Index::default();
-        let scan = files
-            .scan(|record, _, place| index.add(&record, place))
+        let mut scan = files
+            .scan(|record, leaf, place| index.add(&record, leaf, place))
             .map_err(|error| DiskError::Corrupt {
                 path: error.file,
                 problem: error.problem,
             })?;
         let path = files.log_path();
-        if scan.covered == 0 && scan.chain.size() > 1 {
+        if scan.published.is_none() && scan.chain.size() > 1 {
             let problem = "is missing, so nobody can tell whether the log was cut".to_owned();
             return Err(DiskError::Corrupt {
                 path: files.checkpoint_path(),
@@ -372,11 +357,15 @@ impl Ledger {
         }
         let file = disk::open_append(&path)?;
         disk::sync_directory(&path).map_err(|error| DiskError::io("sync", &path, error))?;
+        let log = scan.chain.log().unwrap_or(name).to_owned();
+        let key = key::open(data, &log, scan.chain.keys())?;
+        let covered = scan.covered();
+        index.published = scan.published.take();
         let (queue, jobs) = mpsc::channel();
         let writable = Arc::new(AtomicBool::new(true));
-        let log = scan.chain.log().unwrap_or(name).to_owned();
         let mut writer = Writer {
             log,
+            key,
             chain: scan.chain,
             file,
             files: files.clone(),
@@ -389,11 +378,12 @@ impl Ledger {
         if writer.chain.size() == 0 {
             let start = Body::LogStart {
                 build: BUILD.to_owned(),
+                key: writer.key.verifier().to_string(),
             };
             writer
                 .write(vec![(start, Vec::new())])
                 .map_err(|error| DiskError::io("write", &path, error))?;
-        } else if scan.covered < writer.chain.size() {
+        } else if covered < writer.chain.size() {
             writer
                 .write_checkpoint()
                 .map_err(|error| DiskError::io("write", &path, error))?;
@@ -435,17 +425,34 @@ impl Ledger {
 
     /// Reads one record and its hash.
     pub fn read(&self, seq: u64) -> io::Result<Option<Appended>> {
+        let Some(line) = self.line(seq)? else {
+            return Ok(None);
+        };
+        let record = serde_json::from_slice(&line)?;
+        Ok(Some(Appended {
+            record,
+            hash: Hash::leaf(&line),
+        }))
+    }
+
+    /// Proof that a record is in the log; none if no checkpoint covers it yet.
+    pub fn proof(&self, seq: u64) -> io::Result<Option<Proof>> {
+        let Some(line) = self.line(seq)? else {
+            return Ok(None);
+        };
+        let index = self.index();
+        let published = index.published.as_ref();
+        Ok(published.and_then(|published| published.proof(&index.nodes, seq, line)))
+    }
+
+    fn line(&self, seq: u64) -> io::Result<Option<Vec<u8>>> {
         let place = usize::try_from(seq)
             .ok()
             .and_then(|seq| self.index().places.get(seq).copied());
         let Some(place) = place else { return Ok(None) };
         let mut line = vec![0; place.length];
         File::open(self.files.log_path())?.read_exact_at(&mut line, place.offset)?;
-        let record = serde_json::from_slice(&line)?;
-        Ok(Some(Appended {
-            record,
-            hash: Hash::leaf(&line),
-        }))
+        Ok(Some(line))
     }
 
     /// Whether the last append succeeded. Nothing is approved while it is not so.
@@ -474,6 +481,7 @@ fn set_aside(path: &Path, whole: u64, torn: u64) -> Result<(), DiskError> {
 
 struct Writer {
     log: String,
+    key: SignerKey,
     chain: Chain,
     file: File,
     files: LedgerFiles,
@@ -557,7 +565,7 @@ impl Writer {
             .filter_map(|result| result.as_ref().ok())
             .zip(places)
         {
-            index.add(&appended.record, place);
+            index.add(&appended.record, appended.hash, place);
         }
         drop(index);
         // The records are on disk, whatever becomes of the checkpoint; it is written again with the next group.
@@ -570,6 +578,14 @@ impl Writer {
     }
 
     fn write_checkpoint(&self) -> io::Result<()> {
-        disk::replace(&self.files.checkpoint_path(), self.chain.checkpoint().as_bytes())
+        let checkpoint = self.chain.checkpoint();
+        let published = Published {
+            size: checkpoint.size,
+            note: checkpoint.sign([&self.key]),
+        };
+        disk::replace(&self.files.checkpoint_path(), published.note.as_bytes())?;
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        index.published = Some(published);
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
-use coalmine_judge::{history::History, policy::Policy};
+use coalmine_judge::{history::History, note, policy::Policy};
 use coalmine_proto::v1::telemetry_server::TelemetryServer;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -239,6 +239,10 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     let histories = read_histories(&settings.history, &policies)?;
     coalmine_proto::names::check_name(settings.log_name.as_bytes())
         .map_err(|error| StartError::Usage(format!("--log-name {error}")))?;
+    if !note::is_name(&settings.log_name) {
+        let problem = "--log-name has a space or a plus sign, which a signature's name cannot have";
+        return Err(StartError::Usage(problem.to_owned()));
+    }
     let listeners = Listeners::bind(&settings).await?;
     let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string());
     disk::create_dir(&settings.data).map_err(|error| failed(&error))?;

@@ -1,6 +1,6 @@
 //! Bad input: each gives one clear error with its place and a remedy, and the right exit code.
 
-use std::{fs, net::TcpListener, path::Path, process::Command};
+use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
 use coalmine_tests::{
     components::{Agent, Aggregator, POLICY},
@@ -507,6 +507,64 @@ fn damaged_data() {
         &["windows/wal", "the frame at byte", "backup"],
     );
     fs::write(&wal, stored).unwrap();
+
+    // A log that exists gets no other key, and nobody but the owner reads the one that it has.
+    let key = aggregator.data.join("key");
+    assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+    let secret = fs::read_to_string(&key).unwrap();
+    fs::remove_file(&key).unwrap();
+    refuses(
+        "coalmine-aggregator",
+        &serve,
+        1,
+        &["/key", "is missing", "backup"],
+    );
+    let material = secret.trim_end().rsplit('+').next().unwrap().to_owned();
+    fs::write(
+        &key,
+        secret.replace(&material, "AekyeRrm56hApGFkyQR4ZCbV54Id2LKaANYcrnKv3U2k"),
+    )
+    .unwrap();
+    refuses(
+        "coalmine-aggregator",
+        &serve,
+        1,
+        &["/key", "is not a signing key"],
+    );
+    let other = tempfile::tempdir().unwrap();
+    let elsewhere = other.path().display().to_string();
+    let mut another = serve;
+    another[4] = &elsewhere;
+    let mut command = Command::new(program("coalmine-aggregator"));
+    command.args(another);
+    let process = Process::start(command, &directory.path().join("another.log"));
+    eventually("another log is begun", || {
+        other.path().join("checkpoint").is_file().then_some(())
+    });
+    assert!(process.said().contains("key="), "{}", process.said());
+    assert!(process.terminate().success());
+    fs::copy(other.path().join("key"), &key).unwrap();
+    refuses(
+        "coalmine-aggregator",
+        &serve,
+        1,
+        &["/key", "does not name as its key"],
+    );
+    // Signed by another key, as of a log that was written anew.
+    fs::write(&key, &secret).unwrap();
+    let checkpoint = aggregator.data.join("checkpoint");
+    let signed = fs::read(&checkpoint).unwrap();
+    fs::copy(other.path().join("checkpoint"), &checkpoint).unwrap();
+    refuses(
+        "coalmine-aggregator",
+        &serve,
+        1,
+        &["checkpoint", "is not signed by a known key"],
+    );
+    fs::write(&checkpoint, signed).unwrap();
+    let mut named = serve.to_vec();
+    named.extend(["--log-name", "a+b"]);
+    refuses("coalmine-aggregator", &named, 64, &["--log-name", "plus sign"]);
     refuses(
         "coalmine",
         &["audit", "verify", "--data", "/nowhere"],

@@ -106,6 +106,8 @@ fn the_demonstration_rolls_back_and_every_flipped_byte_of_its_data_is_found() {
     assert_eq!(check(&["replay", "--all"]).0, Some(0));
     assert_eq!(check(&["audit", "verify"]).0, Some(0));
 
+    provable(&data);
+
     // A byte of each kind of place: every record at several positions, the newlines, the checkpoint, every blob.
     let log = data.join("decisions.jsonl");
     let whole = fs::read(&log).unwrap();
@@ -154,6 +156,98 @@ fn the_demonstration_rolls_back_and_every_flipped_byte_of_its_data_is_found() {
         fs::write(&blob, whole).unwrap();
     }
     assert_eq!(check(&["audit", "verify"]).0, Some(0));
+}
+
+/// What somebody can check who has only Python, or only a proof and the key.
+fn provable(data: &Path) {
+    let directory = data.display().to_string();
+    let python = tool("python3", "python3-minimal");
+    let verifier = repository().join("deploy/examples/verify.py");
+    let run = || {
+        let output = Command::new(&python).arg(&verifier).arg(data).output().unwrap();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr),
+        )
+    };
+    let (good, said) = run();
+    assert!(good && said.contains("records"), "{said}");
+
+    let verified = coalmine(["audit", "verify", "--data", &directory, "--output", "json"]);
+    let verified: Value = serde_json::from_slice(&verified.stdout).unwrap();
+    let key = verified["key"].as_str().unwrap();
+    let wrong = "other.example+00f5c00d+AekyeRrm56hApGFkyQR4ZCbV54Id2LKaANYcrnKv3U2k";
+    let refused = coalmine(["audit", "verify", "--data", &directory, "--key", wrong]);
+    assert_eq!(refused.status.code(), Some(64), "a key whose id is wrong");
+    let stranger = "example.com/foo+530d903a+AekyeRrm56hApGFkyQR4ZCbV54Id2LKaANYcrnKv3U2k";
+    let refused = coalmine(["audit", "verify", "--data", &directory, "--key", stranger]);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8(refused.stdout).unwrap();
+    assert!(
+        said.contains("record 0") && said.contains("written anew"),
+        "{said}"
+    );
+    let accepted = coalmine(["audit", "verify", "--data", &directory, "--key", key]);
+    assert_eq!(accepted.status.code(), Some(0));
+
+    let whole = fs::read(data.join("decisions.jsonl")).unwrap();
+    let lines: Vec<&[u8]> = whole.split_inclusive(|byte| *byte == b'\n').collect();
+    let id = |line: &[u8]| -> Option<String> {
+        let record: Value = serde_json::from_slice(line).unwrap();
+        (record["body"]["type"] == "decision").then(|| record["body"]["id"].as_str().unwrap().to_owned())
+    };
+    let decision = lines.iter().find_map(|line| id(line)).unwrap();
+    let proof = coalmine(["audit", "proof", &decision, "--data", &directory]);
+    assert_eq!(proof.status.code(), Some(0));
+    let proof = String::from_utf8(proof.stdout).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let check = |proof: &str, key: &str| {
+        fs::write(file.path(), proof).unwrap();
+        coalmine(["audit", "check", &file.path().display().to_string(), "--key", key])
+    };
+    let checked = check(&proof, key);
+    let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(checked.status.success() && said.contains(&decision), "{said}");
+    assert_eq!(check(&proof, stranger).status.code(), Some(1));
+    for at in (0..proof.len()).step_by(proof.len() / 60) {
+        let mut bad = proof.clone().into_bytes();
+        bad[at] ^= 1;
+        if let Ok(bad) = String::from_utf8(bad) {
+            assert_eq!(check(&bad, key).status.code(), Some(1), "byte {at}: {bad}");
+        }
+    }
+
+    // The checkpoint's own bytes, two lines swapped, one doubled, one left out.
+    let checkpoint = data.join("checkpoint");
+    let note = fs::read(&checkpoint).unwrap();
+    let verify = || coalmine(["audit", "verify", "--data", &directory]);
+    for at in 0..note.len() {
+        let mut bad = note.clone();
+        bad[at] ^= 1;
+        fs::write(&checkpoint, bad).unwrap();
+        let output = verify();
+        assert_eq!(output.status.code(), Some(1), "byte {at} of the checkpoint");
+        assert!(
+            String::from_utf8_lossy(&output.stdout).contains("checkpoint"),
+            "byte {at}"
+        );
+    }
+    fs::write(&checkpoint, &note).unwrap();
+    let log = data.join("decisions.jsonl");
+    let (mut swapped, mut doubled, mut shorter) = (lines.clone(), lines.clone(), lines.clone());
+    swapped.swap(2, 3);
+    doubled.insert(3, lines[2]);
+    shorter.remove(2);
+    for (bad, first) in [(swapped, 2), (doubled, 3), (shorter, 2)] {
+        fs::write(&log, bad.concat()).unwrap();
+        let output = verify();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(said.contains(&format!("record {first}:")), "{said}");
+        let (good, said) = run();
+        assert!(!good && said.contains(&format!("record {first}:")), "{said}");
+    }
+    fs::write(&log, whole).unwrap();
 }
 
 fn blobs(directory: &Path) -> Vec<std::path::PathBuf> {

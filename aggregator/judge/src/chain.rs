@@ -1,15 +1,20 @@
-//! What holds the decision log together: leaf hashes, the chain of lines, the Merkle tree, the checkpoint.
+//! What holds the decision log together: leaf hashes and the chain of lines.
 //!
-//! A line's leaf hash is SHA-256(0x00 || the line without its newline) and a node's SHA-256(0x01 || left || right),
-//! as in RFC 6962 section 2.1. Each record names the leaf before it, so a change in the middle breaks the chain;
-//! the checkpoint states the length and the root, so a change at the end, or a cut, is noticed too.
+//! A line's leaf hash is SHA-256(0x00 || the line without its newline), as in RFC 6962 section 2.1. Each record
+//! names the leaf before it, so a change in the middle breaks the chain; the signed checkpoint states the length
+//! and the root of the tree over the leaves, so a change at the end, or a cut, is noticed too. The first record
+//! names the key that signs, so that whoever knows the key knows the log.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::record::{Body, MAX_LINE_BYTES, Record};
+use crate::{
+    note::{Checkpoint, VerifierKey},
+    record::{Body, MAX_LINE_BYTES, Record},
+    tree::Tree,
+};
 
 /// A SHA-256 hash, written as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -36,7 +41,7 @@ impl Hash {
         )
     }
 
-    fn node(left: Self, right: Self) -> Self {
+    pub(crate) fn node(left: Self, right: Self) -> Self {
         Self(
             Sha256::new()
                 .chain_update([1])
@@ -102,44 +107,6 @@ impl From<Hash> for String {
     }
 }
 
-/// The Merkle tree over the leaves so far, as the roots of its full subtrees (RFC 6962 section 2.1).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tree {
-    size: u64,
-    /// Roots of full subtrees, largest first; their sizes are the bits of `size`.
-    peaks: Vec<Hash>,
-}
-
-impl Tree {
-    /// Appends a leaf.
-    pub fn push(&mut self, leaf: Hash) {
-        let mut node = leaf;
-        let mut size = self.size;
-        while size & 1 == 1 {
-            if let Some(left) = self.peaks.pop() {
-                node = Hash::node(left, node);
-            }
-            size >>= 1;
-        }
-        self.peaks.push(node);
-        self.size += 1;
-    }
-
-    /// Number of leaves.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// The tree hash; that of the empty tree is SHA-256 of nothing.
-    pub fn root(&self) -> Hash {
-        let mut peaks = self.peaks.iter().rev().copied();
-        let Some(last) = peaks.next() else {
-            return Hash::of(&[]);
-        };
-        peaks.fold(last, |right, left| Hash::node(left, right))
-    }
-}
-
 /// Why a log is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("record {seq}: {problem}")]
@@ -156,6 +123,7 @@ pub struct Chain {
     tree: Tree,
     head: Option<Hash>,
     log: Option<String>,
+    keys: Vec<VerifierKey>,
     time_ms: u64,
 }
 
@@ -198,6 +166,7 @@ impl Chain {
         if record.to_line() != text {
             return Err(fail("is not in canonical form".to_owned()));
         }
+        self.take_key(&record).map_err(fail)?;
         self.time_ms = record.time_ms;
         self.log.get_or_insert_with(|| record.log.clone());
         self.push(Hash::leaf(line));
@@ -229,11 +198,31 @@ impl Chain {
                 problem,
             });
         }
+        let seq = record.seq;
+        self.take_key(&record)
+            .map_err(|problem| ChainError { seq, problem })?;
         self.time_ms = time_ms;
         let leaf = Hash::leaf(line.as_bytes());
         self.log.get_or_insert_with(|| log.to_owned());
         self.push(leaf);
         Ok((record, line, leaf))
+    }
+
+    /// The first record, and no other one, begins the log and names its key.
+    fn take_key(&mut self, record: &Record) -> Result<(), String> {
+        match &record.body {
+            Body::LogStart { key, .. } if record.seq == 0 => {
+                let key = VerifierKey::parse(key).map_err(|error| format!("its key {error}"))?;
+                if key.name() != record.log {
+                    return Err(format!("its key is that of {:?}, not of this log", key.name()));
+                }
+                self.keys.push(key);
+                Ok(())
+            }
+            Body::LogStart { .. } => Err("begins the log again".to_owned()),
+            _ if record.seq == 0 => Err("does not begin the log".to_owned()),
+            _ => Ok(()),
+        }
     }
 
     fn push(&mut self, leaf: Hash) {
@@ -261,51 +250,28 @@ impl Chain {
         self.log.as_deref()
     }
 
-    /// The checkpoint's text.
-    pub fn checkpoint(&self) -> String {
-        format!(
-            "{}\n{}\n{}\n",
-            self.log().unwrap_or(""),
-            self.size(),
-            base64(&self.root().0)
-        )
-    }
-}
-
-/// The number of records and the root that a checkpoint states.
-pub fn parse_checkpoint(text: &str) -> Option<(String, u64, String)> {
-    let mut lines = text.strip_suffix('\n')?.split('\n');
-    let (log, size, root) = (lines.next()?, lines.next()?, lines.next()?);
-    let plain = size == "0" || (!size.starts_with('0') && size.bytes().all(|b| b.is_ascii_digit()));
-    (plain && lines.next().is_none()).then_some(())?;
-    Some((log.to_owned(), size.parse().ok()?, root.to_owned()))
-}
-
-/// Base64 with padding, RFC 4648 section 4.
-pub fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let group = chunk
-            .iter()
-            .fold(0_u32, |group, byte| group << 8 | u32::from(*byte))
-            << (8 * (3 - chunk.len()));
-        for position in 0..4 {
-            if position <= chunk.len() {
-                let sextet = (group >> (18 - 6 * position)) & 63;
-                text.push(char::from(ALPHABET[sextet as usize]));
-            } else {
-                text.push('=');
-            }
+    /// What a checkpoint of the log says now.
+    pub fn checkpoint(&self) -> Checkpoint {
+        Checkpoint {
+            origin: self.log().unwrap_or("").to_owned(),
+            size: self.size(),
+            root: self.root(),
         }
     }
-    text
+
+    /// The keys that may sign the log's checkpoints, as the log itself names them.
+    pub fn keys(&self) -> &[VerifierKey] {
+        &self.keys
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::RolloutEnd;
+    use crate::{
+        note::{Kind, SignerKey},
+        record::RolloutEnd,
+    };
 
     fn sample(count: u64) -> (Vec<String>, Chain) {
         let mut chain = Chain::default();
@@ -314,6 +280,9 @@ mod tests {
                 let body = if i == 0 {
                     Body::LogStart {
                         build: "coalmine 0.1.0".into(),
+                        key: SignerKey::from_seed("test", Kind::Ed25519, &[7; 32])
+                            .verifier()
+                            .to_string(),
                     }
                 } else {
                     Body::End(RolloutEnd {
@@ -337,7 +306,7 @@ mod tests {
             read.accept(line.as_bytes()).unwrap();
         }
         assert_eq!(read.checkpoint(), written.checkpoint());
-        assert_eq!(parse_checkpoint(&read.checkpoint()).unwrap().1, 9);
+        assert_eq!(read.checkpoint().size, 9);
         assert!(lines[0].starts_with(r#"{"body":{"build":"#), "{}", lines[0]);
     }
 
@@ -388,47 +357,5 @@ mod tests {
             error.seq == 1 && error.problem.contains("but the record before it is"),
             "{error}"
         );
-    }
-
-    /// Roots of RFC 6962 trees over the leaves of the Certificate Transparency test data
-    /// (transparency-dev/merkle, testonly/constants.go).
-    #[test]
-    fn the_tree_is_that_of_rfc_6962() {
-        let leaves: [&[u8]; 8] = [
-            b"",
-            &[0x00],
-            &[0x10],
-            &[0x20, 0x21],
-            &[0x30, 0x31],
-            &[0x40, 0x41, 0x42, 0x43],
-            &[0x50, 0x51, 0x52, 0x53, 0x54, 0x55, 0x56, 0x57],
-            &[
-                0x60, 0x61, 0x62, 0x63, 0x64, 0x65, 0x66, 0x67, 0x68, 0x69, 0x6a, 0x6b, 0x6c, 0x6d, 0x6e,
-                0x6f,
-            ],
-        ];
-        let roots = [
-            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
-            "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
-            "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
-            "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
-            "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
-            "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
-            "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
-            "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
-            "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
-        ];
-        let mut tree = Tree::default();
-        assert_eq!(tree.root().to_string(), roots[0]);
-        for (leaf, root) in leaves.iter().zip(&roots[1..]) {
-            tree.push(Hash::leaf(leaf));
-            assert_eq!(tree.root().to_string(), *root);
-        }
-    }
-
-    #[test]
-    fn base64_is_that_of_rfc_4648() {
-        let encoded = ["", "f", "fo", "foo", "foob"].map(|text| base64(text.as_bytes()));
-        assert_eq!(encoded, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]);
     }
 }

@@ -8,8 +8,8 @@
 //! 3. [`fixed`] and [`eprocess`]: the arithmetic and the statistics, with proofs;
 //! 4. [`budget`]: where the error probability of a rollout is spent;
 //! 5. [`v1`]: the judge itself, `step(state, window) -> outcome`;
-//! 6. [`record`]: the decision log's lines, [`chain`], what holds them together, and [`replay`], which recomputes
-//!    them.
+//! 6. [`record`]: the decision log's lines, [`chain`], [`tree`] and [`note`], what holds them together and proves
+//!    them, and [`replay`], which recomputes them.
 //!
 //! The crate does no I/O, reads no clock, spawns nothing, and has no floating point: the same evidence
 //! gives the same bytes on every machine, for ever. The lints below and this crate's `clippy.toml`
@@ -33,5 +33,7 @@ pub mod budget;
 pub mod v1;
 
 pub mod chain;
+pub mod note;
 pub mod record;
 pub mod replay;
+pub mod tree;

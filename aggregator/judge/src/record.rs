@@ -15,8 +15,7 @@
 //! canonical (keys sorted, no spaces, integers only), so that equal content has equal bytes; a line that
 //! is not in canonical form is refused.
 //!
-//! `checkpoint` beside the log states how long it is and what its root is: three lines, the log's name,
-//! the number of records, the root in base64 (the body of a C2SP tlog-checkpoint).
+//! `checkpoint` beside the log states how long it is and what its root is, signed: see `note`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -55,6 +54,8 @@ pub enum Body {
     LogStart {
         /// The program that began it.
         build: String,
+        /// The key that checks the signatures of its checkpoints (C2SP signed-note).
+        key: String,
     },
     /// A rollout begins.
     Rollout(RolloutStart),

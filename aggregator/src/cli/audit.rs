@@ -1,11 +1,18 @@
 //! `coalmine audit` and `coalmine replay`: anybody with a copy of the data directory can check it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    slice,
+};
 
 use clap::Subcommand;
 use coalmine_judge::{
-    record::Body,
+    chain::Hash,
+    note::{Proof, VerifierKey},
+    record::{Body, Record},
     replay::{Blobs as _, Replay, Replayed},
+    tree::Nodes,
 };
 use serde_json::json;
 
@@ -19,12 +26,34 @@ pub(super) enum Command {
         /// Directory of the log
         #[arg(long, value_name = "DIR")]
         data: PathBuf,
+        /// The key that must have signed the log, as the aggregator announced it when it began the log (NAME+ID+BASE64);
+        /// without it the log is held against the key that it names itself
+        #[arg(long, value_name = "KEY")]
+        key: Option<VerifierKey>,
+    },
+    /// Print the proof that a decision is in the log, for somebody who does not have the log (offline)
+    Proof {
+        /// The decision
+        decision: String,
+        /// Directory of the log
+        #[arg(long, value_name = "DIR")]
+        data: PathBuf,
+    },
+    /// Check a proof and print the record that it proves (offline)
+    Check {
+        /// The proof, as `coalmine audit proof` or GET /v1/decisions/ID/proof gives it; - is the standard input
+        proof: PathBuf,
+        /// The key that must have signed it (NAME+ID+BASE64)
+        #[arg(long, value_name = "KEY")]
+        key: VerifierKey,
     },
 }
 
 pub(super) fn run(command: Command, output: Output) -> Result<Exit, Failure> {
     match command {
-        Command::Verify { data } => verify(&data, output),
+        Command::Verify { data, key } => verify(&data, key.as_ref(), output),
+        Command::Proof { decision, data } => proof(&data, &decision),
+        Command::Check { proof, key } => check_proof(&proof, &key, output),
     }
 }
 
@@ -46,6 +75,8 @@ pub(crate) struct Verified {
     pub(crate) decisions: u64,
     pub(crate) blobs: u64,
     pub(crate) root: String,
+    /// The key that signs, as the log names it.
+    pub(crate) key: Option<VerifierKey>,
     pub(crate) problems: Vec<String>,
 }
 
@@ -56,6 +87,7 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
         decisions: 0,
         blobs: 0,
         root: String::new(),
+        key: None,
         problems: Vec::new(),
     };
     let mut checked = std::collections::BTreeSet::new();
@@ -86,6 +118,7 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
         Ok(scan) => {
             verified.records = scan.chain.size();
             verified.root = scan.chain.root().to_string();
+            verified.key = scan.chain.keys().first().cloned();
             if scan.torn_bytes > 0 {
                 let problem = format!(
                     "{}: {} bytes after record {} are no whole record",
@@ -95,11 +128,11 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
                 );
                 verified.problems.push(problem);
             }
-            if scan.covered < scan.chain.size() {
+            if scan.covered() < scan.chain.size() {
                 let problem = format!(
                     "record {} and those after it are not covered by the checkpoint, so nobody can tell whether they \
                      were changed; the aggregator mends this when it starts",
-                    scan.covered
+                    scan.covered()
                 );
                 verified.problems.push(problem);
             }
@@ -109,9 +142,18 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
     verified
 }
 
-fn verify(data: &Path, output: Output) -> Result<Exit, Failure> {
+fn verify(data: &Path, wanted: Option<&VerifierKey>, output: Output) -> Result<Exit, Failure> {
     let files = files(data)?;
-    let verified = check(&files);
+    let mut verified = check(&files);
+    if let (Some(wanted), Some(found)) = (wanted, &verified.key)
+        && wanted != found
+    {
+        let problem = format!(
+            "record 0: the log names {found} as its key, not {wanted}: it is another log, or one that was written anew"
+        );
+        verified.problems.push(problem);
+    }
+    let key = verified.key.as_ref().map(ToString::to_string);
     let good = verified.problems.is_empty();
     match output {
         Output::Json => say(&json!({
@@ -120,11 +162,16 @@ fn verify(data: &Path, output: Output) -> Result<Exit, Failure> {
             "decisions": verified.decisions,
             "blobs": verified.blobs,
             "root": verified.root,
+            "key": key,
             "problems": verified.problems,
         })),
         Output::Table if good => say(&format_args!(
-            "verified: {} records ({} decisions), {} blobs, root {}",
-            verified.records, verified.decisions, verified.blobs, verified.root
+            "verified: {} records ({} decisions), {} blobs, root {}, signed by {}",
+            verified.records,
+            verified.decisions,
+            verified.blobs,
+            verified.root,
+            key.unwrap_or_default()
         )),
         Output::Table => {
             for problem in &verified.problems {
@@ -133,6 +180,76 @@ fn verify(data: &Path, output: Output) -> Result<Exit, Failure> {
         }
     }
     Ok(if good { Exit::Good } else { Exit::Bad })
+}
+
+fn proof(data: &Path, wanted: &str) -> Result<Exit, Failure> {
+    let files = files(data)?;
+    let (mut nodes, mut found) = (Nodes::default(), None);
+    let scan = files
+        .scan(|record, leaf, _| {
+            nodes.push(leaf);
+            if let Body::Decision(decision) = &record.body
+                && decision.id == wanted
+            {
+                found = Some((record.seq, record.to_line()));
+            }
+        })
+        .map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
+    let Some((seq, line)) = found else {
+        return Err(Failure::usage(format!(
+            "there is no decision {wanted:?} in {}",
+            data.display()
+        )));
+    };
+    let proof = scan
+        .published
+        .and_then(|published| published.proof(&nodes, seq, line.into_bytes()));
+    let Some(proof) = proof else {
+        let problem =
+            format!("no checkpoint covers record {seq} yet; the aggregator mends this when it starts");
+        return Err(Failure::new(Exit::Bad, problem));
+    };
+    say(&proof.to_string().trim_end());
+    Ok(Exit::Good)
+}
+
+fn check_proof(path: &Path, key: &VerifierKey, output: Output) -> Result<Exit, Failure> {
+    let shown = path.display();
+    let text = if path.as_os_str() == "-" {
+        io::read_to_string(io::stdin().lock())
+    } else {
+        std::fs::read_to_string(path)
+    };
+    let text = text.map_err(|error| Failure::usage(format!("cannot read {shown}: {error}")))?;
+    let bad = |problem: &dyn std::fmt::Display| Failure::new(Exit::Bad, format!("{shown}: {problem}"));
+    let proof = Proof::parse(&text).map_err(|error| bad(&error))?;
+    let line = proof.extra.as_deref().ok_or_else(|| bad(&"carries no record"))?;
+    let checkpoint = proof
+        .verify(Hash::leaf(line), slice::from_ref(key))
+        .map_err(|error| bad(&error))?;
+    let record: Record =
+        serde_json::from_slice(line).map_err(|error| bad(&format_args!("its record: {error}")))?;
+    match output {
+        Output::Json => say(&json!({
+            "log": checkpoint.origin,
+            "records": checkpoint.size,
+            "root": checkpoint.root.to_string(),
+            "record": record,
+        })),
+        Output::Table => {
+            say(&format_args!(
+                "record {} of {} in {}, root {}, signed by {key}",
+                record.seq, checkpoint.size, checkpoint.origin, checkpoint.root
+            ));
+            if let Body::Decision(decision) = &record.body {
+                say(&format_args!(
+                    "decision {}: {}: {}",
+                    decision.id, decision.finding.verdict, decision.finding.reason
+                ));
+            }
+        }
+    }
+    Ok(Exit::Good)
 }
 
 /// What a replay gives.

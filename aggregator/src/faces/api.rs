@@ -39,6 +39,7 @@ pub fn api(faces: Faces) -> Router {
         .route("/v1/decisions", get(decisions))
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/decisions/{id}/evidence", get(evidence))
+        .route("/v1/decisions/{id}/proof", get(proof))
         .route("/v1/services/{service}", get(service))
         .fallback(|| async {
             Problem::not_found("there is no such route; the API is under /v1/rollouts and /v1/decisions")
@@ -241,6 +242,25 @@ async fn evidence(State(faces): State<Faces>, Path(id): Path<String>) -> Result<
         Ok(Ok(text)) => Ok(([(header::CONTENT_TYPE, "application/json")], text)),
         Ok(Err(error)) => Err(Problem::internal("the evidence cannot be read", &error)),
         Err(error) => Err(Problem::internal("the evidence cannot be read", &error)),
+    }
+}
+
+/// A proof in the text form of C2SP tlog-proof, against the latest checkpoint.
+async fn proof(State(faces): State<Faces>, Path(id): Path<String>) -> Result<impl IntoResponse, Problem> {
+    let seq = faces.ledger.index().decision(&id);
+    let seq = seq.ok_or_else(|| no_decision(&id))?;
+    let ledger = faces.ledger.clone();
+    match tokio::task::spawn_blocking(move || ledger.proof(seq)).await {
+        Ok(Ok(Some(proof))) => {
+            let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
+            Ok((kind, proof.to_string()))
+        }
+        Ok(Ok(None)) => Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "no checkpoint covers this decision yet, because the last one could not be written; ask again",
+        )),
+        Ok(Err(error)) => Err(Problem::internal("the proof cannot be made", &error)),
+        Err(error) => Err(Problem::internal("the proof cannot be made", &error)),
     }
 }
 

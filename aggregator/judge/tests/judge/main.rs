@@ -1,4 +1,4 @@
-//! The judge on scripted rollouts.
+//! The judge on scripted rollouts, and its formats beside those of other programs.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,6 +10,7 @@ mod script;
 
 mod edges;
 mod golden;
+mod interop;
 mod memory;
 mod metrics;
 mod verdicts;
