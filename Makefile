@@ -1,6 +1,6 @@
 # Each target is one plain command; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench image
+.PHONY: help demo test lint bench fuzz image
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -9,8 +9,9 @@ demo: deps ## Judge a rollout on this machine, with one tenant failing
 	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
 	@target/release/coalmine demo
 
-test: deps lint ## Run every test; installs nginx and prometheus through apt where they are missing
-	@deploy/deps.sh nginx=nginx-light promtool=prometheus prometheus=prometheus pgrep=procps musl-gcc=musl-tools
+test: deps lint ## Run every test; installs nginx, Prometheus, PostgreSQL and others through apt where they are missing
+	@deploy/deps.sh nginx=nginx-light promtool=prometheus prometheus=prometheus pgrep=procps musl-gcc=musl-tools \
+		/usr/lib/postgresql/15/bin/postgres=postgresql-15 openssl=openssl strace=strace
 	@rustup target add x86_64-unknown-linux-musl >/dev/null 2>&1 || echo "no musl target: the static build is not tested"
 	@cargo test --workspace --locked
 
@@ -22,6 +23,13 @@ bench: deps ## Print speed and cost as ratios against peers, in one run
 	@deploy/deps.sh nginx=nginx-light haproxy=haproxy
 	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
 	@cargo run --release --locked -p coalmine-tests --bin bench
+
+# For how long each target runs.
+SECONDS = 20
+
+fuzz: deps ## Feed every parser with mutated input; SECONDS=60 for longer than 20 s each
+	@deploy/deps.sh c++=g++
+	@tests/fuzz/run.sh $(SECONDS)
 
 image: ## Build both container images and run each
 	@deploy/image.sh

@@ -26,6 +26,10 @@ fi
 echo "installing through apt: ${packages[*]}"
 export DEBIAN_FRONTEND=noninteractive
 # A service that a package starts by itself is not wanted here: the tests start their own.
+if [[ " ${packages[*]} " == *" postgresql"* ]]; then
+    mkdir -p /etc/postgresql-common/createcluster.d
+    echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.d/no-main-cluster.conf
+fi
 apt-get update -qq
 if ! "${install[@]}" >/dev/null; then
     echo "cannot install ${packages[*]}; run: ${install[*]}" >&2

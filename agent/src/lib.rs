@@ -4,6 +4,8 @@
 //! on the data thread `proxy` (accept and stop), `relay` (bytes), [`observer`] (what they mean),
 //! [`tenant`] (whose they are), [`recorder`] (counts), `sealer` (windows); on the control thread
 //! `session` (the aggregator), [`ring`] (what it does not have yet), [`metrics`] and `admin`.
+//!
+//! [`Session`] is public for the simulation (tests/simulation), which gives it other [`Surroundings`].
 
 pub mod config;
 pub mod run;
@@ -24,3 +26,5 @@ pub mod backoff;
 pub mod metrics;
 pub mod ring;
 mod session;
+
+pub use session::{Dial, Dialling, Session, Surroundings};

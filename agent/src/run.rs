@@ -22,7 +22,7 @@ use crate::{
     metrics::Metrics,
     proxy::{self, Channels},
     recorder::Limits,
-    session::Session,
+    session::{Session, Surroundings},
     system,
 };
 
@@ -118,7 +118,8 @@ impl Bound {
             let config = &config;
             let controlled = thread::Builder::new().name("control".to_owned());
             controlled.spawn_scoped(scope, move || {
-                let session = Session::new(config, sealed, set_limits, metrics.clone());
+                let process = Surroundings::of_process();
+                let session = Session::new(config, sealed, set_limits, metrics.clone(), process);
                 control.block_on(async {
                     tokio::select! {
                         () = session.run() => {}

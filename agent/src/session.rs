@@ -10,7 +10,7 @@ mod stream;
 
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
-    pin::pin,
+    pin::{Pin, pin},
     time::Duration,
 };
 
@@ -18,11 +18,13 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
+use tonic::transport::{self, Channel, Endpoint};
 
 use crate::{
     backoff,
     config::Config,
     metrics::Metrics,
+    proxy::now_unix_ms,
     recorder::{Limits, Sealed},
     ring::Ring,
     window::Sums,
@@ -32,11 +34,26 @@ use link::Link;
 /// How long the last windows may take to become durable when the agent stops.
 const FLUSH: Duration = Duration::from_secs(5);
 
+/// Opens a connection to the aggregator.
+pub type Dial = Box<dyn Fn(Endpoint) -> Dialling>;
+
+/// A connection that is being opened.
+pub type Dialling = Pin<Box<dyn Future<Output = Result<Channel, transport::Error>>>>;
+
+/// What a session takes from the world outside; a simulation has another world than a process.
+pub struct Surroundings {
+    /// Names this life of the process; never 0.
+    pub epoch: u64,
+    /// The wall clock, in milliseconds since the Unix epoch.
+    pub clock: fn() -> u64,
+    /// How the aggregator is reached.
+    pub dial: Dial,
+}
+
 /// The owner of everything that is on its way to the aggregator.
-pub(crate) struct Session<'c> {
+pub struct Session<'c> {
     config: &'c Config,
-    /// Names this life of the process.
-    epoch: u64,
+    surroundings: Surroundings,
     ring: Ring,
     /// Sums of all windows that were taken: the ring must conserve them.
     taken: Sums,
@@ -68,17 +85,37 @@ enum Ended {
     TooLate,
 }
 
+// === impl Surroundings ===
+
+impl Surroundings {
+    /// Those of a process: a random epoch, the system's clock and network.
+    pub fn of_process() -> Self {
+        Self {
+            // The standard library's hash keys are random: that is all the randomness needed here.
+            epoch: RandomState::new().build_hasher().finish().max(1),
+            clock: now_unix_ms,
+            dial: Box::new(|endpoint: Endpoint| -> Dialling {
+                Box::pin(async move { endpoint.connect().await })
+            }),
+        }
+    }
+}
+
+// === impl Session ===
+
+// Each select! is biased: what happens then depends on what came when, and on no lot that is drawn.
 impl<'c> Session<'c> {
-    pub(crate) fn new(
+    /// A session that takes closed windows and hands on limits.
+    pub fn new(
         config: &'c Config,
         windows: mpsc::Receiver<Sealed>,
         limits: watch::Sender<Limits>,
         metrics: Metrics,
+        surroundings: Surroundings,
     ) -> Self {
         Self {
             config,
-            // The standard library's hash keys are random: that is all the randomness needed here.
-            epoch: RandomState::new().build_hasher().finish().max(1),
+            surroundings,
             ring: Ring::new(config.ring_bytes),
             taken: Sums::default(),
             windows,
@@ -91,7 +128,7 @@ impl<'c> Session<'c> {
     }
 
     /// Sends windows until the last is durable, or cannot be sent in time.
-    pub(crate) async fn run(mut self) {
+    pub async fn run(mut self) {
         let mut attempt = 0;
         loop {
             let before = self.ring.durable();
@@ -132,6 +169,7 @@ impl<'c> Session<'c> {
         let was_stopping = self.deadline.is_some();
         loop {
             tokio::select! {
+                biased;
                 () = sleep_until(until) => return Some(()),
                 sealed = self.windows.recv(), if self.deadline.is_none() => self.take(sealed),
                 () = sleep_until(self.deadline.unwrap_or(until)), if self.deadline.is_some() => return None,
@@ -148,6 +186,7 @@ impl<'c> Session<'c> {
         loop {
             let deadline = self.deadline;
             tokio::select! {
+                biased;
                 done = &mut work => return Some(done),
                 sealed = self.windows.recv(), if deadline.is_none() => self.take(sealed),
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => return None,

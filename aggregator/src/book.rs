@@ -6,6 +6,7 @@
 
 mod agent;
 mod cell;
+mod image;
 mod service;
 #[cfg(test)]
 mod tests;
@@ -21,7 +22,13 @@ use coalmine_proto::{
     v1::{Gap, Histogram as WireHistogram, Totals},
 };
 
-pub use self::{agent::Agent, service::Service};
+use foldhash::HashMap;
+
+pub use self::{
+    agent::Agent,
+    image::{Changes, Piece},
+    service::Service,
+};
 
 /// Length of a slot of a service without a policy.
 pub const DEFAULT_SLOT_MS: u64 = 10_000;
@@ -75,6 +82,19 @@ pub struct Book {
     patience: Patience,
     /// When this process began, on the same clock as all other times here.
     started_ms: u64,
+    /// The sessions whose batches may come.
+    sessions: BTreeMap<u64, Speaker>,
+    last_session: u64,
+    /// Whether it is noted what changes.
+    journals: bool,
+}
+
+/// Who speaks in a session, and the numbers that it has given to names.
+#[derive(Debug)]
+pub(crate) struct Speaker {
+    pub(crate) who: Introduction,
+    /// The agent's numbers to the book's.
+    pub(crate) names: HashMap<u32, u32>,
 }
 
 /// Who an agent says it is.
@@ -144,6 +164,9 @@ pub enum BookError {
         /// The last one applied.
         last: u64,
     },
+    /// A batch came again with another content.
+    #[error("batch {0} came before with another content; two agents may be using the same --instance")]
+    Changed(u64),
     /// A newer session of the same agent took over.
     #[error("a newer session of this agent is open")]
     Superseded,
@@ -211,6 +234,9 @@ impl Book {
             services: BTreeMap::new(),
             patience,
             started_ms,
+            sessions: BTreeMap::new(),
+            last_session: 0,
+            journals: false,
         }
     }
 
@@ -220,7 +246,12 @@ impl Book {
     }
 
     fn service(&mut self, name: &str) -> &mut Service {
-        self.services.entry(name.to_owned()).or_insert_with(Service::new)
+        let journals = self.journals;
+        let service = self.services.entry(name.to_owned()).or_insert_with(Service::new);
+        if journals {
+            service.journal.get_or_insert_default();
+        }
+        service
     }
 
     /// The services, by name.
@@ -235,9 +266,26 @@ impl Book {
         self.services.get(service)
     }
 
-    /// Opens a session of an agent; says which batch is the last durable one of its epoch.
+    /// The number of the next session.
+    pub fn next_session(&self) -> u64 {
+        self.last_session + 1
+    }
+
+    /// Opens a session of an agent; says which batch is the last durable one of its epoch. An older session of the same
+    /// agent is superseded.
     pub fn introduce(&mut self, who: &Introduction, session: u64, now_ms: u64) -> u64 {
+        self.last_session = self.last_session.max(session);
+        let older = self.agent(&who.service, &who.instance).map(|agent| agent.session);
+        if let Some(older) = older {
+            self.sessions.remove(&older);
+        }
+        let speaker = Speaker {
+            who: who.clone(),
+            names: HashMap::default(),
+        };
+        self.sessions.insert(session, speaker);
         let service = self.service(&who.service);
+        service.note_agents();
         let agent = service
             .agents
             .entry(who.instance.clone())
@@ -263,6 +311,31 @@ impl Book {
         agent.last_seen_ms = now_ms;
         // What was applied and is not durable yet comes again, and is then known.
         agent.durable_seq
+    }
+
+    /// Takes out who speaks in a session, to read a batch of it; `resume` puts it back.
+    pub(crate) fn speaker(&mut self, session: u64) -> Result<Speaker, BookError> {
+        self.sessions.remove(&session).ok_or(BookError::Superseded)
+    }
+
+    /// Who speaks in a session.
+    pub fn who(&self, session: u64) -> Option<Introduction> {
+        Some(self.sessions.get(&session)?.who.clone())
+    }
+
+    /// Puts back who speaks in a session.
+    pub(crate) fn resume(&mut self, session: u64, speaker: Speaker) {
+        self.sessions.insert(session, speaker);
+    }
+
+    /// After stored windows were read again: of the sessions that were open then none is.
+    pub fn disconnect_all(&mut self) {
+        self.sessions.clear();
+        let agents = self
+            .services
+            .values_mut()
+            .flat_map(|service| service.agents.values_mut());
+        agents.for_each(|agent| agent.connected = false);
     }
 
     /// Gives a tenant its number. Beyond [`MAX_TENANTS`] the rest is one tenant, [`TenantName::overflow`].
@@ -292,14 +365,16 @@ impl Book {
         }
     }
 
-    /// Notes that a session's stream has ended.
+    /// Notes that a session's stream has ended, for good if `gone`.
     pub fn disconnect(&mut self, service: &str, instance: &str, session: u64, gone: bool, now_ms: u64) {
+        self.sessions.remove(&session);
         if let Some(agent) = self.agent(service, instance)
             && agent.session == session
         {
             agent.connected = false;
             agent.gone |= gone;
             agent.last_seen_ms = now_ms;
+            self.service(service).note_agents();
         }
     }
 

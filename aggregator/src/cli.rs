@@ -8,6 +8,7 @@ pub(crate) mod explain;
 mod judge;
 mod policy;
 mod rollout;
+mod witness;
 
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -108,6 +109,9 @@ enum Command {
     /// Check and compare SLA baselines, and learn their history (offline)
     #[command(subcommand)]
     Policy(policy::Command),
+    /// Cosign checkpoints of decision logs that only grow, for somebody who cannot change them
+    #[command(subcommand)]
+    Witness(witness::Command),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -224,9 +228,10 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
             all: _,
             data,
         } => audit::replay(&data, decision.as_deref(), output),
-        Command::Audit(command) => audit::run(command, output),
+        Command::Audit(command) => audit::run(command, output).await,
         Command::Judge(options) => judge::run(&options),
         Command::Policy(command) => policy::run(command, output),
+        Command::Witness(command) => witness::run(command).await,
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             clap_complete::generate(shell, &mut command, "coalmine", &mut io::stdout());

@@ -187,7 +187,7 @@ async fn play(data: &std::path::Path, healthy: bool, output: Output) -> Result<P
     ));
     print(&format_args!("record    {}", text(&ending.view, "decision_hash")));
     let files = LedgerFiles::new(data);
-    let verified = audit::check(&files);
+    let verified = audit::check(&files, Vec::new());
     let replayed = audit::replay_all(&files, |_, _| {});
     let log_is_good = verified.problems.is_empty() && replayed.different.is_empty() && replayed.same > 0;
     print(&format_args!(

@@ -5,11 +5,7 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
-    sync::mpsc::Receiver,
 };
-
-/// Most jobs that share one sync.
-const MAX_GROUP: usize = 1_024;
 
 /// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -104,48 +100,50 @@ fn replace_with(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         .truncate(true)
         .mode(mode)
         .open(&temporary)?;
-    file.write_all(content)?;
-    file.sync_all()?;
+    if let Err(error) = file.write_all(content) {
+        // What there was of it must not take the space of others.
+        drop(std::fs::remove_file(&temporary));
+        return Err(error);
+    }
+    sync_or_exit(&file, &temporary);
     std::fs::rename(&temporary, path)?;
     sync_directory(path)
 }
 
-/// Syncs the directory that holds `path`, so that a new name in it lasts.
-pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        // A bare name is in the directory that the process is in.
-        Some(directory) if directory.as_os_str().is_empty() => File::open(".")?.sync_all(),
-        Some(directory) => File::open(directory)?.sync_all(),
-        None => Ok(()),
+/// Syncs a file with all that belongs to it. A failed sync ends the process: the kernel may have dropped the pages and
+/// would say yes the next time, so nothing that this process knows of the file is certain any more.
+pub(crate) fn sync_or_exit(file: &File, path: &Path) {
+    or_exit(file.sync_all(), path);
+}
+
+/// Ends the process if something failed after which it is not known what is on disk.
+#[allow(clippy::exit, reason = "see sync_or_exit")]
+pub(crate) fn or_exit(result: io::Result<()>, path: &Path) {
+    if let Err(error) = result {
+        tracing::error!(path = %path.display(), %error, "exiting, since it is not known what is on disk");
+        std::process::exit(1);
     }
 }
 
-/// Appends and syncs. After an error nothing of `bytes` is in the file. A failed sync ends the process: the
-/// kernel may have dropped the pages and would say yes the next time, so nothing that this process knows of
-/// the file is certain any more.
-pub(crate) fn append_durably(file: &mut File, path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let before = file.metadata()?.len();
-    if let Err(error) = file.write_all(bytes) {
-        if let Err(worse) = file.set_len(before).and_then(|()| file.sync_all()) {
-            tracing::error!(path = %path.display(), error = %worse, "cannot take back a part of a write; exiting");
-            std::process::exit(1);
-        }
-        return Err(error);
-    }
-    if let Err(error) = file.sync_data() {
-        tracing::error!(path = %path.display(), %error, "cannot sync; exiting, since what is on disk is unknown");
-        std::process::exit(1);
-    }
+/// Syncs the directory that holds `path`, so that a new name in it lasts.
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
+    let directory = match path.parent() {
+        // A bare name is in the directory that the process is in.
+        Some(directory) if directory.as_os_str().is_empty() => Path::new("."),
+        Some(directory) => directory,
+        None => return Ok(()),
+    };
+    sync_or_exit(&File::open(directory)?, directory);
     Ok(())
 }
 
-/// Waits for a job and takes with it all that have queued up meanwhile. None when no one can send any more.
-pub(crate) fn next_group<T>(queue: &Receiver<T>) -> Option<Vec<T>> {
-    let mut group = vec![queue.recv().ok()?];
-    while group.len() < MAX_GROUP
-        && let Ok(job) = queue.try_recv()
-    {
-        group.push(job);
+/// Appends and syncs. After an error nothing of `bytes` is in the file.
+pub(crate) fn append_durably(file: &mut File, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let before = file.metadata()?.len();
+    if let Err(error) = file.write_all(bytes) {
+        or_exit(file.set_len(before).and_then(|()| file.sync_all()), path);
+        return Err(error);
     }
-    Some(group)
+    or_exit(file.sync_data(), path);
+    Ok(())
 }

@@ -6,10 +6,7 @@
 
 use std::{
     pin::Pin,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use coalmine_proto::{
@@ -20,13 +17,12 @@ use coalmine_proto::{
         agent_message, aggregator_message, telemetry_server::Telemetry,
     },
 };
-use foldhash::HashMap;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    book::{Applied, Batch, Book, BookError, Build, Introduction, Row, locked},
+    book::{Applied, Batch, Book, BookError, Build, Introduction, Row, Speaker, locked},
     clock,
     metrics::Metrics,
     store::{Entry, Store},
@@ -61,18 +57,15 @@ pub type Configs = std::collections::BTreeMap<String, Config>;
 pub struct Ingest {
     /// Where windows are counted.
     pub book: Arc<Mutex<Book>>,
-    store: Store,
+    /// Where they are made durable.
+    pub store: Store,
     configs: Arc<Configs>,
     metrics: Arc<Metrics>,
     /// Woken when the book has news.
     pub news: Arc<Notify>,
-    sessions: Arc<AtomicU64>,
     draining: watch::Receiver<bool>,
+    now_ms: fn() -> u64,
 }
-
-/// The names of a session: the agent's numbers to the book's.
-#[derive(Debug, Default)]
-pub struct Dictionary(HashMap<u32, u32>);
 
 /// Why a session ends before the agent ends it.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +86,8 @@ struct Leaving<'a> {
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
         let Self { ingest, who, session } = self;
-        locked(&ingest.book).disconnect(&who.service, &who.instance, *session, false, clock::now_ms());
+        let now_ms = (ingest.now_ms)();
+        locked(&ingest.book).disconnect(&who.service, &who.instance, *session, false, now_ms);
         ingest.news.notify_waiters();
     }
 }
@@ -134,9 +128,20 @@ pub(crate) fn introduction(hello: &Hello) -> Result<Introduction, String> {
 /// Applies a batch as it came: names, then rows.
 pub(crate) fn apply(
     book: &mut Book,
-    who: &Introduction,
     session: u64,
-    names: &mut Dictionary,
+    batch: &WindowBatch,
+    now_ms: u64,
+) -> Result<Applied, SessionError> {
+    let mut speaker = book.speaker(session)?;
+    let applied = apply_of(book, &mut speaker, session, batch, now_ms);
+    book.resume(session, speaker);
+    applied
+}
+
+fn apply_of(
+    book: &mut Book,
+    Speaker { who, names }: &mut Speaker,
+    session: u64,
     batch: &WindowBatch,
     now_ms: u64,
 ) -> Result<Applied, SessionError> {
@@ -144,13 +149,13 @@ pub(crate) fn apply(
         let tenant = TenantName::parse_counted(&name.name).map_err(|error| {
             SessionError::Refused(format!("the tenant's name {:.40?} {error}", name.name))
         })?;
-        if names.0.len() >= MAX_SESSION_NAMES {
+        if names.len() >= MAX_SESSION_NAMES {
             return Err(SessionError::Refused(format!(
                 "more than {MAX_SESSION_NAMES} tenants in one session"
             )));
         }
         let number = book.intern(&who.service, &tenant);
-        names.0.insert(name.r#ref, number);
+        names.insert(name.r#ref, number);
     }
     if batch.length_ms == 0 || batch.length_ms > MAX_WINDOW_MS {
         return Err(SessionError::Refused(format!(
@@ -171,7 +176,7 @@ pub(crate) fn apply(
     }
     let mut rows = Vec::with_capacity(batch.rows.len());
     for row in &batch.rows {
-        let tenant = names.0.get(&row.tenant).copied();
+        let tenant = names.get(&row.tenant).copied();
         let tenant = tenant.ok_or_else(|| {
             SessionError::Refused(format!("a row for tenant number {} without a name", row.tenant))
         })?;
@@ -197,8 +202,6 @@ pub(crate) fn apply(
 /// Rebuilds the book from the store's entries.
 #[derive(Debug, Default)]
 pub struct Rebuild {
-    sessions: HashMap<u64, (Introduction, Dictionary)>,
-    last_session: u64,
     /// Entries that did not fit; they are counted, and the store is left as it is.
     pub refused: u64,
 }
@@ -207,33 +210,35 @@ impl Rebuild {
     /// Takes the next entry.
     pub fn take(&mut self, book: &mut Book, entry: Entry, now_ms: u64) {
         match entry {
-            Entry::Hello(session, hello) => {
-                self.last_session = self.last_session.max(session);
-                match introduction(&hello) {
-                    Ok(who) => {
-                        book.introduce(&who, session, now_ms);
-                        book.disconnect(&who.service, &who.instance, session, false, now_ms);
-                        self.sessions.insert(session, (who, Dictionary::default()));
-                    }
-                    Err(_) => self.refused += 1,
+            Entry::Hello(session, hello) => match introduction(&hello) {
+                Ok(who) => {
+                    book.introduce(&who, session, now_ms);
                 }
-            }
-            Entry::Batch(session, batch) => {
-                let Some((who, names)) = self.sessions.get_mut(&session) else {
+                Err(_) => self.refused += 1,
+            },
+            Entry::Batch(session, batch) => match apply(book, session, &batch, now_ms) {
+                Ok(_) => {
+                    if let Some(who) = book.who(session) {
+                        book.durable(&who.service, &who.instance, who.epoch, batch.seq);
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(session, seq = batch.seq, %error, "a stored window does not apply");
                     self.refused += 1;
-                    return;
-                };
-                match apply(book, who, session, names, &batch, now_ms) {
-                    Ok(_) => book.durable(&who.service, &who.instance, who.epoch, batch.seq),
-                    Err(error) => {
-                        tracing::error!(session, seq = batch.seq, %error, "a stored window does not apply");
-                        self.refused += 1;
-                    }
+                }
+            },
+            Entry::Bye(session, _) => {
+                if let Some(who) = book.who(session) {
+                    book.disconnect(&who.service, &who.instance, session, true, now_ms);
                 }
             }
-            Entry::Bye(session, _) => {
-                if let Some((who, _)) = self.sessions.remove(&session) {
-                    book.disconnect(&who.service, &who.instance, session, true, now_ms);
+            Entry::Piece(piece) => {
+                if let Err(problem) = book.load(&piece) {
+                    tracing::error!(
+                        problem,
+                        "a part of the windows that were rolled up is not readable"
+                    );
+                    self.refused += 1;
                 }
             }
         }
@@ -241,13 +246,12 @@ impl Rebuild {
 }
 
 impl Ingest {
-    /// Takes sessions from now on, with numbers after those of the store.
+    /// Takes sessions from now on.
     pub fn new(
         book: Arc<Mutex<Book>>,
         store: Store,
         configs: Configs,
         metrics: Arc<Metrics>,
-        rebuilt: &Rebuild,
         draining: watch::Receiver<bool>,
     ) -> Self {
         Self {
@@ -256,9 +260,15 @@ impl Ingest {
             configs: Arc::new(configs),
             metrics,
             news: Arc::new(Notify::new()),
-            sessions: Arc::new(AtomicU64::new(rebuilt.last_session)),
             draining,
+            now_ms: clock::now_ms,
         }
+    }
+
+    /// With another clock, as in a simulation.
+    #[must_use]
+    pub fn with_clock(self, now_ms: fn() -> u64) -> Self {
+        Self { now_ms, ..self }
     }
 
     async fn run(
@@ -277,7 +287,7 @@ impl Ingest {
             Ok(who) => who,
             Err(reason) => return self.reject(&out, reason).await,
         };
-        let skew_ms = hello.now_unix_ms.abs_diff(clock::now_ms());
+        let skew_ms = hello.now_unix_ms.abs_diff((self.now_ms)());
         if skew_ms > MAX_SKEW_MS {
             let reason = format!(
                 "the agent's clock and the aggregator's differ by {skew_ms} ms; at most {MAX_SKEW_MS} are allowed, so \
@@ -288,8 +298,8 @@ impl Ingest {
         // The store must see sessions and batches in the order in which the book does.
         let (session, durable_seq) = {
             let mut book = locked(&self.book);
-            let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
-            let durable_seq = book.introduce(&who, session, clock::now_ms());
+            let session = book.next_session();
+            let durable_seq = book.introduce(&who, session, (self.now_ms)());
             self.store.append(Entry::Hello(session, hello), || {});
             (session, durable_seq)
         };
@@ -311,7 +321,7 @@ impl Ingest {
             durable_seq,
             max_unacked: MAX_UNACKED,
             max_message_bytes: u32::try_from(MAX_MESSAGE_BYTES).unwrap_or(u32::MAX),
-            now_unix_ms: clock::now_ms(),
+            now_unix_ms: (self.now_ms)(),
         };
         if !send(&out, aggregator_message::Kind::HelloAck(greeting)).await {
             return;
@@ -322,15 +332,11 @@ impl Ingest {
             return;
         }
         self.news.notify_waiters();
-        if self
-            .converse(&who, session, durable_seq, &mut inbound, &out)
-            .await
-        {
-            locked(&self.book).disconnect(&who.service, &who.instance, session, true, clock::now_ms());
-        }
+        self.converse(&who, session, durable_seq, &mut inbound, &out)
+            .await;
     }
 
-    /// Takes messages until the stream ends; says whether the agent said Bye.
+    /// Takes messages until the stream ends.
     async fn converse(
         &self,
         who: &Introduction,
@@ -338,41 +344,42 @@ impl Ingest {
         durable_seq: u64,
         inbound: &mut Streaming<AgentMessage>,
         out: &mpsc::Sender<Result<AggregatorMessage, Status>>,
-    ) -> bool {
+    ) {
         let (acks, mut acked) = watch::channel(Ack {
             received_seq: durable_seq,
             durable_seq,
         });
         let acks = Arc::new(acks);
-        let mut names = Dictionary::default();
         let mut draining = self.draining.clone();
         loop {
             let message = tokio::select! {
+                // In this order, so that the same events always give the same conversation.
+                biased;
                 changed = acked.changed() => {
                     let ack = *acked.borrow_and_update();
                     if changed.is_err() || !send(out, aggregator_message::Kind::Ack(ack)).await {
-                        return false;
+                        return;
                     }
                     continue;
                 }
                 () = drained(&mut draining) => {
                     let drain = coalmine_proto::v1::Drain { within_ms: 0 };
                     send(out, aggregator_message::Kind::Drain(drain)).await;
-                    return false;
+                    return;
                 }
                 message = inbound.message() => message,
             };
             match message {
                 Ok(Some(AgentMessage { kind: Some(kind) })) => match kind {
                     agent_message::Kind::Batch(batch) => {
-                        if let Err(error) = self.batch(who, session, &mut names, batch, &acks) {
+                        if let Err(error) = self.batch(who, session, batch, &acks) {
                             self.metrics.reject(error.reason());
                             tracing::error!(session, instance = who.instance, %error, "batch refused");
                             drop(
                                 out.send(Err(Status::failed_precondition(error.to_string())))
                                     .await,
                             );
-                            return false;
+                            return;
                         }
                     }
                     agent_message::Kind::ConfigApplied(applied) => {
@@ -385,19 +392,19 @@ impl Ingest {
                             reason = bye.reason,
                             "agent ended"
                         );
-                        self.farewell(session, bye).await;
-                        return true;
+                        self.farewell(who, session, bye).await;
+                        return;
                     }
                     agent_message::Kind::Hello(_) => {
                         self.reject(out, "a session has one Hello".to_owned()).await;
-                        return false;
+                        return;
                     }
                 },
                 Ok(Some(AgentMessage { kind: None })) => {}
-                Ok(None) => return false,
+                Ok(None) => return,
                 Err(status) => {
                     tracing::info!(session, instance = who.instance, %status, "agent's stream broke");
-                    return false;
+                    return;
                 }
             }
         }
@@ -407,13 +414,12 @@ impl Ingest {
         &self,
         who: &Introduction,
         session: u64,
-        names: &mut Dictionary,
         mut batch: WindowBatch,
         acks: &Arc<watch::Sender<Ack>>,
     ) -> Result<(), SessionError> {
         let seq = batch.seq;
         let mut book = locked(&self.book);
-        let applied = apply(&mut book, who, session, names, &batch, clock::now_ms())?;
+        let applied = apply(&mut book, session, &batch, (self.now_ms)())?;
         acks.send_modify(|ack| ack.received_seq = ack.received_seq.max(seq));
         if applied == Applied::Before {
             // The counts are stored already. What is stored now are the names, which are needed to read what follows
@@ -432,12 +438,17 @@ impl Ingest {
     }
 
     /// Stores the agent's farewell, and everything before it.
-    async fn farewell(&self, session: u64, bye: Bye) {
+    async fn farewell(&self, who: &Introduction, session: u64, bye: Bye) {
         let (tell, told) = tokio::sync::oneshot::channel();
-        self.store.append(Entry::Bye(session, bye), move || {
-            // The receiver waits below.
-            tell.send(()).ok();
-        });
+        {
+            // What the store has of the book must not be older than the farewell.
+            let mut book = locked(&self.book);
+            book.disconnect(&who.service, &who.instance, session, true, (self.now_ms)());
+            self.store.append(Entry::Bye(session, bye), move || {
+                // The receiver waits below.
+                tell.send(()).ok();
+            });
+        }
         drop(told.await);
     }
 
@@ -457,6 +468,7 @@ impl SessionError {
         match self {
             Self::Refused(_) => "malformed",
             Self::Book(BookError::Order { .. }) => "order",
+            Self::Book(BookError::Changed(_)) => "changed",
             Self::Book(BookError::Superseded) => "superseded",
             Self::Book(BookError::Latency { .. }) => "histogram",
             Self::Book(BookError::Totals { .. }) => "totals",

@@ -1,53 +1,105 @@
-//! The decision log on disk and the blobs that its records name.
+//! The decision log and the blobs that its records name.
 //!
 //! ```text
-//! DATA/decisions.jsonl       one record a line; the form is described in coalmine_judge::record
-//! DATA/checkpoint            log name, number of records, Merkle root, signed; replaced after each commit
-//! DATA/key                   the key that signs, secret; made with the log, and never again
-//! DATA/evidence/ab/ab12...   blobs: zstd, named by the SHA-256 of their stored bytes
+//! DATA/decisions.jsonl         the segment that is written to: one record a line; see coalmine_judge::record
+//! DATA/decisions-NNN.jsonl     a sealed segment, by the position of its first record; its last one is a segment_seal
 //! DATA/decisions.jsonl.torn-T  what stood after the last whole record when the log was opened at time T
-//! DATA/.lock                 held by the process that writes
+//! DATA/checkpoint              log name, number of records, Merkle root, signed; replaced after each commit
+//! DATA/checkpoints.txt         checkpoints kept for good (at starts, heartbeats, seals): notes, an empty line after each
+//! DATA/evidence/ab/ab12...     blobs: zstd, named by the SHA-256 of their stored bytes
+//! DATA/key, DATA/key.old       the keys that sign, secret; see `key`
+//! DATA/reserve                 space that is given up when the disk is full, for the record that says so
+//! DATA/.lock                   held by the process that writes
 //! ```
 //!
 //! Order of a commit: the blobs, synced; the lines, synced; the checkpoint, synced; then the callers are
 //! answered. So a record without its blobs cannot exist, and an answered record is on disk.
 //!
-//! On opening, the longest prefix of whole, linked records is kept; an incomplete last line is set aside.
-//! A log that is shorter than its checkpoint, or differs from it, or is wrong in the middle, is refused.
+//! On opening, the longest prefix of whole, linked records is kept; an incomplete last line is set aside, and a record
+//! says so. A log that is shorter than a checkpoint beside it, or differs from it, or is wrong in the middle, is refused.
+//!
+//! A checkpoint that is kept elsewhere (a copy, a witness) may know more than the directory does: somebody put an older
+//! backup back, or two processes have written. Then nothing is recorded any more, so nothing is approved, until a person
+//! opens a new log that names the old one (`anchor`).
+//!
+//! With PostgreSQL the same bytes and the same checkpoints are in tables; see `postgres`.
 
 use std::{
-    collections::BTreeMap,
-    fs::File,
-    io::{self, BufRead as _, BufReader},
-    os::unix::fs::FileExt as _,
+    collections::{BTreeMap, HashSet},
+    io,
     path::{Path, PathBuf},
     sync::{
-        Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, PoisonError, RwLock,
         mpsc::{self, Sender},
     },
-    time::Instant,
+    time::Duration,
 };
 
 use coalmine_judge::{
-    chain::{Chain, Hash},
-    note::{Checkpoint, Note, Proof, SignerKey},
-    record::{Body, Record},
+    chain::Hash,
+    note::{Checkpoint, Note, Proof, VerifierKey},
+    record::{Body, Follows, Record},
+    replay::Blobs,
     tree::Nodes,
 };
 use foldhash::HashMap;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
+mod anchor;
 mod blobs;
+mod export;
+mod files;
+mod jsonl;
 mod key;
+mod postgres;
+mod storage;
+#[cfg(test)]
+mod tests;
+mod writer;
 
-pub use blobs::{Blob, BlobStore};
-
+pub use self::{
+    blobs::{Blob, BlobStore, MAX_BLOB_BYTES, unpack},
+    export::{Exported, export_database, export_files},
+    files::{LedgerFiles, LogProblem, Place, Published, Scan, read_note},
+};
+use self::{
+    jsonl::{Jsonl, Lines},
+    postgres::{PgLog, PgReader},
+    storage::{Reader, Storage},
+    writer::{Job, Message, Writer},
+};
 use crate::{
-    BUILD, clock,
+    database::Database,
     disk::{self, DiskError},
     metrics::Metrics,
 };
+
+/// How a log is kept.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Name of a log that begins now.
+    pub name: String,
+    /// A segment is sealed when it is larger.
+    pub segment_bytes: u64,
+    /// After so long without a record one says that the log is alive.
+    pub heartbeat: Duration,
+    /// Every checkpoint is written there too, and the log is held against it at the start.
+    pub checkpoint_copy: Option<PathBuf>,
+    /// What a log that begins now continues.
+    pub follows: Option<Follows>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            name: "coalmine/default".to_owned(),
+            segment_bytes: 64 << 20,
+            heartbeat: Duration::from_secs(300),
+            checkpoint_copy: None,
+            follows: None,
+        }
+    }
+}
 
 /// A record that is on disk.
 #[derive(Debug, Clone)]
@@ -64,6 +116,9 @@ pub enum AppendError {
     /// The disk refused.
     #[error("the decision log cannot be written: {0}")]
     Disk(String),
+    /// A longer or another log is known elsewhere.
+    #[error("nothing is recorded, because {0}")]
+    Untrusted(String),
     /// It cannot be a record.
     #[error("the record is refused: {0}")]
     Refused(String),
@@ -72,20 +127,83 @@ pub enum AppendError {
     Closed,
 }
 
-struct Job {
-    body: Body,
-    blobs: Vec<Blob>,
-    answer: oneshot::Sender<Result<Appended, AppendError>>,
+/// Whether the log takes records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It does.
+    Ok,
+    /// The disk is full.
+    Full,
+    /// The last commit failed for another reason.
+    Failing,
+    /// A longer log is known elsewhere.
+    Behind,
+    /// Another log of the same name is known elsewhere.
+    Forked,
+}
+
+impl State {
+    /// All states.
+    pub const ALL: [Self; 5] = [Self::Ok, Self::Full, Self::Failing, Self::Behind, Self::Forked];
+
+    /// The state's name in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Full => "full",
+            Self::Failing => "failing",
+            Self::Behind => "behind",
+            Self::Forked => "forked",
+        }
+    }
+}
+
+/// The state of a log, with what is wrong.
+#[derive(Debug)]
+struct Health {
+    state: Mutex<(State, String)>,
+    metrics: Arc<Metrics>,
+}
+
+impl Health {
+    fn new(metrics: Arc<Metrics>) -> Arc<Self> {
+        let health = Self {
+            state: Mutex::new((State::Ok, String::new())),
+            metrics,
+        };
+        health.set(State::Ok, String::new());
+        Arc::new(health)
+    }
+
+    fn get(&self) -> (State, String) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A log that is behind or forked stays so.
+    fn set(&self, state: State, why: String) {
+        let mut held = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(held.0, State::Behind | State::Forked) {
+            *held = (state, why);
+        }
+        self.metrics.audit_state(held.0);
+    }
+
+    /// Why nothing may be recorded.
+    fn distrust(&self) -> Option<String> {
+        let (state, why) = self.get();
+        matches!(state, State::Behind | State::Forked).then_some(why)
+    }
 }
 
 /// The decision log of a running aggregator.
 #[derive(Debug, Clone)]
 pub struct Ledger {
-    queue: Sender<Job>,
-    writable: Arc<AtomicBool>,
+    queue: Sender<Message>,
+    health: Arc<Health>,
     index: Arc<RwLock<Index>>,
-    /// Where decisions are read from.
-    pub files: LedgerFiles,
+    reader: Reader,
+    published: watch::Receiver<Option<Published>>,
+    cosigned: Arc<Mutex<Option<Published>>>,
 }
 
 /// What was found when the log was opened.
@@ -97,56 +215,19 @@ pub struct Opened {
     pub records: u64,
 }
 
-/// The files of a log, for reading.
-#[derive(Debug, Clone)]
-pub struct LedgerFiles {
-    data: PathBuf,
-    /// The blobs.
-    pub blobs: BlobStore,
-}
-
-/// Where a record's line stands in the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    offset: u64,
-    length: usize,
-}
-
-/// A checkpoint as it was published.
-#[derive(Debug, Clone)]
-pub struct Published {
-    /// The number of records that it covers.
-    pub size: u64,
-    /// The signed note.
-    pub note: String,
-}
-
-impl Published {
-    /// Proof that a record, of which this is the line, is in the log; none if the checkpoint does not cover it.
-    pub fn proof(&self, nodes: &Nodes, seq: u64, line: Vec<u8>) -> Option<Proof> {
-        Some(Proof {
-            extra: Some(line),
-            index: seq,
-            path: nodes.inclusion(seq, self.size)?,
-            checkpoint: self.note.clone(),
-        })
-    }
-}
-
 /// Where records are, so that one can be read without the others, and what proves that they are there.
 #[derive(Debug, Default)]
 pub struct Index {
-    places: Vec<Place>,
     nodes: Nodes,
     published: Option<Published>,
+    keys: Vec<VerifierKey>,
     decisions: HashMap<String, u64>,
     /// Positions of each rollout's decisions, in order.
     rollouts: BTreeMap<String, Vec<u64>>,
 }
 
 impl Index {
-    fn add(&mut self, record: &Record, leaf: Hash, place: Place) {
-        self.places.push(place);
+    fn add(&mut self, record: &Record, leaf: Hash) {
         self.nodes.push(leaf);
         if let Body::Decision(decision) = &record.body {
             self.decisions.insert(decision.id.clone(), record.seq);
@@ -175,176 +256,36 @@ impl Index {
     }
 }
 
-/// What is wrong with a log.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}: {problem}", file.display())]
-pub struct LogProblem {
-    /// The file.
-    pub file: PathBuf,
-    /// What is wrong, with the number of the record.
-    pub problem: String,
-}
-
-/// A log as it was read.
-#[derive(Debug)]
-pub struct Scan {
-    /// The chain up to there.
-    pub chain: Chain,
-    /// Length of the whole records in bytes.
-    pub whole_bytes: u64,
-    /// Bytes after the last newline.
-    pub torn_bytes: u64,
-    /// The checkpoint; none if there is none.
-    pub published: Option<Published>,
-}
-
-impl Scan {
-    /// How many records the checkpoint covers.
-    pub fn covered(&self) -> u64 {
-        self.published.as_ref().map_or(0, |published| published.size)
-    }
-}
-
-impl LedgerFiles {
-    /// The log under a data directory.
-    pub fn new(data: &Path) -> Self {
-        Self {
-            data: data.to_owned(),
-            blobs: BlobStore::new(data),
-        }
-    }
-
-    /// The log's file.
-    pub fn log_path(&self) -> PathBuf {
-        self.data.join("decisions.jsonl")
-    }
-
-    fn checkpoint_path(&self) -> PathBuf {
-        self.data.join("checkpoint")
-    }
-
-    /// Reads the whole log, gives each record to `each`, and holds all against the checkpoint.
-    pub fn scan(&self, mut each: impl FnMut(Record, Hash, Place)) -> Result<Scan, LogProblem> {
-        let path = self.log_path();
-        let problem = |problem: String| LogProblem {
-            file: path.clone(),
-            problem,
-        };
-        let published = self.read_checkpoint()?;
-        let file = match File::open(&path) {
-            Ok(file) => Some(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(problem(format!("cannot be read: {error}"))),
-        };
-        let mut scan = Scan {
-            chain: Chain::default(),
-            whole_bytes: 0,
-            torn_bytes: 0,
-            published,
-        };
-        let mut reader = file.map(BufReader::new);
-        let mut line = Vec::new();
-        while let Some(reader) = &mut reader {
-            line.clear();
-            let read = reader
-                .read_until(b'\n', &mut line)
-                .map_err(|error| problem(format!("cannot be read: {error}")))?;
-            if read == 0 {
-                break;
-            }
-            if line.pop_if(|last| *last == b'\n').is_none() {
-                scan.torn_bytes = read as u64;
-                break;
-            }
-            let record = scan
-                .chain
-                .accept(&line)
-                .map_err(|error| problem(error.to_string()))?;
-            let place = Place {
-                offset: scan.whole_bytes,
-                length: line.len(),
-            };
-            scan.whole_bytes += read as u64;
-            each(record, scan.chain.head().unwrap_or(Hash::ZERO), place);
-            if scan.covered() == scan.chain.size() {
-                self.hold_against_checkpoint(&scan)?;
-            }
-        }
-        let (covered, size) = (scan.covered(), scan.chain.size());
-        if size < covered {
-            return Err(problem(format!(
-                "ends after record {}, but the checkpoint covers {covered} records: the log was cut",
-                size.saturating_sub(1)
-            )));
-        }
-        Ok(scan)
-    }
-
-    /// Checks the checkpoint, when as many records have been read as it covers.
-    fn hold_against_checkpoint(&self, scan: &Scan) -> Result<(), LogProblem> {
-        let Some(published) = &scan.published else {
-            return Ok(());
-        };
-        let signed = Checkpoint::open(&published.note, scan.chain.keys()).map_err(|error| LogProblem {
-            file: self.checkpoint_path(),
-            problem: error.to_string(),
-        })?;
-        let found = scan.chain.checkpoint();
-        if signed == found {
-            return Ok(());
-        }
-        Err(LogProblem {
-            file: self.log_path(),
-            problem: format!(
-                "record {} or one before it differs from what the checkpoint of {} records covers\n  signed: {}\n  found:  {}",
-                signed.size.saturating_sub(1),
-                signed.size,
-                one_line(&signed),
-                one_line(&found),
-            ),
-        })
-    }
-
-    /// The checkpoint as it stands there; its signature can be checked only with the log's key.
-    fn read_checkpoint(&self) -> Result<Option<Published>, LogProblem> {
-        let file = self.checkpoint_path();
-        let note = match std::fs::read_to_string(&file) {
-            Ok(note) => note,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                let problem = format!("cannot be read: {error}");
-                return Err(LogProblem { file, problem });
-            }
-        };
-        match Note::parse(&note).and_then(|note| Checkpoint::parse(note.unverified())) {
-            Ok(checkpoint) => Ok(Some(Published {
-                size: checkpoint.size,
-                note,
-            })),
-            Err(error) => Err(LogProblem {
-                file,
-                problem: error.to_string(),
-            }),
-        }
-    }
-}
-
-fn one_line(checkpoint: &Checkpoint) -> String {
-    checkpoint.to_string().trim_end().replace('\n', " ")
+/// A log that was read and may be written to.
+struct Opening {
+    storage: Storage,
+    reader: Reader,
+    index: Index,
+    chain: coalmine_judge::chain::Chain,
+    named: HashSet<Hash>,
+    /// What was set aside: how many bytes, and the file.
+    torn: Option<(u64, String)>,
 }
 
 impl Ledger {
-    /// Opens the log of a data directory, or begins one.
-    pub fn open(data: &Path, name: &str, metrics: Arc<Metrics>) -> Result<Opened, DiskError> {
+    /// Opens the log of a data directory, or begins one. Gives each record to `each`.
+    pub fn open(
+        data: &Path,
+        options: Options,
+        metrics: Arc<Metrics>,
+        mut each: impl FnMut(&Record, Hash),
+    ) -> Result<Opened, DiskError> {
         let files = LedgerFiles::new(data);
-        let mut index = Index::default();
+        let lines = Arc::new(Lines::default());
+        let (mut index, mut named, mut places) = (Index::default(), HashSet::new(), Vec::new());
         let mut scan = files
-            .scan(|record, leaf, place| index.add(&record, leaf, place))
-            .map_err(|error| DiskError::Corrupt {
-                path: error.file,
-                problem: error.problem,
-            })?;
-        let path = files.log_path();
+            .scan(|record, leaf, place| {
+                index.add(&record, leaf);
+                named.extend(record.body.blobs().into_iter().map(|(_, digest)| digest));
+                places.push(place);
+                each(&record, leaf);
+            })
+            .map_err(LogProblem::into_disk_error)?;
         if scan.published.is_none() && scan.chain.size() > 1 {
             let problem = "is missing, so nobody can tell whether the log was cut".to_owned();
             return Err(DiskError::Corrupt {
@@ -352,56 +293,112 @@ impl Ledger {
                 problem,
             });
         }
-        if scan.torn_bytes > 0 {
-            set_aside(&path, scan.whole_bytes, scan.torn_bytes)?;
-        }
-        let file = disk::open_append(&path)?;
-        disk::sync_directory(&path).map_err(|error| DiskError::io("sync", &path, error))?;
-        let log = scan.chain.log().unwrap_or(name).to_owned();
-        let key = key::open(data, &log, scan.chain.keys())?;
-        let covered = scan.covered();
+        lines.add(places);
+        files.blobs.prepare()?;
+        let reader = Reader::Files(Arc::clone(&lines), files.blobs.clone());
+        let (jsonl, torn) = Jsonl::open(files, &scan, lines, options.segment_bytes)?;
         index.published = scan.published.take();
-        let (queue, jobs) = mpsc::channel();
-        let writable = Arc::new(AtomicBool::new(true));
-        let mut writer = Writer {
-            log,
-            key,
+        let opening = Opening {
+            storage: Storage::Files(Box::new(jsonl)),
+            reader,
+            index,
+            torn: torn.map(|file| (scan.torn_bytes, file)),
             chain: scan.chain,
-            file,
-            files: files.clone(),
-            metrics,
-            writable: Arc::clone(&writable),
-            index: Arc::new(RwLock::new(index)),
-            has_checkpoint: true,
+            named,
         };
-        let index = Arc::clone(&writer.index);
-        if writer.chain.size() == 0 {
-            let start = Body::LogStart {
-                build: BUILD.to_owned(),
-                key: writer.key.verifier().to_string(),
-            };
-            writer
-                .write(vec![(start, Vec::new())])
-                .map_err(|error| DiskError::io("write", &path, error))?;
-        } else if covered < writer.chain.size() {
-            writer
-                .write_checkpoint()
-                .map_err(|error| DiskError::io("write", &path, error))?;
+        Self::start(data, options, metrics, opening)
+    }
+
+    /// Opens the log in a database, or begins one. `data` has the key.
+    pub async fn open_postgres(
+        data: &Path,
+        database: &Database,
+        options: Options,
+        metrics: Arc<Metrics>,
+        mut each: impl FnMut(&Record, Hash),
+    ) -> Result<Opened, DiskError> {
+        let mut index = Index::default();
+        let held = postgres::read(database, |record, leaf, _| {
+            index.add(&record, leaf);
+            each(&record, leaf);
+        });
+        let held = held.await?;
+        index.published = held.published;
+        let opening = Opening {
+            storage: Storage::Postgres(PgLog::new(database.clone())),
+            reader: Reader::Postgres(PgReader(database.clone())),
+            index,
+            chain: held.chain,
+            // In a transaction nothing is left behind.
+            named: HashSet::new(),
+            torn: None,
+        };
+        tokio::task::block_in_place(|| Self::start(data, options, metrics, opening))
+    }
+
+    fn start(
+        data: &Path,
+        options: Options,
+        metrics: Arc<Metrics>,
+        opening: Opening,
+    ) -> Result<Opened, DiskError> {
+        let Opening {
+            mut storage,
+            reader,
+            mut index,
+            chain,
+            named,
+            torn,
+        } = opening;
+        let log = chain.log().unwrap_or(&options.name).to_owned();
+        let keys = key::open(data, &log, chain.keys())?;
+        index.keys = chain.keys().to_vec();
+        let health = Health::new(Arc::clone(&metrics));
+        if let Storage::Postgres(log) = &mut storage {
+            log.report_to(Arc::clone(&health));
         }
+        if let Some(copy) = &options.checkpoint_copy {
+            anchor::hold_against_copy(copy, &index, &health).map_err(LogProblem::into_disk_error)?;
+        }
+        let (publish, published) = watch::channel(index.published.clone());
+        let index = Arc::new(RwLock::new(index));
+        let (queue, jobs) = mpsc::channel();
+        let mut writer = Writer {
+            data: data.to_owned(),
+            log,
+            keys,
+            chain,
+            storage,
+            options,
+            metrics,
+            health: Arc::clone(&health),
+            index: Arc::clone(&index),
+            publish,
+            named,
+            torn,
+        };
+        writer
+            .begin_log()
+            .map_err(|error| DiskError::io("write the log in", data, error))?;
         let records = writer.chain.size();
         std::thread::Builder::new()
             .name("ledger".to_owned())
             .spawn(move || writer.run(&jobs))
-            .map_err(|error| DiskError::io("start the writer of", &path, error))?;
-        Ok(Opened {
-            ledger: Self {
-                queue,
-                writable,
-                index,
-                files,
-            },
-            records,
-        })
+            .map_err(|error| DiskError::io("start the writer of", data, error))?;
+        let ledger = Self {
+            queue,
+            health,
+            index,
+            reader,
+            published,
+            cosigned: Arc::default(),
+        };
+        Ok(Opened { ledger, records })
+    }
+
+    /// Puts the log in order, after whoever knows more was asked: says what was set aside, signs what is not covered.
+    pub fn begin(&self) {
+        drop(self.queue.send(Message::Begin));
     }
 
     /// Queues a record and its blobs; the answer comes when they are on disk. It is written even if nobody waits
@@ -409,7 +406,10 @@ impl Ledger {
     pub fn submit(&self, body: Body, blobs: Vec<Blob>) -> oneshot::Receiver<Result<Appended, AppendError>> {
         let (answer, answered) = oneshot::channel();
         // When the writer is gone the answer's sender is dropped, which the receiver sees.
-        drop(self.queue.send(Job { body, blobs, answer }));
+        drop(
+            self.queue
+                .send(Message::Append(Box::new(Job { body, blobs, answer }))),
+        );
         answered
     }
 
@@ -418,14 +418,26 @@ impl Ledger {
         self.submit(body, blobs).await.unwrap_or(Err(AppendError::Closed))
     }
 
+    /// Writes what is queued and ends the writer; gives what resolves when it has.
+    pub fn stop(&self) -> oneshot::Receiver<()> {
+        let (tell, told) = oneshot::channel();
+        drop(self.queue.send(Message::Stop(tell)));
+        told
+    }
+
     /// Where records are.
     pub fn index(&self) -> std::sync::RwLockReadGuard<'_, Index> {
         self.index.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The blobs.
+    pub fn blobs(&self) -> &dyn Blobs {
+        &self.reader
+    }
+
     /// Reads one record and its hash.
     pub fn read(&self, seq: u64) -> io::Result<Option<Appended>> {
-        let Some(line) = self.line(seq)? else {
+        let Some(line) = self.reader.line(seq)? else {
             return Ok(None);
         };
         let record = serde_json::from_slice(&line)?;
@@ -437,7 +449,7 @@ impl Ledger {
 
     /// Proof that a record is in the log; none if no checkpoint covers it yet.
     pub fn proof(&self, seq: u64) -> io::Result<Option<Proof>> {
-        let Some(line) = self.line(seq)? else {
+        let Some(line) = self.reader.line(seq)? else {
             return Ok(None);
         };
         let index = self.index();
@@ -445,147 +457,101 @@ impl Ledger {
         Ok(published.and_then(|published| published.proof(&index.nodes, seq, line)))
     }
 
-    fn line(&self, seq: u64) -> io::Result<Option<Vec<u8>>> {
-        let place = usize::try_from(seq)
-            .ok()
-            .and_then(|seq| self.index().places.get(seq).copied());
-        let Some(place) = place else { return Ok(None) };
-        let mut line = vec![0; place.length];
-        File::open(self.files.log_path())?.read_exact_at(&mut line, place.offset)?;
-        Ok(Some(line))
+    /// The latest checkpoint, with the witnesses' signatures if they have signed it.
+    pub fn checkpoint(&self) -> Option<Published> {
+        let latest = self.published.borrow().clone()?;
+        let cosigned = self.cosigned.lock().unwrap_or_else(PoisonError::into_inner);
+        let cosigned = cosigned.clone().filter(|cosigned| cosigned.size == latest.size);
+        Some(cosigned.unwrap_or(latest))
     }
 
-    /// Whether the last append succeeded. Nothing is approved while it is not so.
-    pub fn is_writable(&self) -> bool {
-        self.writable.load(Ordering::Relaxed)
+    /// Proof that the log of `from` records is the beginning of that of `to`; none if it has not so many.
+    pub fn consistency(&self, from: u64, to: u64) -> Option<Vec<Hash>> {
+        self.index().nodes.consistency(from, to)
+    }
+
+    /// What is wrong with the log, if it takes no records. Nothing is approved while it is so.
+    pub fn trouble(&self) -> Option<String> {
+        let (state, why) = self.health.get();
+        (state != State::Ok).then_some(why)
     }
 }
 
-/// Moves what stands after the last whole record to a file of its own.
-fn set_aside(path: &Path, whole: u64, torn: u64) -> Result<(), DiskError> {
-    let fail = |error| DiskError::io("mend", path, error);
-    let content = std::fs::read(path).map_err(fail)?;
-    let keep = usize::try_from(whole).unwrap_or(usize::MAX).min(content.len());
-    let aside = path.with_extension(format!("jsonl.torn-{}", clock::now_ms()));
-    disk::replace(&aside, content.get(keep..).unwrap_or_default()).map_err(fail)?;
-    let file = std::fs::OpenOptions::new().write(true).open(path).map_err(fail)?;
-    file.set_len(whole).map_err(fail)?;
-    file.sync_all().map_err(fail)?;
-    tracing::warn!(
-        bytes = torn,
-        kept_in = %aside.display(),
-        "the decision log ended in an incomplete record, which nobody was answered; it was set aside"
+impl LogProblem {
+    pub(crate) fn into_disk_error(self) -> DiskError {
+        DiskError::Corrupt {
+            path: self.file,
+            problem: self.problem,
+        }
+    }
+}
+
+/// Gives a log a new key: the next checkpoints are signed by both, those after it by the new one. The aggregator must
+/// not be running.
+pub fn rotate_key(data: &Path, reason: String) -> Result<VerifierKey, DiskError> {
+    let _lock = disk::lock(data)?;
+    let metrics = Arc::new(Metrics::new());
+    let opened = Ledger::open(data, Options::default(), metrics, |_, _| {})?;
+    let ledger = opened.ledger;
+    ledger.begin();
+    let log = ledger.index().keys.last().map(|key| key.name().to_owned());
+    let next = key::prepare(data, &log.unwrap_or_default())?.verifier();
+    let rotation = Body::KeyRotation {
+        key: next.to_string(),
+        reason,
+    };
+    ledger
+        .submit(rotation, Vec::new())
+        .blocking_recv()
+        .unwrap_or(Err(AppendError::Closed))
+        .map_err(|error| DiskError::io("write the log in", data, io::Error::other(error.to_string())))?;
+    drop(ledger.stop().blocking_recv());
+    Ok(next)
+}
+
+/// Opens a new log in place of one that cannot go on, and names that one in its first record. The old files are put
+/// aside; gives the directory that has them. The aggregator must not be running.
+pub fn new_log(data: &Path, name: &str, reason: String) -> Result<PathBuf, DiskError> {
+    let _lock = disk::lock(data)?;
+    let files = LedgerFiles::new(data);
+    let published = read_note(&files.checkpoint_path()).map_err(LogProblem::into_disk_error)?;
+    let text = published
+        .as_ref()
+        .and_then(|published| Note::parse(&published.note).ok());
+    let old = text.and_then(|note| Checkpoint::parse(note.unverified()).ok());
+    let aside = data.join(format!("retired-{}", crate::clock::now_ms()));
+    disk::create_dir(&aside)?;
+    let mut moved = vec![
+        files.checkpoint_path(),
+        files.history_path(),
+        data.join("key"),
+        data.join("key.old"),
+    ];
+    moved.extend(
+        files
+            .segments()
+            .map_err(LogProblem::into_disk_error)?
+            .into_iter()
+            .map(|segment| segment.path),
     );
-    Ok(())
-}
-
-struct Writer {
-    log: String,
-    key: SignerKey,
-    chain: Chain,
-    file: File,
-    files: LedgerFiles,
-    metrics: Arc<Metrics>,
-    writable: Arc<AtomicBool>,
-    index: Arc<RwLock<Index>>,
-    /// Whether the checkpoint covers the log.
-    has_checkpoint: bool,
-}
-
-impl Writer {
-    fn run(mut self, jobs: &mpsc::Receiver<Job>) {
-        while let Some(group) = disk::next_group(jobs) {
-            let begun = Instant::now();
-            let mut answers = Vec::with_capacity(group.len());
-            let mut bodies = Vec::with_capacity(group.len());
-            for job in group {
-                answers.push(job.answer);
-                bodies.push((job.body, job.blobs));
-            }
-            let result = self.write(bodies);
-            self.set_writable(result.is_ok() && self.has_checkpoint);
-            self.metrics
-                .audit_append_seconds
-                .observe(begun.elapsed().as_secs_f64());
-            match result {
-                Ok(results) => {
-                    for (answer, result) in answers.into_iter().zip(results) {
-                        if let Ok(appended) = &result {
-                            self.metrics.audit_record(appended.record.body.kind());
-                        }
-                        // A caller that has gone away needs no answer.
-                        drop(answer.send(result));
-                    }
-                }
-                Err(error) => {
-                    tracing::error!(%error, log = %self.files.log_path().display(), "cannot write the decision log");
-                    for answer in answers {
-                        drop(answer.send(Err(AppendError::Disk(error.to_string()))));
-                    }
-                }
-            }
-        }
+    for path in moved.into_iter().filter(|path| path.exists()) {
+        let to = path.file_name().map(|name| aside.join(name)).unwrap_or_default();
+        std::fs::rename(&path, &to).map_err(|error| DiskError::io("rename", &path, error))?;
     }
-
-    fn set_writable(&self, writable: bool) {
-        self.writable.store(writable, Ordering::Relaxed);
-        self.metrics.audit_writable.set(i64::from(writable));
+    for directory in [aside.join("x"), aside.clone()] {
+        disk::sync_directory(&directory).map_err(|error| DiskError::io("sync", &directory, error))?;
     }
-
-    /// Writes a group: blobs, lines, checkpoint, each synced. On an error nothing of the group is in the log; a
-    /// record that cannot be one is refused alone.
-    fn write(&mut self, group: Vec<(Body, Vec<Blob>)>) -> io::Result<Vec<Result<Appended, AppendError>>> {
-        for blob in group.iter().flat_map(|(_, blobs)| blobs) {
-            self.files.blobs.write(blob)?;
-        }
-        let mut chain = self.chain.clone();
-        let mut lines = Vec::new();
-        let mut places = Vec::with_capacity(group.len());
-        let mut results = Vec::with_capacity(group.len());
-        let before = self.file.metadata()?.len();
-        for (body, _) in group {
-            results.push(match chain.append(&self.log, clock::now_ms(), body) {
-                Ok((record, line, hash)) => {
-                    places.push(Place {
-                        offset: before + lines.len() as u64,
-                        length: line.len(),
-                    });
-                    lines.extend_from_slice(line.as_bytes());
-                    lines.push(b'\n');
-                    Ok(Appended { record, hash })
-                }
-                Err(error) => Err(AppendError::Refused(error.to_string())),
-            });
-        }
-        disk::append_durably(&mut self.file, &self.files.log_path(), &lines)?;
-        self.chain = chain;
-        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-        for (appended, place) in results
-            .iter()
-            .filter_map(|result| result.as_ref().ok())
-            .zip(places)
-        {
-            index.add(&appended.record, appended.hash, place);
-        }
-        drop(index);
-        // The records are on disk, whatever becomes of the checkpoint; it is written again with the next group.
-        let checkpoint = self.write_checkpoint();
-        self.has_checkpoint = checkpoint.is_ok();
-        if let Err(error) = checkpoint {
-            tracing::error!(%error, "cannot write the checkpoint of the decision log");
-        }
-        Ok(results)
-    }
-
-    fn write_checkpoint(&self) -> io::Result<()> {
-        let checkpoint = self.chain.checkpoint();
-        let published = Published {
-            size: checkpoint.size,
-            note: checkpoint.sign([&self.key]),
-        };
-        disk::replace(&self.files.checkpoint_path(), published.note.as_bytes())?;
-        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-        index.published = Some(published);
-        Ok(())
-    }
+    let options = Options {
+        name: name.to_owned(),
+        follows: old.map(|old| Follows {
+            log: old.origin,
+            size: old.size,
+            root: old.root,
+            reason,
+        }),
+        ..Options::default()
+    };
+    let opened = Ledger::open(data, options, Arc::new(Metrics::new()), |_, _| {})?;
+    drop(opened.ledger.stop().blocking_recv());
+    Ok(aside)
 }

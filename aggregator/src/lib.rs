@@ -3,6 +3,7 @@
 //! In the order in which a window travels: [`ingest`] takes it from the agent, [`store`] makes it durable,
 //! [`book`] holds it by service, version, tenant and time, [`rollouts`] freezes it into evidence and has it
 //! judged, [`ledger`] records the decision, [`faces`] answers with it, [`metrics`] counts all of it.
+//! [`witness`] lets somebody else vouch that the log has only grown.
 //! [`server`] ties them together; [`cli`] is the `coalmine` command and [`demo`] its demonstration.
 
 pub mod ingest;
@@ -19,6 +20,8 @@ pub mod faces;
 
 pub mod metrics;
 
+pub mod witness;
+
 pub mod server;
 
 pub mod cli;
@@ -26,6 +29,7 @@ pub mod client;
 pub mod demo;
 
 mod clock;
+pub mod database;
 mod disk;
 
 /// The program's name and version, as records and answers carry it.

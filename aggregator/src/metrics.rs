@@ -27,7 +27,7 @@ use prometheus_client::{
 
 use crate::{
     book::{Book, locked},
-    clock,
+    clock, ledger,
 };
 
 /// After this long without a sign a connected agent counts as silent.
@@ -80,6 +80,11 @@ struct Reason {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LogState {
+    state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Kind {
     r#type: &'static str,
 }
@@ -104,8 +109,9 @@ pub struct Metrics {
     records: Family<Kind, Counter>,
     /// How long a commit of the decision log takes.
     pub audit_append_seconds: Histogram,
-    /// Whether the last commit succeeded.
-    pub audit_writable: Gauge,
+    audit_writable: Gauge,
+    audit_log: Family<LogState, Gauge>,
+    audit_free: Gauge,
 }
 
 impl fmt::Debug for Metrics {
@@ -139,8 +145,9 @@ impl Metrics {
             records: Family::default(),
             audit_append_seconds: durations(),
             audit_writable: Gauge::default(),
+            audit_log: Family::default(),
+            audit_free: Gauge::default(),
         };
-        metrics.audit_writable.set(1);
         let info: Family<Version, Gauge> = Family::default();
         info.get_or_create(&Version {
             version: env!("CARGO_PKG_VERSION"),
@@ -199,6 +206,16 @@ impl Metrics {
                 "Whether the last commit of the decision log succeeded",
                 metrics.audit_writable.clone(),
             );
+            registry.register(
+                "audit_log_state",
+                "1 for the state that the decision log is in; only in `ok` it takes records",
+                metrics.audit_log.clone(),
+            );
+            registry.register(
+                "audit_disk_free_bytes",
+                "Free space where the decision log is",
+                metrics.audit_free.clone(),
+            );
         }
         metrics
     }
@@ -208,6 +225,24 @@ impl Metrics {
         if let Ok(mut registry) = self.registry.lock() {
             registry.register_collector(Box::new(BookCollector(book)));
         }
+    }
+
+    /// Shows whether the decision log takes records.
+    pub fn audit_state(&self, state: ledger::State) {
+        self.audit_writable.set(i64::from(state == ledger::State::Ok));
+        for other in ledger::State::ALL {
+            let labels = LogState {
+                state: other.as_str(),
+            };
+            self.audit_log
+                .get_or_create(&labels)
+                .set(i64::from(other == state));
+        }
+    }
+
+    /// Shows how much space is left for the decision log.
+    pub fn audit_disk_free(&self, bytes: u64) {
+        self.audit_free.set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
 
     /// Counts a refused session or batch.

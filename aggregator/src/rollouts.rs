@@ -13,10 +13,11 @@ use std::{
 };
 
 use coalmine_judge::{
+    chain::Hash,
     history,
     policy::Policy,
     record::{Body, Decision, Record, RolloutEnd, RolloutStart},
-    replay::{Replay, Replayed},
+    replay::{Judged, Replay, Replayed},
     threshold::Thresholds,
     v1,
 };
@@ -118,6 +119,61 @@ struct Logged {
     end: Option<RolloutEnd>,
 }
 
+/// The rollouts of a log, gathered while it is read.
+#[derive(Debug, Default)]
+pub struct Logbook {
+    rollouts: BTreeMap<String, Logged>,
+    /// In the order of their starts.
+    order: Vec<String>,
+}
+
+impl Logbook {
+    /// Takes the next record.
+    pub fn take(&mut self, record: &Record, hash: Hash) {
+        match &record.body {
+            Body::Rollout(start) => {
+                self.order.push(start.rollout.clone());
+                let logged = Logged {
+                    start: start.clone(),
+                    last: None,
+                    deadline_told: false,
+                    end: None,
+                };
+                self.rollouts.insert(start.rollout.clone(), logged);
+            }
+            Body::Decision(decision) => {
+                if let Some(rollout) = self.rollouts.get_mut(&decision.rollout) {
+                    rollout.last = Some(((**decision).clone(), hash.to_string()));
+                    rollout.deadline_told = false;
+                }
+            }
+            Body::Deadline(deadline) => {
+                if let Some(rollout) = self.rollouts.get_mut(&deadline.rollout) {
+                    rollout.deadline_told = true;
+                }
+            }
+            Body::End(end) => {
+                if let Some(rollout) = self.rollouts.get_mut(&end.rollout) {
+                    rollout.end = Some(end.clone());
+                }
+            }
+            // What concerns the log alone.
+            _ => {}
+        }
+    }
+
+    /// Of each service, the slot that its open rollout waits for.
+    pub fn waiting(&self) -> BTreeMap<String, u64> {
+        let open = self.rollouts.values().filter(|rollout| rollout.end.is_none());
+        let slot = |Logged { start, last, .. }: &Logged| {
+            let windows = last.as_ref().map_or(0, |(decision, _)| decision.finding.window);
+            let passed = windows.saturating_mul(start.window_ms);
+            (start.service.clone(), start.start_ms.saturating_add(passed))
+        };
+        open.map(slot).collect()
+    }
+}
+
 impl Rollouts {
     /// Restores the rollouts of the log; the open ones go on.
     pub fn restore(
@@ -127,7 +183,8 @@ impl Rollouts {
         ledger: Ledger,
         metrics: Arc<Metrics>,
         news: Arc<Notify>,
-    ) -> Result<Self, String> {
+        logbook: Logbook,
+    ) -> Self {
         let shared = Shared {
             book,
             ledger,
@@ -141,50 +198,18 @@ impl Rollouts {
             handles: RwLock::default(),
             starting: tokio::sync::Mutex::default(),
         }));
-        let mut logged: BTreeMap<String, Logged> = BTreeMap::new();
-        let mut order = Vec::new();
-        let read = shared.ledger.files.scan(|record, hash, _| match record.body {
-            Body::Rollout(start) => {
-                order.push(start.rollout.clone());
-                logged.insert(
-                    start.rollout.clone(),
-                    Logged {
-                        start,
-                        last: None,
-                        deadline_told: false,
-                        end: None,
-                    },
-                );
-            }
-            Body::Decision(decision) => {
-                if let Some(rollout) = logged.get_mut(&decision.rollout) {
-                    rollout.last = Some((*decision, hash.to_string()));
-                    rollout.deadline_told = false;
-                }
-            }
-            Body::Deadline(deadline) => {
-                if let Some(rollout) = logged.get_mut(&deadline.rollout) {
-                    rollout.deadline_told = true;
-                }
-            }
-            Body::End(end) => {
-                if let Some(rollout) = logged.get_mut(&end.rollout) {
-                    rollout.end = Some(end);
-                }
-            }
-            Body::LogStart { .. } => {}
-        });
-        read.map_err(|error| error.to_string())?;
-        for id in order {
-            if let Some(rollout) = logged.remove(&id) {
-                this.resume(rollout)?;
+        let mut rollouts = logbook.rollouts;
+        for id in logbook.order {
+            if let Some(rollout) = rollouts.remove(&id) {
+                this.resume(rollout);
             }
         }
         this.forget();
-        Ok(this)
+        this
     }
 
-    fn resume(&self, logged: Logged) -> Result<(), String> {
+    /// Shows a rollout as the log left it, and goes on with it when it is judged again.
+    fn resume(&self, logged: Logged) {
         let Logged {
             start,
             last,
@@ -198,84 +223,71 @@ impl Rollouts {
         if let Some(end) = end {
             view.end(&end);
             self.keep(&start, None, view);
-            return Ok(());
+            return;
         }
-        let mut replay = Replay::default();
-        let mut problem = None;
-        let shared = &self.0.shared;
-        let begin = Record {
-            v: 1,
-            log: String::new(),
-            seq: 0,
-            prev: coalmine_judge::chain::Hash::ZERO,
-            time_ms: 0,
-            body: Body::Rollout(start.clone()),
-        };
-        let mut take = |record: &Record| {
-            if let Replayed::Different {
-                name,
-                problem: difference,
-            } = replay.take(record, &shared.ledger.files.blobs)
-            {
-                problem.get_or_insert(format!("{name} does not replay: {difference}"));
+        let (commands, inbox) = mpsc::channel(8);
+        let publish = self.keep(&start, Some(commands), view.clone());
+        let (this, shared, shown) = (self.clone(), self.0.shared.clone(), Arc::clone(&publish));
+        // The last decision is known; that it takes a while until the judge knows as much keeps nobody waiting.
+        watch_over(start.rollout.clone(), publish, async move {
+            let again = tokio::task::spawn_blocking(move || this.judge_again(&start));
+            match again.await {
+                Ok(Ok(judged)) => {
+                    let mut owner = Owner::new(judged, view, shared);
+                    if !deadline_told {
+                        owner.tell_deadline();
+                    }
+                    owner.run(inbox, shown).await;
+                }
+                Ok(Err(problem)) => give_up(&shown, &problem),
+                Err(error) => give_up(&shown, &error.to_string()),
             }
-        };
-        take(&begin);
-        let decisions = shared.ledger.index().decisions(Some(&start.rollout));
-        for seq in decisions {
-            let read = shared
-                .ledger
-                .read(seq)
-                .map_err(|error| format!("record {seq} cannot be read: {error}"))?;
-            if let Some(read) = read {
-                take(&read.record);
-            }
-        }
+        });
+    }
+
+    /// Judges all windows of a rollout again.
+    fn judge_again(&self, start: &RolloutStart) -> Result<Judged, String> {
+        let ledger = &self.0.shared.ledger;
         let policy_window = self.0.policies.get(&start.service).map(Policy::window_ms);
         if policy_window != Some(start.window_ms) {
-            problem.get_or_insert(format!(
+            return Err(format!(
                 "it was begun with windows of {} ms, and the policy of {} now has {}",
                 start.window_ms,
                 start.service,
                 policy_window.map_or_else(|| "none".to_owned(), |ms| format!("{ms} ms"))
             ));
         }
-        let Some(judged) = replay.remove(&start.rollout).filter(|_| problem.is_none()) else {
-            let problem = problem.unwrap_or_else(|| "it has no judge".to_owned());
-            tracing::error!(
-                rollout = start.rollout,
-                problem,
-                "rollout cannot be continued; it stays on HOLD"
-            );
-            view.broken(&problem);
-            self.keep(&start, None, view);
-            return Ok(());
+        let mut replay = Replay::default();
+        let mut take = |record: &Record| match replay.take(record, ledger.blobs()) {
+            Replayed::Different { name, problem } => Err(format!("{name} does not replay: {problem}")),
+            Replayed::Same | Replayed::Other => Ok(()),
         };
-        let mut owner = Owner::new(judged, view, shared.clone());
-        if !deadline_told {
-            owner.tell_deadline();
+        take(&Record {
+            v: 1,
+            log: String::new(),
+            seq: 0,
+            prev: Hash::ZERO,
+            time_ms: 0,
+            body: Body::Rollout(start.clone()),
+        })?;
+        let decisions = ledger.index().decisions(Some(&start.rollout));
+        for seq in decisions {
+            let read = ledger.read(seq);
+            let read = read.map_err(|error| format!("record {seq} cannot be read: {error}"))?;
+            read.map_or(Ok(()), |read| take(&read.record))?;
         }
-        tracing::info!(
-            rollout = start.rollout,
-            window = owner.next_window(),
-            "rollout goes on"
-        );
-        self.spawn(&start, owner);
-        Ok(())
+        let judged = replay.remove(&start.rollout);
+        judged.ok_or_else(|| "it has no judge".to_owned())
     }
 
     fn spawn(&self, start: &RolloutStart, owner: Owner) {
         let (commands, inbox) = mpsc::channel(8);
         let publish = self.keep(start, Some(commands), (*owner.view()).clone());
-        let rollout = start.rollout.clone();
-        let running = tokio::spawn(owner.run(inbox, Arc::clone(&publish)));
-        tokio::spawn(async move {
-            // A verdict that nobody stands behind any more must not stay up.
-            if running.await.is_err_and(|error| error.is_panic()) {
-                tracing::error!(rollout, "the rollout's owner has failed");
-                publish.send_modify(|view| Arc::make_mut(view).broken("its owner has failed"));
-            }
-        });
+        watch_over(
+            start.rollout.clone(),
+            Arc::clone(&publish),
+            owner.run(inbox, publish),
+        );
     }
 
     /// Keeps a rollout; one without commands has no owner.
@@ -391,7 +403,7 @@ impl Rollouts {
             .await?;
         let judge = v1::Judge::new(policy.clone(), history, Some(start.max_windows))
             .map_err(|error| RolloutError::Invalid(error.to_string()))?;
-        let judged = coalmine_judge::replay::Judged {
+        let judged = Judged {
             start: start.clone(),
             judge,
             outcome: None,
@@ -443,7 +455,7 @@ impl Rollouts {
             service: request.service,
             canary_version: request.canary_version,
             baseline_version: request.baseline_version,
-            policy: coalmine_judge::chain::Hash::ZERO,
+            policy: Hash::ZERO,
             history: None,
             judge: v1::ID.to_owned(),
             max_windows: policy.planned_windows(),
@@ -529,29 +541,31 @@ impl Rollouts {
     }
 }
 
-/// Of each service, the slot that its open rollout waits for.
-pub fn waiting(ledger: &Ledger) -> Result<BTreeMap<String, u64>, String> {
-    let mut open: BTreeMap<String, (RolloutStart, u64)> = BTreeMap::new();
-    let read = ledger.files.scan(|record, _, _| match record.body {
-        Body::Rollout(start) => {
-            open.insert(start.rollout.clone(), (start, 0));
+/// Runs what owns a rollout. A verdict that nobody stands behind any more must not stay up.
+fn watch_over(
+    rollout: String,
+    publish: Arc<watch::Sender<Arc<View>>>,
+    owner: impl Future<Output = ()> + Send + 'static,
+) {
+    let running = tokio::spawn(owner);
+    tokio::spawn(async move {
+        if running.await.is_err_and(|error| error.is_panic()) {
+            tracing::error!(rollout, "the rollout's owner has failed");
+            give_up(&publish, "its owner has failed");
         }
-        Body::Decision(decision) => {
-            if let Some((_, windows)) = open.get_mut(&decision.rollout) {
-                *windows = decision.finding.window;
-            }
-        }
-        Body::End(end) => {
-            open.remove(&end.rollout);
-        }
-        Body::LogStart { .. } | Body::Deadline(_) => {}
     });
-    read.map_err(|error| error.to_string())?;
-    let slot = |(start, windows): (RolloutStart, u64)| {
-        let passed = windows.saturating_mul(start.window_ms);
-        (start.service, start.start_ms.saturating_add(passed))
-    };
-    Ok(open.into_values().map(slot).collect())
+}
+
+/// Shows that a rollout cannot go on.
+fn give_up(publish: &watch::Sender<Arc<View>>, problem: &str) {
+    publish.send_modify(|view| {
+        tracing::error!(
+            rollout = view.id,
+            problem,
+            "rollout cannot be continued; it stays on HOLD"
+        );
+        Arc::make_mut(view).broken(problem);
+    });
 }
 
 /// What a rollout compares.

@@ -9,24 +9,27 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
-use coalmine_judge::{history::History, note, policy::Policy};
+use coalmine_judge::{history::History, note, policy::Policy, record::Record};
 use coalmine_proto::v1::telemetry_server::TelemetryServer;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::{
     book::{Book, Patience, locked},
-    clock, disk,
+    clock,
+    database::{self, DatabaseError},
+    disk,
     faces::{self, Faces},
     ingest::{Ingest, MAX_MESSAGE_BYTES, Rebuild},
-    ledger::Ledger,
+    ledger::{self, Ledger},
     metrics::Metrics,
-    rollouts::{self, Histories, Rollouts},
-    store::Store,
+    rollouts::{self, Histories, Logbook, Rollouts},
+    store::{self, Store},
+    witness::Witness,
 };
 
-/// How often slots that nobody waits for are let go.
-const EVICT_EVERY: Duration = Duration::from_secs(5);
+/// How often slots that nobody waits for are let go, and windows rolled up if they have grown.
+const TIDY_EVERY: Duration = Duration::from_secs(1);
 
 /// How long open requests may take after a signal to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
@@ -53,6 +56,49 @@ pub struct Command {
 pub enum Action {
     /// Take windows from agents, judge rollouts, answer deploy tools
     Serve(Box<Settings>),
+    /// Create the schema in a PostgreSQL database, or bring it up to date
+    Migrate(Database),
+    /// Give the decision log a new key; the aggregator must not be running
+    RotateKey {
+        /// Directory of the decision log
+        #[arg(long, env = "COALMINE_DATA", value_name = "DIR")]
+        data: PathBuf,
+        /// Why; it is part of the record
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Open a new decision log that names the old one, when that one cannot go on; the aggregator must not be running
+    NewLog {
+        /// Directory of the decision log
+        #[arg(long, env = "COALMINE_DATA", value_name = "DIR")]
+        data: PathBuf,
+        /// Name of the new log
+        #[arg(long, value_name = "NAME", value_parser = log_name)]
+        log_name: String,
+        /// Why; it is part of the record
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+}
+
+/// A PostgreSQL database.
+#[derive(Debug, Clone, Args)]
+pub struct Database {
+    /// Address of the database, as postgres://USER@HOST/DATABASE
+    #[arg(long, env = "COALMINE_POSTGRES", value_name = "URL", hide_env_values = true)]
+    pub postgres: String,
+    /// Certificates to trust, in PEM; by default those of the system
+    #[arg(long, env = "COALMINE_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+}
+
+/// Reads the name of a log, which is a name in a signature too.
+fn log_name(name: &str) -> Result<String, String> {
+    coalmine_proto::names::check_name(name.as_bytes()).map_err(|error| error.to_string())?;
+    if note::is_name(name) {
+        return Ok(name.to_owned());
+    }
+    Err("has a space or a plus sign, which a signature's name cannot have".to_owned())
 }
 
 /// Settings of `serve`.
@@ -102,9 +148,35 @@ pub struct Settings {
         long,
         env = "COALMINE_LOG_NAME",
         default_value = "coalmine/default",
-        value_name = "NAME"
+        value_name = "NAME",
+        value_parser = log_name
     )]
     pub log_name: String,
+    /// Size in bytes at which a file of the decision log is sealed and another begun
+    #[arg(long, env = "COALMINE_SEGMENT_BYTES", default_value_t = 64 << 20, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(4_096..))]
+    pub segment_bytes: u64,
+    /// Seconds after which the decision log records that it is alive, when there is nothing else to record
+    #[arg(long, env = "COALMINE_HEARTBEAT_SECONDS", default_value_t = 300, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub heartbeat_seconds: u64,
+    /// Size in bytes at which the stored windows are rolled up
+    #[arg(long, env = "COALMINE_WINDOWS_BYTES", default_value_t = 64 << 20, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(65_536..))]
+    pub windows_bytes: u64,
+    /// Keep a copy of each checkpoint here, best on another volume, and hold the log against it at the start
+    #[arg(long, env = "COALMINE_CHECKPOINT_COPY", value_name = "FILE")]
+    pub checkpoint_copy: Option<PathBuf>,
+    /// A witness that signs each checkpoint, as "URL KEY"; repeat it for several
+    #[arg(long, env = "COALMINE_WITNESS", value_name = "URL KEY", value_delimiter = ',')]
+    pub witness: Vec<Witness>,
+    /// Keep decisions, evidence and windows in this PostgreSQL database, as postgres://USER@HOST/DATABASE; the data
+    /// directory then has the key
+    #[arg(long, env = "COALMINE_POSTGRES", value_name = "URL", hide_env_values = true)]
+    pub postgres: Option<String>,
+    /// Certificates to trust when connecting to PostgreSQL, in PEM; by default those of the system
+    #[arg(long, env = "COALMINE_TLS_CA", value_name = "FILE", requires = "postgres")]
+    pub tls_ca: Option<PathBuf>,
+    /// Name of this aggregator among those that share a database; the same name takes the lease over at once [default: the host's name]
+    #[arg(long, env = "COALMINE_INSTANCE", value_name = "NAME")]
+    pub instance: Option<String>,
     /// Seconds after a window's end that its agents may still report
     #[arg(long, env = "COALMINE_GRACE_SECONDS", default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub grace_seconds: u64,
@@ -237,12 +309,6 @@ fn read_policies(paths: &[PathBuf]) -> Result<BTreeMap<String, Policy>, StartErr
 pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), StartError> {
     let policies = read_policies(&settings.policy)?;
     let histories = read_histories(&settings.history, &policies)?;
-    coalmine_proto::names::check_name(settings.log_name.as_bytes())
-        .map_err(|error| StartError::Usage(format!("--log-name {error}")))?;
-    if !note::is_name(&settings.log_name) {
-        let problem = "--log-name has a space or a plus sign, which a signature's name cannot have";
-        return Err(StartError::Usage(problem.to_owned()));
-    }
     let listeners = Listeners::bind(&settings).await?;
     let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string());
     disk::create_dir(&settings.data).map_err(|error| failed(&error))?;
@@ -254,8 +320,29 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     }
 
     let metrics = Arc::new(Metrics::new());
-    let opened = Ledger::open(&settings.data, &settings.log_name, Arc::clone(&metrics))
-        .map_err(|error| failed(&error))?;
+    let database = match &settings.postgres {
+        Some(url) => Some(open_database(&settings, url).await?),
+        None => None,
+    };
+    let options = ledger::Options {
+        name: settings.log_name.clone(),
+        segment_bytes: settings.segment_bytes,
+        heartbeat: Duration::from_secs(settings.heartbeat_seconds),
+        checkpoint_copy: settings.checkpoint_copy.clone(),
+        follows: None,
+    };
+    let mut logbook = Logbook::default();
+    let each = |record: &Record, hash| logbook.take(record, hash);
+    let opened = match &database {
+        Some(database) => {
+            Ledger::open_postgres(&settings.data, database, options, Arc::clone(&metrics), each).await
+        }
+        None => Ledger::open(&settings.data, options, Arc::clone(&metrics), each),
+    };
+    let opened = opened.map_err(|error| failed(&error))?;
+    opened.ledger.consult(&settings.witness).await;
+    opened.ledger.follow(settings.witness.clone());
+    opened.ledger.begin();
     let patience = Patience {
         grace_ms: settings.grace_seconds * 1_000,
         forget_ms: settings.forget_seconds * 1_000,
@@ -276,32 +363,39 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
         book.set_slot(service, policy.window_ms());
     }
     // Windows that were judged already are counted again, and need no place.
-    let waiting = rollouts::waiting(&opened.ledger).map_err(|error| failed(&error))?;
+    let waiting = logbook.waiting();
     book.keep_only(started_ms, &waiting);
-    let mut rebuild = Rebuild::default();
-    let store = Store::open(&settings.data, |entry| rebuild.take(&mut book, entry, started_ms))
-        .map_err(|error| failed(&error))?;
-    book.judged(&waiting);
-    if rebuild.refused > 0 {
-        tracing::error!(
-            entries = rebuild.refused,
-            "stored windows did not apply; their requests are missing"
-        );
-    }
-    let book = Arc::new(Mutex::new(book));
+    let (book, store) = match database {
+        Some(database) => {
+            let loaded = store::postgres::load(&database, &mut book).await;
+            loaded.map_err(|error| failed(&error))?;
+            book.keep_journal();
+            book.judged(&waiting);
+            let book = Arc::new(Mutex::new(book));
+            let store = Store::postgres(database, Arc::clone(&book)).map_err(|error| failed(&error))?;
+            (book, store)
+        }
+        None => {
+            let mut rebuild = Rebuild::default();
+            let store = Store::open(&settings.data, settings.windows_bytes, |entry| {
+                rebuild.take(&mut book, entry, started_ms);
+            });
+            if rebuild.refused > 0 {
+                tracing::error!(
+                    entries = rebuild.refused,
+                    "stored windows did not apply; their requests are missing"
+                );
+            }
+            book.judged(&waiting);
+            (Arc::new(Mutex::new(book)), store.map_err(|error| failed(&error))?)
+        }
+    };
+    locked(&book).disconnect_all();
     metrics.watch(Arc::clone(&book));
 
     let (drain, draining) = watch::channel(false);
     let configs = rollouts::configs(&policies, &histories);
-    let ingest = Ingest::new(
-        Arc::clone(&book),
-        store,
-        configs,
-        Arc::clone(&metrics),
-        &rebuild,
-        draining,
-    );
-    drop(rebuild);
+    let ingest = Ingest::new(Arc::clone(&book), store, configs, Arc::clone(&metrics), draining);
     let rollouts = Rollouts::restore(
         policies,
         histories,
@@ -309,8 +403,8 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
         opened.ledger.clone(),
         Arc::clone(&metrics),
         Arc::clone(&ingest.news),
-    )
-    .map_err(|error| failed(&error))?;
+        logbook,
+    );
     let faces = Faces {
         rollouts,
         ledger: opened.ledger,
@@ -326,6 +420,32 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
         "ready"
     );
     listen(listeners, faces, drain, stop).await
+}
+
+/// Connects to the database and takes the lease of the log.
+async fn open_database(settings: &Settings, url: &str) -> Result<database::Database, StartError> {
+    let database = database::Database::connect(url, settings.tls_ca.as_deref(), &settings.log_name).await?;
+    database.check_schema().await?;
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let instance = settings.instance.as_ref().unwrap_or(&host);
+    Ok(database.take_lease(instance).await?)
+}
+
+/// Creates the schema of a database, or brings it up to date.
+pub async fn migrate(settings: &Database) -> Result<(), StartError> {
+    let database = database::Database::connect(&settings.postgres, settings.tls_ca.as_deref(), "").await?;
+    let applied = database.migrate().await?;
+    tracing::info!(applied = applied.join(", "), "the schema is up to date");
+    Ok(())
+}
+
+impl From<DatabaseError> for StartError {
+    fn from(error: DatabaseError) -> Self {
+        match error {
+            DatabaseError::Usage(problem) => Self::Usage(problem),
+            DatabaseError::Failed(_) => Self::Failed(error.to_string()),
+        }
+    }
 }
 
 async fn listen(
@@ -359,20 +479,25 @@ async fn listen(
         grpc.and(others).map_err(StartError::Failed)
     };
     tokio::pin!(servers, stop);
-    let mut evict = tokio::time::interval(EVICT_EVERY);
+    let mut evict = tokio::time::interval(TIDY_EVERY);
     loop {
         tokio::select! {
             result = &mut servers => return result,
             () = &mut stop => break,
             _ = evict.tick() => {
                 let waited_for = |service: &str| faces.rollouts.waited_for(service);
-                locked(&faces.ingest.book).evict(clock::now_ms(), waited_for);
+                let mut book = locked(&faces.ingest.book);
+                book.evict(clock::now_ms(), waited_for);
+                if faces.ingest.store.wants_roll_up() {
+                    faces.ingest.store.roll_up(book.image());
+                }
             }
         }
     }
     tracing::info!("stopping: agents keep their windows and come back");
     drain.send_replace(true);
     drop(tokio::time::timeout(STOP_WITHIN, servers).await);
+    drop(tokio::time::timeout(STOP_WITHIN, faces.ledger.stop()).await);
     Ok(())
 }
 

@@ -495,7 +495,7 @@ fn damaged_data() {
     );
     fs::write(&log, &whole).unwrap();
 
-    let wal = aggregator.data.join("windows/wal");
+    let wal = aggregator.data.join("windows/wal-000000000001");
     let stored = fs::read(&wal).unwrap();
     let mut bad = stored.clone();
     bad[stored.len() / 2] ^= 1;
@@ -504,7 +504,7 @@ fn damaged_data() {
         "coalmine-aggregator",
         &serve,
         1,
-        &["windows/wal", "the frame at byte", "backup"],
+        &["windows/wal-000000000001", "the frame at byte", "backup"],
     );
     fs::write(&wal, stored).unwrap();
 

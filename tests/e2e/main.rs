@@ -3,12 +3,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod bad_input;
+mod crash;
 mod deadline;
 mod demo;
 mod house;
 mod judging;
 mod monitoring;
+mod postgres;
 mod rollout;
+mod witness;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

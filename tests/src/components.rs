@@ -2,9 +2,11 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
+    fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, ExitStatus},
 };
 
 use serde_json::{Value, json};
@@ -12,7 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     eventually,
     http::{Answer, get, post},
-    process::{Process, free_addresses, program, wait_for_listener},
+    process::{Process, free_addresses, program, release_program, wait_for_listener},
     tools::tool,
 };
 
@@ -29,10 +31,16 @@ defaults:
 rollout: { min_coverage: { requests: 10 } }
 ";
 
+const AGGREGATOR: &str = "coalmine-aggregator";
+
 /// An aggregator with its data directory; it can be killed and started again.
 #[derive(Debug)]
 pub struct Aggregator {
     process: Option<Process>,
+    /// The program; that of this build if none was chosen.
+    program: Option<PathBuf>,
+    /// The command that the program is run by, such as strace with its options.
+    wrapper: Vec<OsString>,
     /// The data directory.
     pub data: PathBuf,
     policy: PathBuf,
@@ -62,6 +70,8 @@ impl Aggregator {
         let data = directory.join("data");
         Self {
             process: None,
+            program: None,
+            wrapper: Vec::new(),
             data,
             policy,
             grpc,
@@ -78,10 +88,34 @@ impl Aggregator {
         aggregator
     }
 
-    /// Starts the process and waits until it answers.
-    pub fn launch(&mut self) {
-        let mut command = Command::new(program("coalmine-aggregator"));
+    /// Gives `serve` more arguments.
+    #[must_use]
+    pub fn with_arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments
+            .extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
+    }
+
+    /// Runs the program as users have it, optimised.
+    #[must_use]
+    pub fn released(mut self) -> Self {
+        self.program = Some(release_program(AGGREGATOR));
+        self
+    }
+
+    /// Runs the program by another command from the next start on; by none if it is empty. That command must become
+    /// the program, so that signals and the exit code are the program's own.
+    pub fn run_by(&mut self, wrapper: Vec<OsString>) {
+        self.wrapper = wrapper;
+    }
+
+    /// Starts the process and does not wait for it.
+    pub fn spawn(&mut self) {
+        let program = self.program.clone().unwrap_or_else(|| program(AGGREGATOR));
+        let mut words = self.wrapper.iter().cloned().chain([program.into_os_string()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
         command
+            .args(words)
             .arg("serve")
             .arg("--data")
             .arg(&self.data)
@@ -97,9 +131,15 @@ impl Aggregator {
             ]);
         command.args(&self.arguments);
         let log = self.policy.with_file_name("aggregator.log");
-        let mut process = Process::start(command, &log);
-        wait_for_listener(&mut process, self.admin);
-        self.process = Some(process);
+        self.process = Some(Process::start(command, &log));
+    }
+
+    /// Starts the process and waits until it answers.
+    pub fn launch(&mut self) {
+        self.spawn();
+        if let Some(process) = &mut self.process {
+            wait_for_listener(process, self.admin);
+        }
         eventually("the aggregator is ready", || {
             get(self.admin, "/readyz")
                 .ok()
@@ -119,6 +159,43 @@ impl Aggregator {
         if let Some(process) = self.process.take() {
             assert!(process.terminate().success());
         }
+    }
+
+    /// The status, if the process has ended by itself.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.as_mut().and_then(Process::ended)
+    }
+
+    /// Asks it to end, if it has not; gives the status.
+    ///
+    /// # Panics
+    /// When it was not started.
+    pub fn finish(&mut self) -> ExitStatus {
+        let mut process = self.process.take().expect("it was started");
+        process.ended().unwrap_or_else(|| process.terminate())
+    }
+
+    /// The number of one of its threads, by name; none while there is no such thread.
+    pub fn thread(&self, name: &str) -> Option<u32> {
+        let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse::<u32>().ok();
+        let is_ours = |pid: &u32| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = command.split(|byte| *byte == 0);
+            let runs = words
+                .next()
+                .is_some_and(|word| word.ends_with(AGGREGATOR.as_bytes()));
+            runs && words.any(|word| word == self.data.as_os_str().as_encoded_bytes())
+        };
+        let pid = fs::read_dir("/proc")
+            .ok()?
+            .flatten()
+            .filter_map(number)
+            .find(is_ours)?;
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        threads.flatten().filter_map(number).find(|thread| {
+            let found = fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"));
+            found.is_ok_and(|found| found.trim_end() == name)
+        })
     }
 
     /// GET of the API, as JSON.
@@ -203,6 +280,13 @@ impl Counts {
             }
         }
         Self(counts)
+    }
+
+    /// Adds other counts.
+    pub fn add(&mut self, other: &Self) {
+        for (key, count) in &other.0 {
+            *self.0.entry(key.clone()).or_insert(0) += count;
+        }
     }
 
     /// The number of all requests.

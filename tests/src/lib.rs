@@ -11,8 +11,11 @@
 )]
 
 pub mod components;
+pub mod cutter;
 pub mod http;
+pub mod postgres;
 pub mod process;
+pub mod speaker;
 pub mod tools;
 
 use std::time::{Duration, Instant};

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
 use super::{Ended, Session};
-use crate::{proxy::now_unix_ms, recorder::Limits, ring::Batch};
+use crate::{recorder::Limits, ring::Batch};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -79,7 +79,8 @@ impl Session<'_> {
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(5))
             .keep_alive_while_idle(true);
-        let channel = self.meanwhile(endpoint.connect()).await.ok_or(Ended::TooLate)?;
+        let dialling = (self.surroundings.dial)(endpoint);
+        let channel = self.meanwhile(dialling).await.ok_or(Ended::TooLate)?;
         let channel = channel.map_err(|error| Ended::Lost(chain(&error)))?;
         let (outbound, messages) = mpsc::channel(MAX_UNACKED as usize + 8);
         say(&outbound, agent_message::Kind::Hello(self.hello()))?;
@@ -120,7 +121,7 @@ impl Session<'_> {
         v1::Hello {
             protocol: PROTOCOL,
             instance: config.instance.clone(),
-            epoch: self.epoch,
+            epoch: self.surroundings.epoch,
             service: config.service.clone(),
             version: config.version.clone(),
             arm: config.arm.to_wire().into(),
@@ -128,7 +129,7 @@ impl Session<'_> {
             oldest_seq: self.ring.oldest_seq(),
             next_seq: self.ring.next_seq(),
             window_ms: u32::try_from(config.window.as_millis()).unwrap_or(u32::MAX),
-            now_unix_ms: now_unix_ms(),
+            now_unix_ms: (self.surroundings.clock)(),
         }
     }
 
@@ -164,6 +165,10 @@ impl Session<'_> {
             let outbound = state.outbound.clone();
             let is_full = outbound.capacity() == 0;
             tokio::select! {
+                biased;
+                // What ends the session comes first: no stream of messages can put it off.
+                () = sleep_until(deadline.unwrap_or(now)), if deadline.is_some() => return Ended::TooLate,
+                () = sleep_until(drain.unwrap_or(now)), if drain.is_some() => {}
                 sealed = self.windows.recv(), if deadline.is_none() => self.take(sealed),
                 message = inbound.message() => match message {
                     Ok(Some(message)) => {
@@ -175,8 +180,6 @@ impl Session<'_> {
                     Err(status) => return Ended::Lost(chain(&status)),
                 },
                 place = outbound.reserve(), if is_full => drop(place),
-                () = sleep_until(drain.unwrap_or(now)), if drain.is_some() => {}
-                () = sleep_until(deadline.unwrap_or(now)), if deadline.is_some() => return Ended::TooLate,
             }
         }
     }

@@ -208,21 +208,24 @@ impl Chain {
         Ok((record, line, leaf))
     }
 
-    /// The first record, and no other one, begins the log and names its key.
+    /// The first record, and no other one, begins the log and names its key; a rotation names the next one.
     fn take_key(&mut self, record: &Record) -> Result<(), String> {
-        match &record.body {
-            Body::LogStart { key, .. } if record.seq == 0 => {
-                let key = VerifierKey::parse(key).map_err(|error| format!("its key {error}"))?;
-                if key.name() != record.log {
-                    return Err(format!("its key is that of {:?}, not of this log", key.name()));
-                }
-                self.keys.push(key);
-                Ok(())
-            }
-            Body::LogStart { .. } => Err("begins the log again".to_owned()),
-            _ if record.seq == 0 => Err("does not begin the log".to_owned()),
-            _ => Ok(()),
+        let key = match &record.body {
+            Body::LogStart { key, .. } if record.seq == 0 => key,
+            Body::LogStart { .. } => return Err("begins the log again".to_owned()),
+            _ if record.seq == 0 => return Err("does not begin the log".to_owned()),
+            Body::KeyRotation { key, .. } => key,
+            _ => return Ok(()),
+        };
+        let key = VerifierKey::parse(key).map_err(|error| format!("its key {error}"))?;
+        if key.name() != record.log {
+            return Err(format!("its key is that of {:?}, not of this log", key.name()));
         }
+        if self.keys.contains(&key) {
+            return Err("names a key that the log had before".to_owned());
+        }
+        self.keys.push(key);
+        Ok(())
     }
 
     fn push(&mut self, leaf: Hash) {
@@ -259,9 +262,14 @@ impl Chain {
         }
     }
 
-    /// The keys that may sign the log's checkpoints, as the log itself names them.
+    /// The keys that have signed the log's checkpoints, as the log itself names them, the first one first.
     pub fn keys(&self) -> &[VerifierKey] {
         &self.keys
+    }
+
+    /// The key that must have signed a checkpoint of the log as it stands.
+    pub fn key(&self) -> &[VerifierKey] {
+        self.keys.last().map_or(&[], std::slice::from_ref)
     }
 }
 
@@ -283,6 +291,7 @@ mod tests {
                         key: SignerKey::from_seed("test", Kind::Ed25519, &[7; 32])
                             .verifier()
                             .to_string(),
+                        follows: None,
                     }
                 } else {
                     Body::End(RolloutEnd {
@@ -343,6 +352,34 @@ mod tests {
             .unwrap();
         assert_eq!(error.seq, 2);
         assert!(error.to_string().contains("says that it is record 3"), "{error}");
+    }
+
+    #[test]
+    fn a_rotated_key_signs_from_then_on() {
+        let key = |seed| SignerKey::from_seed("test", Kind::Ed25519, &[seed; 32]);
+        let (_, mut chain) = sample(2);
+        let rotate = |key: &SignerKey| Body::KeyRotation {
+            key: key.verifier().to_string(),
+            reason: "yearly".into(),
+        };
+        let again = chain.clone().append("test", 0, rotate(&key(7))).unwrap_err();
+        assert!(again.problem.contains("had before"), "{again}");
+        let foreign = SignerKey::from_seed("other", Kind::Ed25519, &[8; 32]);
+        assert!(chain.clone().append("test", 0, rotate(&foreign)).is_err());
+        let (_, line, _) = chain.append("test", 0, rotate(&key(8))).unwrap();
+        assert_eq!(chain.keys(), [key(7).verifier(), key(8).verifier()]);
+        assert_eq!(chain.key(), [key(8).verifier()]);
+        let (lines, mut read) = sample(2);
+        assert_eq!(lines.len(), 2);
+        read.accept(line.as_bytes()).unwrap();
+        assert_eq!(read.checkpoint(), chain.checkpoint());
+        let old = chain.checkpoint().sign([&key(7)]);
+        assert!(
+            Checkpoint::open(&old, chain.key()).is_err(),
+            "the old key signs no more"
+        );
+        let both = chain.checkpoint().sign([&key(7), &key(8)]);
+        assert!(Checkpoint::open(&both, chain.key()).is_ok());
     }
 
     #[test]

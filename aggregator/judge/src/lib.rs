@@ -9,7 +9,7 @@
 //! 4. [`budget`]: where the error probability of a rollout is spent;
 //! 5. [`v1`]: the judge itself, `step(state, window) -> outcome`;
 //! 6. [`record`]: the decision log's lines, [`chain`], [`tree`] and [`note`], what holds them together and proves
-//!    them, and [`replay`], which recomputes them.
+//!    them, [`witness`], what somebody else sees to, and [`replay`], which recomputes them.
 //!
 //! The crate does no I/O, reads no clock, spawns nothing, and has no floating point: the same evidence
 //! gives the same bytes on every machine, for ever. The lints below and this crate's `clippy.toml`
@@ -37,3 +37,4 @@ pub mod note;
 pub mod record;
 pub mod replay;
 pub mod tree;
+pub mod witness;

@@ -97,12 +97,12 @@ fn decode(text: &str) -> Option<Vec<u8>> {
     STANDARD.decode(text).ok()
 }
 
-fn hash_from_base64(text: &str) -> Option<Hash> {
+pub(crate) fn hash_from_base64(text: &str) -> Option<Hash> {
     Some(Hash(decode(text)?.try_into().ok()?))
 }
 
 /// A number in the one form that is allowed: digits, no leading zero.
-fn number(text: &str) -> Option<u64> {
+pub(crate) fn number(text: &str) -> Option<u64> {
     let plain = text == "0" || (!text.starts_with('0') && text.bytes().all(|byte| byte.is_ascii_digit()));
     plain.then(|| text.parse().ok()).flatten()
 }
@@ -159,6 +159,11 @@ impl VerifierKey {
     /// Who signs with it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What its signatures state.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     fn verify(&self, text: &str, signature: &[u8]) -> bool {
@@ -271,7 +276,7 @@ impl SignerKey {
                 bytes.extend(self.key.sign(cosigned(text, now).as_bytes()).to_bytes());
             }
         }
-        format!("— {} {}\n", self.name, STANDARD.encode(bytes))
+        signature_text(&self.name, &bytes)
     }
 }
 
@@ -279,6 +284,10 @@ impl fmt::Debug for SignerKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SignerKey({})", self.verifier())
     }
+}
+
+fn signature_text(name: &str, bytes: &[u8]) -> String {
+    format!("— {name} {}\n", STANDARD.encode(bytes))
 }
 
 fn cosigned(text: &str, time: u64) -> String {
@@ -335,6 +344,19 @@ impl<'a> Note<'a> {
     /// The text, which nothing vouches for.
     pub fn unverified(&self) -> &'a str {
         self.text
+    }
+
+    /// Of the signature lines, those that known keys have made, each with its newline.
+    pub fn signatures_of(&self, keys: &[VerifierKey]) -> Vec<String> {
+        let made = |line: &&SignatureLine<'_>| {
+            keys.iter().any(|key| {
+                key.name == line.name && key.id == line.id && key.verify(self.text, &line.signature)
+            })
+        };
+        let lines = self.signatures.iter().filter(made);
+        lines
+            .map(|line| signature_text(line.name, &[line.id.as_slice(), &line.signature].concat()))
+            .collect()
     }
 
     /// The text, if a known key has signed it and no signature of a known key is forged.

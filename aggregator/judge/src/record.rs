@@ -56,6 +56,9 @@ pub enum Body {
         build: String,
         /// The key that checks the signatures of its checkpoints (C2SP signed-note).
         key: String,
+        /// The log that this one continues, if it does.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        follows: Option<Follows>,
     },
     /// A rollout begins.
     Rollout(RolloutStart),
@@ -65,6 +68,49 @@ pub enum Body {
     Deadline(HoldDeadline),
     /// A rollout ends.
     End(RolloutEnd),
+    /// Nothing was recorded for a while, and the log is alive.
+    Heartbeat {},
+    /// The last record of a segment; what follows is in another file.
+    SegmentSeal {
+        /// Position of the segment's first record.
+        first: u64,
+        /// Length of the segment up to this record, in bytes.
+        bytes: u64,
+    },
+    /// From the next record on another key signs.
+    KeyRotation {
+        /// The key that checks the signatures from now on.
+        key: String,
+        /// Why.
+        reason: String,
+    },
+    /// The disk was full: what follows was recorded late.
+    DiskFull {
+        /// What the system said.
+        problem: String,
+    },
+    /// Something at the end of the log was no whole record when it was opened, and was set aside. Nobody had been
+    /// answered with it.
+    Gap {
+        /// How much, in bytes.
+        bytes: u64,
+        /// The file that has it now.
+        kept_in: String,
+    },
+}
+
+/// The log that another one continues.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Follows {
+    /// Its name.
+    pub log: String,
+    /// How many records of it are known.
+    pub size: u64,
+    /// Their Merkle root.
+    pub root: Hash,
+    /// Why it does not go on.
+    pub reason: String,
 }
 
 impl Body {
@@ -76,6 +122,11 @@ impl Body {
             Self::Decision(_) => "decision",
             Self::Deadline(_) => "deadline",
             Self::End(_) => "end",
+            Self::Heartbeat {} => "heartbeat",
+            Self::SegmentSeal { .. } => "segment_seal",
+            Self::KeyRotation { .. } => "key_rotation",
+            Self::DiskFull { .. } => "disk_full",
+            Self::Gap { .. } => "gap",
         }
     }
 }
@@ -253,6 +304,20 @@ pub struct Step {
     pub detail: String,
     /// How long it took, in microseconds.
     pub duration_us: u64,
+}
+
+impl Body {
+    /// The blobs that the record names, with what each is.
+    pub fn blobs(&self) -> Vec<(&'static str, Hash)> {
+        match self {
+            Self::Rollout(start) => {
+                let history = start.history.map(|digest| ("history", digest));
+                [("policy", start.policy)].into_iter().chain(history).collect()
+            }
+            Self::Decision(decision) => vec![("evidence", decision.evidence), ("policy", decision.policy)],
+            _ => Vec::new(),
+        }
+    }
 }
 
 impl Record {

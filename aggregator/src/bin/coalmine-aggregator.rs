@@ -3,7 +3,10 @@
 use std::{io::IsTerminal as _, process::ExitCode};
 
 use clap::Parser as _;
-use coalmine_aggregator::server::{Action, Command, LogForm, Settings, StartError, serve, stop_signal};
+use coalmine_aggregator::{
+    ledger,
+    server::{Action, Command, LogForm, StartError, migrate, serve, stop_signal},
+};
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
@@ -21,9 +24,12 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { USAGE } else { 0 });
         }
     };
-    let Action::Serve(settings) = command.action;
-    log(settings.log);
-    match run(*settings) {
+    let form = match &command.action {
+        Action::Serve(settings) => settings.log,
+        _ => LogForm::Text,
+    };
+    log(form);
+    match run(command.action) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
@@ -36,10 +42,32 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(settings: Settings) -> Result<(), StartError> {
+fn run(action: Action) -> Result<(), StartError> {
+    let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string());
+    match action {
+        Action::RotateKey { data, reason } => {
+            let key = ledger::rotate_key(&data, reason).map_err(|error| failed(&error))?;
+            tracing::info!(%key, "from now on this key signs the decision log; the one before signs too while key.old is there");
+            return Ok(());
+        }
+        Action::NewLog {
+            data,
+            log_name,
+            reason,
+        } => {
+            let aside = ledger::new_log(&data, &log_name, reason).map_err(|error| failed(&error))?;
+            tracing::info!(log = log_name, old = %aside.display(), "a new decision log was opened, which names the old one");
+            return Ok(());
+        }
+        Action::Serve(_) | Action::Migrate(_) => {}
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| StartError::Failed(format!("cannot start: {error}")))?;
-    let result = runtime.block_on(serve(settings, stop_signal()));
+    let runtime = runtime.map_err(|error| failed(&format_args!("cannot start: {error}")))?;
+    let result = match action {
+        Action::Serve(settings) => runtime.block_on(serve(*settings, stop_signal())),
+        Action::Migrate(database) => runtime.block_on(migrate(&database)),
+        Action::RotateKey { .. } | Action::NewLog { .. } => Ok(()),
+    };
     runtime.shutdown_background();
     result
 }

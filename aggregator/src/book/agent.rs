@@ -1,8 +1,13 @@
 //! An agent as the book knows it.
 
+use std::{collections::VecDeque, hash::BuildHasher as _};
+
 use coalmine_proto::v1::Totals;
 
-use super::{Build, Introduction};
+use super::{Batch, BookError, Build, Introduction};
+
+/// So many batches of an agent are known well enough to notice that one comes again with another content.
+const RECENT: usize = 64;
 
 /// An agent, from its first Hello on.
 #[derive(Debug, Clone)]
@@ -31,6 +36,8 @@ pub struct Agent {
     pub(super) based: bool,
     pub(super) applied: Totals,
     pub(super) gap_requests: u64,
+    /// The last batches: number and a hash of the content.
+    pub(super) recent: VecDeque<(u64, u64)>,
 }
 
 impl Agent {
@@ -50,6 +57,24 @@ impl Agent {
             based: who.first_seq <= 1,
             applied: Totals::default(),
             gap_requests: 0,
+            recent: VecDeque::new(),
+        }
+    }
+
+    /// Remembers a batch that was applied.
+    pub(super) fn remember(&mut self, batch: &Batch<'_>) {
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((batch.seq, content_hash(batch)));
+    }
+
+    /// Refuses a batch that was applied before with another content, as far as that is known.
+    pub(super) fn recognise(&self, batch: &Batch<'_>) -> Result<(), BookError> {
+        let before = self.recent.iter().find(|(seq, _)| *seq == batch.seq);
+        match before {
+            Some((seq, hash)) if *hash != content_hash(batch) => Err(BookError::Changed(*seq)),
+            _ => Ok(()),
         }
     }
 
@@ -67,4 +92,22 @@ impl Agent {
     pub(super) fn has_reported(&self, end_ms: u64) -> bool {
         self.gone || self.sealed_until_ms >= end_ms
     }
+}
+
+/// A hash of what a batch says, the same in this process for the same content.
+fn content_hash(batch: &Batch<'_>) -> u64 {
+    let rows = batch.rows.iter().map(|row| {
+        let latency = row.latency.map(|latency| {
+            (
+                latency.offset,
+                &latency.counts,
+                latency.underflow,
+                latency.overflow,
+                latency.sum_ns,
+            )
+        });
+        (row.tenant, row.outcomes.0, latency, row.limit_us, row.over)
+    });
+    let rows: Vec<_> = rows.collect();
+    foldhash::fast::FixedState::default().hash_one((batch.start_ms, batch.length_ms, rows))
 }

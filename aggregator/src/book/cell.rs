@@ -4,6 +4,7 @@ use coalmine_judge::evidence::{ArmCounts, Latency, OverSla, Probes};
 use coalmine_proto::{
     histogram::Histogram,
     names::{Outcomes, TenantName},
+    v1::TenantRow,
 };
 
 use super::{BookError, Row};
@@ -93,6 +94,37 @@ impl Cell {
             self.over = self.over.saturating_add(other.over);
             self.latency.merge(&other.latency);
         }
+    }
+
+    /// The cell as a row; none if nothing was counted.
+    pub(super) fn image(&self) -> Option<TenantRow> {
+        let mut row = TenantRow {
+            latency: (self.limit != Limit::Fresh).then(|| self.latency.to_wire()),
+            limit_us: match self.limit {
+                Limit::Same(limit_us) => limit_us,
+                Limit::Fresh | Limit::Mixed => 0,
+            },
+            over_limit: self.over,
+            ..TenantRow::default()
+        };
+        self.outcomes.to_row(&mut row);
+        (!self.outcomes.is_empty()).then_some(row)
+    }
+
+    /// The cell of such a row.
+    pub(super) fn of_image(row: &TenantRow) -> Result<Self, String> {
+        let latency = row.latency.as_ref().map(Histogram::from_wire);
+        let latency = latency.transpose().map_err(|error| error.to_string())?;
+        Ok(Self {
+            outcomes: Outcomes::from_row(row),
+            limit: match (&latency, row.limit_us) {
+                (None, _) => Limit::Fresh,
+                (Some(_), 0) => Limit::Mixed,
+                (Some(_), limit_us) => Limit::Same(limit_us),
+            },
+            latency: latency.unwrap_or_default(),
+            over: row.over_limit,
+        })
     }
 
     pub(super) fn into_counts(self) -> ArmCounts {

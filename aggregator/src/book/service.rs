@@ -13,6 +13,7 @@ use foldhash::HashMap;
 use super::{
     Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS,
     cell::{Cell, latency_of},
+    image::{Journal, Part},
 };
 
 /// What is known of one service.
@@ -39,6 +40,8 @@ pub struct Service {
     pub(super) windows: u64,
     pub(super) tenant_windows: u64,
     pub(super) duplicates: u64,
+    /// What changed, where that is asked for.
+    pub(super) journal: Option<Journal>,
 }
 
 impl Service {
@@ -59,6 +62,14 @@ impl Service {
             windows: 0,
             tenant_windows: 0,
             duplicates: 0,
+            journal: None,
+        }
+    }
+
+    /// Notes that something of the agents has changed.
+    pub(super) fn note_agents(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            journal.note(Part::Agents);
         }
     }
 
@@ -88,9 +99,15 @@ impl Service {
     pub(super) fn evict(&mut self, keep_ms: u64) {
         self.keep_from_ms = self.keep_from_ms.max(keep_ms);
         let kept = self.slots.split_off(&self.keep_from_ms);
-        for (build, cells) in std::mem::replace(&mut self.slots, kept).into_values().flatten() {
-            let merged = self.latency.entry(build.arm).or_default();
-            cells.iter().for_each(|cell| merged.merge(&cell.latency));
+        for (slot, builds) in std::mem::replace(&mut self.slots, kept) {
+            for (build, cells) in builds {
+                let merged = self.latency.entry(build.arm).or_default();
+                cells.iter().for_each(|cell| merged.merge(&cell.latency));
+                if let Some(journal) = &mut self.journal {
+                    journal.forget_slot(slot, &build, cells.len());
+                    journal.note(Part::Counts);
+                }
+            }
         }
     }
 
@@ -148,6 +165,9 @@ impl Service {
         let number = u32::try_from(self.tenants.len()).unwrap_or(u32::MAX);
         self.tenants.push(tenant.clone());
         self.names.insert(tenant.clone(), number);
+        if let Some(journal) = &mut self.journal {
+            journal.note_name(number);
+        }
         number
     }
 
@@ -164,6 +184,7 @@ impl Service {
         }
         agent.last_seen_ms = now_ms;
         if batch.seq <= agent.applied_seq {
+            agent.recognise(batch)?;
             self.duplicates += 1;
             return Ok(Applied::Before);
         }
@@ -205,6 +226,7 @@ impl Service {
             });
         }
         let declared = gaps.saturating_sub(agent.gap_requests);
+        agent.remember(batch);
         agent.based = true;
         agent.applied_seq = batch.seq;
         agent.applied = Totals {
@@ -242,6 +264,10 @@ impl Service {
         if gap > 0 {
             raise(&mut self.gaps, gap);
         }
+        if let Some(journal) = &mut self.journal {
+            journal.note(Part::Agents);
+            journal.note(Part::Counts);
+        }
         if batch.rows.is_empty() {
             return;
         }
@@ -258,6 +284,10 @@ impl Service {
         }
         let slot = batch.start_ms / self.slot_ms * self.slot_ms;
         let late = slot < self.judged_until_ms;
+        if let Some(journal) = &mut self.journal {
+            let kept = (!late && slot >= self.keep_from_ms).then_some(slot);
+            journal.note_rows(build, kept, batch.rows.iter().map(|row| row.tenant));
+        }
         if late {
             raise(&mut self.late, seen);
         }
@@ -353,6 +383,9 @@ impl Service {
             }
         }
         self.judged_until_ms = self.judged_until_ms.max(end_ms);
+        if let Some(journal) = &mut self.journal {
+            journal.note(Part::Counts);
+        }
         let [canary, baseline] = coverage;
         Window {
             number,

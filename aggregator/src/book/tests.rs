@@ -496,3 +496,57 @@ fn however_requests_are_shared_between_agents_and_whenever_they_arrive_the_judge
         assert_eq!(judged(agents, seed), alone, "{agents} agents, seed {seed}");
     }
 }
+
+/// A book that was put together from pieces is the same as the one that they are from.
+#[test]
+fn a_book_is_the_same_after_it_was_written_down_in_pieces() {
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);
+    let mut baseline = Sender::new(&mut book, "b", Arm::Baseline, 2);
+    canary.window(&mut book, 0, 10, 1).unwrap();
+    baseline.window(&mut book, 0, 90, 2).unwrap();
+    let mut copy = self::book();
+    for piece in book.image() {
+        copy.load(&piece).unwrap();
+    }
+    assert_eq!(copy.image(), book.image());
+
+    // What changes from then on is enough to keep the copy up.
+    book.keep_journal();
+    assert!(book.changes().is_empty());
+    canary.window(&mut book, 1_000, 7, 0).unwrap();
+    let changes = book.changes();
+    assert!(!changes.pieces.is_empty() && changes.removed.is_empty());
+    for piece in &changes.pieces {
+        if !piece.key.starts_with("names") {
+            copy.load(piece).unwrap();
+        }
+    }
+    assert_eq!(copy.image(), book.image());
+    let comparison = comparison();
+    let frozen = book.freeze(&comparison, 0, 1, 60_000);
+    assert_eq!(copy.freeze(&comparison, 0, 1, 60_000), frozen);
+    assert!(book.changes().pieces.iter().any(|piece| piece.key == "counts"));
+    book.evict(1_000_000, |_| None);
+    let changes = book.changes();
+    assert!(
+        changes
+            .removed
+            .iter()
+            .any(|(_, key)| key.starts_with("slot/0/canary/0/")),
+        "{changes:?}"
+    );
+}
+
+#[test]
+fn a_batch_that_comes_again_with_another_content_is_refused() {
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);
+    canary.window(&mut book, 0, 10, 1).unwrap();
+    canary.seq -= 1;
+    canary.sent -= 10;
+    assert_eq!(canary.window(&mut book, 0, 10, 1), Ok(Applied::Before));
+    canary.seq -= 1;
+    canary.sent -= 10;
+    assert_eq!(canary.window(&mut book, 0, 11, 1), Err(BookError::Changed(1)));
+}

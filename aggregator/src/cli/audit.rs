@@ -17,7 +17,9 @@ use coalmine_judge::{
 use serde_json::json;
 
 use super::{Exit, Failure, Output, say};
-use crate::ledger::LedgerFiles;
+use crate::ledger::{LedgerFiles, Published, read_note};
+
+mod export;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -30,7 +32,15 @@ pub(super) enum Command {
         /// without it the log is held against the key that it names itself
         #[arg(long, value_name = "KEY")]
         key: Option<VerifierKey>,
+        /// Judge every decision again too, and compare the bytes
+        #[arg(long)]
+        deep: bool,
+        /// A checkpoint that was kept elsewhere: the log must contain what it covers; repeat it for several
+        #[arg(long, value_name = "FILE")]
+        checkpoint: Vec<PathBuf>,
     },
+    /// Copy a log and its evidence into a directory that can be verified and replayed anywhere
+    Export(export::Options),
     /// Print the proof that a decision is in the log, for somebody who does not have the log (offline)
     Proof {
         /// The decision
@@ -49,9 +59,15 @@ pub(super) enum Command {
     },
 }
 
-pub(super) fn run(command: Command, output: Output) -> Result<Exit, Failure> {
+pub(super) async fn run(command: Command, output: Output) -> Result<Exit, Failure> {
     match command {
-        Command::Verify { data, key } => verify(&data, key.as_ref(), output),
+        Command::Verify {
+            data,
+            key,
+            deep,
+            checkpoint,
+        } => verify(&data, key.as_ref(), deep, &checkpoint, output),
+        Command::Export(options) => export::run(options, output).await,
         Command::Proof { decision, data } => proof(&data, &decision),
         Command::Check { proof, key } => check_proof(&proof, &key, output),
     }
@@ -59,7 +75,7 @@ pub(super) fn run(command: Command, output: Output) -> Result<Exit, Failure> {
 
 pub(super) fn files(data: &Path) -> Result<LedgerFiles, Failure> {
     let files = LedgerFiles::new(data);
-    if files.log_path().is_file() {
+    if files.exists() {
         return Ok(files);
     }
     Err(Failure::usage(format!(
@@ -78,10 +94,12 @@ pub(crate) struct Verified {
     /// The key that signs, as the log names it.
     pub(crate) key: Option<VerifierKey>,
     pub(crate) problems: Vec<String>,
+    /// What somebody else can check, when checkpoints contradict each other.
+    evidence: Vec<String>,
 }
 
-/// Checks a log and all that it names.
-pub(crate) fn check(files: &LedgerFiles) -> Verified {
+/// Checks a log and all that it names, against checkpoints that were kept elsewhere too.
+pub(crate) fn check(files: &LedgerFiles, elsewhere: Vec<(PathBuf, Published)>) -> Verified {
     let mut verified = Verified {
         records: 0,
         decisions: 0,
@@ -89,22 +107,13 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
         root: String::new(),
         key: None,
         problems: Vec::new(),
+        evidence: Vec::new(),
     };
     let mut checked = std::collections::BTreeSet::new();
     let mut problems = Vec::new();
-    let scan = files.scan(|record, _, _| {
-        let named: Vec<_> = match &record.body {
-            Body::Rollout(start) => {
-                let history = start.history.map(|digest| ("history", digest));
-                [("policy", start.policy)].into_iter().chain(history).collect()
-            }
-            Body::Decision(decision) => {
-                verified.decisions += 1;
-                vec![("evidence", decision.evidence), ("policy", decision.policy)]
-            }
-            Body::LogStart { .. } | Body::Deadline(_) | Body::End(_) => Vec::new(),
-        };
-        for (what, digest) in named {
+    let scan = files.scan_against(elsewhere, |record, _, _| {
+        verified.decisions += u64::from(matches!(record.body, Body::Decision(_)));
+        for (what, digest) in record.body.blobs() {
             if checked.insert(digest)
                 && let Err(problem) = files.blobs.text(&digest)
             {
@@ -128,6 +137,14 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
                 );
                 verified.problems.push(problem);
             }
+            if scan.history.1 > 0 {
+                let problem = format!(
+                    "{}: the last {} bytes are no whole checkpoint; the aggregator mends this when it starts",
+                    files.history_path().display(),
+                    scan.history.1
+                );
+                verified.problems.push(problem);
+            }
             if scan.covered() < scan.chain.size() {
                 let problem = format!(
                     "record {} and those after it are not covered by the checkpoint, so nobody can tell whether they \
@@ -142,9 +159,41 @@ pub(crate) fn check(files: &LedgerFiles) -> Verified {
     verified
 }
 
-fn verify(data: &Path, wanted: Option<&VerifierKey>, output: Output) -> Result<Exit, Failure> {
+fn verify(
+    data: &Path,
+    wanted: Option<&VerifierKey>,
+    deep: bool,
+    checkpoints: &[PathBuf],
+    output: Output,
+) -> Result<Exit, Failure> {
     let files = files(data)?;
-    let mut verified = check(&files);
+    let mut elsewhere = Vec::new();
+    for path in checkpoints {
+        let note = read_note(path).map_err(|problem| Failure::usage(problem.to_string()))?;
+        let note =
+            note.ok_or_else(|| Failure::usage(format!("there is no checkpoint in {}", path.display())))?;
+        elsewhere.push((path.clone(), note));
+    }
+    let mut verified = check(&files, elsewhere.clone());
+    if !verified.problems.is_empty() {
+        // Who shows this to others needs both sides.
+        for (path, note) in elsewhere {
+            verified
+                .evidence
+                .push(format!("the checkpoint in {}:\n{}", path.display(), note.note));
+        }
+        if let Ok(Some(here)) = read_note(&data.join("checkpoint")) {
+            verified
+                .evidence
+                .push(format!("the checkpoint beside the log:\n{}", here.note));
+        }
+    }
+    let mut replayed = None;
+    if deep && verified.problems.is_empty() {
+        let summary = replay_all(&files, |_, _| {});
+        verified.problems.extend(summary.different);
+        replayed = Some(summary.same);
+    }
     if let (Some(wanted), Some(found)) = (wanted, &verified.key)
         && wanted != found
     {
@@ -163,19 +212,31 @@ fn verify(data: &Path, wanted: Option<&VerifierKey>, output: Output) -> Result<E
             "blobs": verified.blobs,
             "root": verified.root,
             "key": key,
+            "replayed": replayed,
             "problems": verified.problems,
+            "evidence": verified.evidence,
         })),
-        Output::Table if good => say(&format_args!(
-            "verified: {} records ({} decisions), {} blobs, root {}, signed by {}",
-            verified.records,
-            verified.decisions,
-            verified.blobs,
-            verified.root,
-            key.unwrap_or_default()
-        )),
+        Output::Table if good => {
+            say(&format_args!(
+                "verified: {} records ({} decisions), {} blobs, root {}, signed by {}",
+                verified.records,
+                verified.decisions,
+                verified.blobs,
+                verified.root,
+                key.unwrap_or_default()
+            ));
+            if let Some(replayed) = replayed {
+                say(&format_args!(
+                    "replayed {replayed} decisions: the same bytes, all of them"
+                ));
+            }
+        }
         Output::Table => {
             for problem in &verified.problems {
                 say(&format_args!("FAILED {problem}"));
+            }
+            for evidence in &verified.evidence {
+                say(&format_args!("\n{}", evidence.trim_end()));
             }
         }
     }

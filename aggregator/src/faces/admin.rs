@@ -19,12 +19,14 @@ pub fn admin(faces: Faces) -> Router {
         .with_state(faces)
 }
 
-/// Ready also while the log cannot be written: HOLD and ROLLBACK must be readable then, and agents connected.
-async fn ready(State(faces): State<Faces>) -> &'static str {
-    if faces.ledger.is_writable() {
-        "ok\n"
-    } else {
-        "ok, but the decision log cannot be written: nothing is approved\n"
+/// Not ready while the log takes no records, since nothing is approved then. HOLD and ROLLBACK can still be asked for.
+async fn ready(State(faces): State<Faces>) -> (StatusCode, String) {
+    match faces.ledger.trouble() {
+        None => (StatusCode::OK, "ok\n".to_owned()),
+        Some(why) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("nothing is approved: {why}\n"),
+        ),
     }
 }
 

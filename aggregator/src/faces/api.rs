@@ -7,9 +7,10 @@ use axum::{
     response::IntoResponse,
     routing::{get, post},
 };
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use coalmine_judge::{
+    note::Proof,
     record::{Body, Record},
-    replay::Blobs as _,
 };
 use coalmine_proto::names::Outcome;
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,8 @@ use crate::{
     ledger::Appended,
     rollouts::{StartRequest, View},
 };
+
+const TEXT: &str = "text/plain; charset=utf-8";
 
 /// Largest body of a request, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -40,6 +43,8 @@ pub fn api(faces: Faces) -> Router {
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/decisions/{id}/evidence", get(evidence))
         .route("/v1/decisions/{id}/proof", get(proof))
+        .route("/v1/audit/checkpoint", get(checkpoint))
+        .route("/v1/audit/consistency", get(consistency))
         .route("/v1/services/{service}", get(service))
         .fallback(|| async {
             Problem::not_found("there is no such route; the API is under /v1/rollouts and /v1/decisions")
@@ -146,11 +151,43 @@ struct Gate<'a> {
     worst_tenant: Option<&'a str>,
     score_ppm: u32,
     decision_hash: Option<&'a str>,
+    recorded: bool,
     state: crate::rollouts::State,
+    /// The decision's record as it stands in the log, and the proof that it does; only if they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    record: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    proof: Option<String>,
 }
 
-async fn gate(State(faces): State<Faces>, Path(id): Path<String>) -> Result<impl IntoResponse, Problem> {
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GateQuery {
+    #[serde(default)]
+    proof: bool,
+}
+
+async fn gate(
+    State(faces): State<Faces>,
+    Path(id): Path<String>,
+    query: Result<Query<GateQuery>, QueryRejection>,
+) -> Result<impl IntoResponse, Problem> {
+    let Query(query) = query.map_err(|error| {
+        Problem::new(
+            StatusCode::BAD_REQUEST,
+            format!("{error}; the only parameter is proof, true or false"),
+        )
+    })?;
     let view = faces.rollouts.view(&id)?;
+    let proof = match view
+        .decision_id
+        .as_deref()
+        .filter(|_| query.proof && view.recorded)
+    {
+        Some(decision) => Some(proof_of(&faces, decision).await?),
+        None => None,
+    };
+    let line = proof.as_ref().and_then(|proof| proof.extra.clone());
     let gate = Gate {
         verdict: &view.verdict,
         score: view.score,
@@ -159,7 +196,10 @@ async fn gate(State(faces): State<Faces>, Path(id): Path<String>) -> Result<impl
         worst_tenant: view.worst_tenant.as_deref(),
         score_ppm: view.score_ppm,
         decision_hash: view.decision_hash.as_deref(),
+        recorded: view.recorded,
         state: view.state,
+        record: line.and_then(|line| String::from_utf8(line).ok()),
+        proof: proof.map(|proof| proof.to_string()),
     };
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(to_value(&gate)?)))
 }
@@ -236,8 +276,8 @@ async fn evidence(State(faces): State<Faces>, Path(id): Path<String>) -> Result<
     else {
         return Err(no_decision(&id));
     };
-    let blobs = faces.ledger.files.blobs.clone();
-    let text = tokio::task::spawn_blocking(move || blobs.text(&decision.evidence)).await;
+    let ledger = faces.ledger.clone();
+    let text = tokio::task::spawn_blocking(move || ledger.blobs().text(&decision.evidence)).await;
     match text {
         Ok(Ok(text)) => Ok(([(header::CONTENT_TYPE, "application/json")], text)),
         Ok(Err(error)) => Err(Problem::internal("the evidence cannot be read", &error)),
@@ -247,14 +287,16 @@ async fn evidence(State(faces): State<Faces>, Path(id): Path<String>) -> Result<
 
 /// A proof in the text form of C2SP tlog-proof, against the latest checkpoint.
 async fn proof(State(faces): State<Faces>, Path(id): Path<String>) -> Result<impl IntoResponse, Problem> {
-    let seq = faces.ledger.index().decision(&id);
-    let seq = seq.ok_or_else(|| no_decision(&id))?;
+    let kind = [(header::CONTENT_TYPE, TEXT)];
+    Ok((kind, proof_of(&faces, &id).await?.to_string()))
+}
+
+async fn proof_of(faces: &Faces, id: &str) -> Result<Proof, Problem> {
+    let seq = faces.ledger.index().decision(id);
+    let seq = seq.ok_or_else(|| no_decision(id))?;
     let ledger = faces.ledger.clone();
     match tokio::task::spawn_blocking(move || ledger.proof(seq)).await {
-        Ok(Ok(Some(proof))) => {
-            let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
-            Ok((kind, proof.to_string()))
-        }
+        Ok(Ok(Some(proof))) => Ok(proof),
         Ok(Ok(None)) => Err(Problem::new(
             StatusCode::SERVICE_UNAVAILABLE,
             "no checkpoint covers this decision yet, because the last one could not be written; ask again",
@@ -262,6 +304,49 @@ async fn proof(State(faces): State<Faces>, Path(id): Path<String>) -> Result<imp
         Ok(Err(error)) => Err(Problem::internal("the proof cannot be made", &error)),
         Err(error) => Err(Problem::internal("the proof cannot be made", &error)),
     }
+}
+
+/// The latest checkpoint, as a signed note.
+async fn checkpoint(State(faces): State<Faces>) -> Result<impl IntoResponse, Problem> {
+    let published = faces.ledger.checkpoint();
+    let published = published.ok_or_else(|| {
+        let detail = "no checkpoint was written yet, because the decision log cannot be written; ask again";
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+    })?;
+    Ok((
+        [(header::CONTENT_TYPE, TEXT), (header::CACHE_CONTROL, "no-store")],
+        published.note,
+    ))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConsistencyQuery {
+    from: u64,
+    to: u64,
+}
+
+/// Proof that a shorter log is the beginning of a longer one (RFC 6962 section 2.1.2).
+async fn consistency(
+    State(faces): State<Faces>,
+    query: Result<Query<ConsistencyQuery>, QueryRejection>,
+) -> Result<Json<Value>, Problem> {
+    let Query(ConsistencyQuery { from, to }) = query.map_err(|error| {
+        Problem::new(
+            StatusCode::BAD_REQUEST,
+            format!("{error}; the parameters are from and to, two numbers of records"),
+        )
+    })?;
+    let path = faces.ledger.consistency(from, to).ok_or_else(|| {
+        Problem::new(
+            StatusCode::BAD_REQUEST,
+            format!(
+                "from {from} to {to} is no growth of this log; the checkpoint says how many records it has"
+            ),
+        )
+    })?;
+    let path: Vec<String> = path.iter().map(|hash| STANDARD.encode(hash.0)).collect();
+    Ok(Json(json!({ "from": from, "to": to, "path": path })))
 }
 
 fn no_decision(id: &str) -> Problem {

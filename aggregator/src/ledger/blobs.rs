@@ -1,17 +1,19 @@
 //! The blobs that records name: zstd, each under the SHA-256 of its stored bytes.
 
 use std::{
+    collections::HashSet,
     io::{self, Read as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use coalmine_judge::{chain::Hash, replay::Blobs};
 
 use super::AppendError;
-use crate::disk;
+use crate::disk::{self, DiskError};
 
-/// Largest content of a blob, in bytes.
-const MAX_BLOB_BYTES: u64 = 1 << 30;
+/// Largest content of a blob, in bytes: the evidence of 200,000 tenants on both arms.
+pub const MAX_BLOB_BYTES: u64 = 1 << 29;
 
 /// zstd's level: higher ones cost fifty times the time for a tenth of the size.
 const ZSTD_LEVEL: i32 = 3;
@@ -21,7 +23,7 @@ const ZSTD_LEVEL: i32 = 3;
 pub struct Blob {
     /// SHA-256 of the stored bytes.
     pub digest: Hash,
-    stored: Vec<u8>,
+    pub(super) stored: Vec<u8>,
 }
 
 impl Blob {
@@ -56,8 +58,18 @@ impl BlobStore {
         self.directory.join(name.get(..2).unwrap_or("")).join(&name)
     }
 
+    /// Makes the directory, so that what is put into it lasts.
+    pub(super) fn prepare(&self) -> Result<(), DiskError> {
+        disk::create_dir(&self.directory)?;
+        disk::sync_directory(&self.directory).map_err(|error| DiskError::io("sync", &self.directory, error))
+    }
+
     pub(super) fn write(&self, blob: &Blob) -> io::Result<()> {
-        let path = self.path(&blob.digest);
+        self.write_stored(&blob.digest, &blob.stored)
+    }
+
+    pub(super) fn write_stored(&self, digest: &Hash, stored: &[u8]) -> io::Result<()> {
+        let path = self.path(digest);
         if path.exists() {
             return Ok(());
         }
@@ -67,7 +79,33 @@ impl BlobStore {
             std::fs::create_dir_all(parent)?;
             disk::sync_directory(parent)?;
         }
-        disk::replace(&path, &blob.stored)
+        disk::replace(&path, stored)
+    }
+
+    /// Removes what no record names, if it is older than `age`; says how much that was.
+    pub(super) fn remove_orphans(&self, named: &HashSet<Hash>, age: Duration) -> io::Result<u64> {
+        let mut removed = 0;
+        let directories = match std::fs::read_dir(&self.directory) {
+            Ok(directories) => directories,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            Err(error) => return Err(error),
+        };
+        for directory in directories {
+            for file in std::fs::read_dir(directory?.path())? {
+                let file = file?;
+                let digest = file.file_name().to_str().and_then(|name| name.parse().ok());
+                if digest.is_some_and(|digest| named.contains(&digest)) {
+                    continue;
+                }
+                // A clock that was set back makes files young, which keeps them.
+                let old = file.metadata()?.modified()?.elapsed().unwrap_or_default();
+                if old >= age {
+                    std::fs::remove_file(file.path())?;
+                    removed += 1;
+                }
+            }
+        }
+        Ok(removed)
     }
 }
 
@@ -75,18 +113,30 @@ impl Blobs for BlobStore {
     fn text(&self, digest: &Hash) -> Result<String, String> {
         let path = self.path(digest);
         let stored = std::fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
-        let found = Hash::of(&stored);
-        if found != *digest {
-            return Err(format!("was changed: its bytes hash to {found}"));
-        }
-        let decoder =
-            zstd::Decoder::new(stored.as_slice()).map_err(|error| format!("cannot be unpacked: {error}"))?;
-        let mut content = String::new();
-        let read = decoder.take(MAX_BLOB_BYTES).read_to_string(&mut content);
-        match read {
-            Ok(bytes) if (bytes as u64) < MAX_BLOB_BYTES => Ok(content),
-            Ok(_) => Err(format!("is larger than {MAX_BLOB_BYTES} bytes")),
-            Err(error) => Err(format!("cannot be unpacked: {error}")),
-        }
+        checked(digest, &stored)
+    }
+}
+
+/// The content of a blob that was stored under this digest.
+pub(super) fn checked(digest: &Hash, stored: &[u8]) -> Result<String, String> {
+    let found = Hash::of(stored);
+    if found != *digest {
+        return Err(format!("was changed: its bytes hash to {found}"));
+    }
+    unpack(stored, MAX_BLOB_BYTES)
+}
+
+/// Unpacks what a blob is stored as, and no more than `max_bytes` of it.
+pub fn unpack(stored: &[u8], max_bytes: u64) -> Result<String, String> {
+    let decoder = zstd::Decoder::new(stored).map_err(|error| format!("cannot be unpacked: {error}"))?;
+    let mut content = String::new();
+    // One byte more than is allowed tells that there is more.
+    match decoder
+        .take(max_bytes.saturating_add(1))
+        .read_to_string(&mut content)
+    {
+        Ok(bytes) if bytes as u64 <= max_bytes => Ok(content),
+        Ok(_) => Err(format!("is larger than {max_bytes} bytes")),
+        Err(error) => Err(format!("cannot be unpacked: {error}")),
     }
 }

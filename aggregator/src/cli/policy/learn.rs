@@ -167,7 +167,7 @@ fn recorded(files: &LedgerFiles) -> Result<Vec<Recorded>, Failure> {
                 rollout.take(*decision, leaf);
             }
         }
-        Body::LogStart { .. } | Body::Deadline(_) | Body::End(_) => {}
+        _ => {}
     });
     scan.map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
     Ok(rollouts)

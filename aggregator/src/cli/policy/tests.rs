@@ -14,7 +14,7 @@ use super::{
     *,
 };
 use crate::{
-    ledger::{Blob, Ledger, LedgerFiles},
+    ledger::{Blob, Ledger, LedgerFiles, Options},
     metrics::Metrics,
 };
 
@@ -67,9 +67,12 @@ fn window(number: u64, errors: u64, reported: u32) -> String {
 
 /// A log with one rollout for each list of verdicts; window 1 is warm-up, and window 4 misses an agent.
 async fn log(data: &Path, rollouts: &[(&str, &str, &[&str])]) -> LedgerFiles {
-    let ledger = Ledger::open(data, "test", Arc::new(Metrics::new()))
-        .unwrap()
-        .ledger;
+    let options = Options {
+        name: "test".into(),
+        ..Options::default()
+    };
+    let opened = Ledger::open(data, options, Arc::new(Metrics::new()), |_, _| {});
+    let ledger = opened.unwrap().ledger;
     let policy = Blob::pack(POLICY.as_bytes()).unwrap();
     for (rollout, service, verdicts) in rollouts {
         let start = RolloutStart {

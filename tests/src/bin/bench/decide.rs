@@ -9,7 +9,7 @@ use std::{hint::black_box, path::Path, sync::Arc};
 use anyhow::Context as _;
 use coalmine_aggregator::{
     book::{Batch, Book, Build, Comparison, Introduction, Patience, Row},
-    ledger::{Blob, Ledger},
+    ledger::{Blob, Ledger, Options},
     metrics::Metrics,
 };
 use coalmine_judge::{
@@ -50,21 +50,21 @@ struct Fleet {
 }
 
 /// A rollout of this many tenants.
-struct Rollout {
+pub(super) struct Rollout {
     traffic: Traffic,
     tenants: Vec<u32>,
     policy: Policy,
     book: Book,
     judge: Judge,
     comparison: Comparison,
-    ledger: Ledger,
+    pub(super) ledger: Ledger,
     sums: [Totals; 2],
     number: u64,
 }
 
 /// Milliseconds of each window.
 #[derive(Debug, Default)]
-struct Times {
+pub(super) struct Times {
     apply: Vec<f64>,
     freeze: Vec<f64>,
     step: Vec<f64>,
@@ -154,7 +154,7 @@ fn print(fleet: &Fleet, times: &Times, report: &mut Report) {
 }
 
 impl Rollout {
-    fn begin(tenants: usize, data: &Path) -> anyhow::Result<Self> {
+    pub(super) fn begin(tenants: usize, data: &Path) -> anyhow::Result<Self> {
         std::fs::create_dir_all(data)?;
         let policy = Policy::parse(POLICY)?;
         let mut book = Book::new(Patience::default(), 0);
@@ -163,7 +163,7 @@ impl Rollout {
             book.introduce(&introduction(arm), 1 + arm as u64, START_MS);
         }
         let numbers = (0..tenants).map(|number| Ok(book.intern(SERVICE, &tenant_name(number)?)));
-        let opened = Ledger::open(data, "coalmine/bench", Arc::new(Metrics::new()))?;
+        let opened = Ledger::open(data, Options::default(), Arc::new(Metrics::new()), |_, _| {})?;
         Ok(Self {
             traffic: Traffic::new(5, 20.0, 0.45),
             tenants: numbers.collect::<anyhow::Result<_>>()?,
@@ -183,6 +183,26 @@ impl Rollout {
 
     /// One window: counted, frozen, judged, recorded.
     async fn window(&mut self, times: &mut Times) -> anyhow::Result<()> {
+        let (window, outcome) = self.judge_next(times)?;
+        let packing = thread_ns();
+        let (evidence, json_bytes) = pack(&window, &outcome)?;
+        times.pack.push((thread_ns() - packing) / 1e6);
+        times.evidence_bytes.push(json_bytes as f64);
+
+        let writing = Instant::now();
+        let body = Body::End(RolloutEnd {
+            rollout: "bench".to_owned(),
+            actor: "bench".to_owned(),
+            reason: outcome.reason.clone(),
+            verdict: outcome.verdict.as_str().to_owned(),
+        });
+        self.ledger.append(body, vec![evidence]).await?;
+        times.append.push(writing.elapsed().as_secs_f64() * 1e3);
+        Ok(())
+    }
+
+    /// One window: counted, frozen, judged.
+    pub(super) fn judge_next(&mut self, times: &mut Times) -> anyhow::Result<(Window, Outcome)> {
         self.number += 1;
         let slot_ms = self.policy.window_ms();
         let start_ms = START_MS + self.number * slot_ms;
@@ -194,26 +214,12 @@ impl Rollout {
         let frozen = thread_ns();
         let outcome = self.judge.step(&window)?;
         let judged = thread_ns();
-        let (evidence, json_bytes) = pack(&window, &outcome)?;
-        let packed = thread_ns();
-
-        let writing = Instant::now();
-        let body = Body::End(RolloutEnd {
-            rollout: "bench".to_owned(),
-            actor: "bench".to_owned(),
-            reason: outcome.reason.clone(),
-            verdict: outcome.verdict.as_str().to_owned(),
-        });
-        self.ledger.append(body, vec![evidence]).await?;
-        times.append.push(writing.elapsed().as_secs_f64() * 1e3);
         times.freeze.push((frozen - begun) / 1e6);
         times.step.push((judged - frozen) / 1e6);
         times.decide.push((judged - begun) / 1e6);
-        times.pack.push((packed - judged) / 1e6);
-        times.evidence_bytes.push(json_bytes as f64);
         times.last = Some(outcome.verdict);
         self.book.evict(now_ms, |_| None);
-        Ok(())
+        Ok((window, outcome))
     }
 
     /// Windows in which few tenants have traffic, judged by a copy of the judge.
@@ -275,7 +281,7 @@ impl Rollout {
 }
 
 /// Evidence as the log keeps it, and the length of its text; the outcome is hashed, as a decision has it.
-fn pack(window: &Window, outcome: &Outcome) -> anyhow::Result<(Blob, usize)> {
+pub(super) fn pack(window: &Window, outcome: &Outcome) -> anyhow::Result<(Blob, usize)> {
     let json = window.to_json();
     let evidence = Blob::pack(json.as_bytes()).context("the evidence cannot be packed")?;
     black_box(Hash::of(outcome.to_json().as_bytes()));
@@ -296,7 +302,7 @@ fn introduction(arm: Arm) -> Introduction {
 }
 
 /// One tenant's requests of one window on one arm: outcomes, latency, how many were over the limit.
-fn counts(traffic: &mut Traffic, typical: f64, limit_us: u64) -> (Outcomes, WireHistogram, u64) {
+pub(super) fn counts(traffic: &mut Traffic, typical: f64, limit_us: u64) -> (Outcomes, WireHistogram, u64) {
     let (mut latency, mut over) = (Histogram::new(), 0);
     let count = traffic.count(typical);
     let ended = traffic.requests(count, |ns| {

@@ -2,9 +2,10 @@
 //!
 //! Read in this order: [`proxies`] (the agent beside nginx, HAProxy and a bare relay), [`recorder`] (what a
 //! request costs in the agent's tables), [`ingest`] (what a window costs in the aggregator), [`decide`] (what
-//! a decision costs), [`quality`] (how often it is right, and how soon; simulated). What they share: [`aggregator`] (a real one), [`child`] and [`programs`] (processes that
-//! never outlive the run), [`load`] (the clients), [`cpu`] (what a process or thread has used), [`sample`]
-//! (made-up traffic) and [`report`] (medians, tables, budgets).
+//! a decision costs), [`ledger`] (what it costs to keep decisions and windows, and to read them again), [`quality`] (how
+//! often a decision is right, and how soon; simulated). What they share: [`aggregator`] (a real one), [`child`] and
+//! [`programs`] (processes that never outlive the run), [`load`] (the clients), [`cpu`] (what a process or thread has
+//! used), [`sample`] (made-up traffic) and [`report`] (medians, tables, budgets).
 //!
 //! Everything is on loopback and in a temporary directory, and bounded in time.
 
@@ -21,6 +22,8 @@ mod recorder;
 mod ingest;
 
 mod decide;
+
+mod ledger;
 
 mod quality;
 
@@ -50,7 +53,7 @@ const LONGEST_RUN: Duration = Duration::from_secs(20 * 60);
 
 /// What the design has a budget for and nothing here measures.
 const NOT_MEASURED: &str = "Not measured here: linkerd2-proxy, HTTP/2 and gRPC, latency added at a constant rate, \
-    memory for each connection and tenant, transparency, Prometheus, face polls, restarts.";
+    memory for each connection and tenant, transparency, Prometheus, face polls, the gate after a restart.";
 
 /// Measures the budgets of Coalmine's design, as ratios in one run
 #[derive(Debug, Parser)]
@@ -92,6 +95,8 @@ enum Part {
     Ingest,
     /// Freezing, judging and recording a decision
     Decide,
+    /// Decisions into the log and windows into the store, as fast as they become durable, and both read again
+    Ledger,
     /// False alarms, detection and limits of the judge, simulated
     Quality,
 }
@@ -168,6 +173,10 @@ async fn measure(options: &Options, plan: Plan, directory: &Path) -> anyhow::Res
     if chosen(Part::Decide) {
         let decide = decide::measure(plan, directory, &mut report).await;
         decide.context("decisions cannot be measured")?;
+    }
+    if chosen(Part::Ledger) {
+        let ledger = ledger::measure(plan, directory, &mut report).await;
+        ledger.context("the ledger cannot be measured")?;
     }
     if chosen(Part::Quality) {
         report = quality::measure(plan, report).await?;

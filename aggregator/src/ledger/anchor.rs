@@ -1,0 +1,153 @@
+//! Checkpoints that are kept elsewhere: a copy on another volume, witnesses on other machines.
+//!
+//! Whoever can write the data directory can put an older state of it back, and the key would sign again; only somebody
+//! outside can tell. At the start the log must be at least as long as every checkpoint that is known elsewhere, and agree
+//! with it; while it grows, each checkpoint is given to them.
+
+use std::{path::Path, sync::PoisonError};
+
+use coalmine_judge::note::Checkpoint;
+
+use super::{Health, Index, Ledger, LogProblem, Published, State, read_note};
+use crate::{
+    disk,
+    witness::{Witness, WitnessError},
+};
+
+/// A witness that says another size is asked so often before the next checkpoint is waited for.
+const ATTEMPTS: u32 = 3;
+
+/// Holds the log against a copy of its checkpoint.
+pub(super) fn hold_against_copy(copy: &Path, index: &Index, health: &Health) -> Result<(), LogProblem> {
+    if let Some(known) = read_note(copy)? {
+        hold_against(index, &known, &copy.display().to_string(), health);
+    }
+    Ok(())
+}
+
+/// Keeps a copy of a checkpoint. The log goes on without it.
+pub(super) fn write_copy(copy: &Path, published: &Published) {
+    if let Err(error) = disk::replace(copy, published.note.as_bytes()) {
+        tracing::warn!(%error, copy = %copy.display(), "cannot write the copy of the checkpoint");
+    }
+}
+
+fn hold_against(index: &Index, known: &Published, place: &str, health: &Health) {
+    let size = index.nodes.size();
+    let (state, problem) = match Checkpoint::open(&known.note, &index.keys) {
+        Err(error) => (State::Forked, format!("the checkpoint in {place} {error}")),
+        Ok(checkpoint) if checkpoint.size > size => (
+            State::Behind,
+            format!(
+                "the checkpoint in {place} covers {} records, and the log here has {size}: an older state of it was put back",
+                checkpoint.size
+            ),
+        ),
+        Ok(checkpoint) if index.nodes.root(checkpoint.size) != Some(checkpoint.root) => (
+            State::Forked,
+            format!(
+                "the first {} records here are not those that the checkpoint in {place} covers",
+                checkpoint.size
+            ),
+        ),
+        Ok(_) => return,
+    };
+    distrust(index, state, &problem, Some(&known.note), health);
+}
+
+/// From now on nothing is recorded.
+fn distrust(index: &Index, state: State, problem: &str, there: Option<&str>, health: &Health) {
+    let here = index
+        .published
+        .as_ref()
+        .map_or("none", |published| &published.note);
+    tracing::error!(
+        state = state.as_str(),
+        here,
+        there,
+        "{problem}; nothing is recorded and nothing approved until `coalmine-aggregator new-log` opens a new log \
+         that names this one, or the newer state is put back"
+    );
+    health.set(state, problem.to_owned());
+}
+
+impl Ledger {
+    /// Asks each witness what it has seen of the log, and gives it what is new.
+    pub async fn consult(&self, witnesses: &[Witness]) {
+        for witness in witnesses {
+            let mut seen = 0;
+            self.tell(witness, &mut seen).await;
+        }
+    }
+
+    /// Gives each witness every new checkpoint, from now on.
+    pub fn follow(&self, witnesses: Vec<Witness>) {
+        for witness in witnesses {
+            let ledger = self.clone();
+            tokio::spawn(async move {
+                let mut published = ledger.published.clone();
+                let mut seen = 0;
+                while published.changed().await.is_ok() {
+                    ledger.tell(&witness, &mut seen).await;
+                }
+            });
+        }
+    }
+
+    /// Gives a witness the latest checkpoint; `seen` is what it is known to have seen.
+    async fn tell(&self, witness: &Witness, seen: &mut u64) {
+        for _ in 0..ATTEMPTS {
+            let Some(latest) = self.published.borrow().clone() else {
+                return;
+            };
+            let Some(path) = self.consistency(*seen, latest.size) else {
+                return;
+            };
+            match witness.add(*seen, path, &latest.note).await {
+                Ok(cosigned) => {
+                    *seen = latest.size;
+                    return self.cosign(latest, &cosigned.lines);
+                }
+                Err(WitnessError::Conflict { size }) if size > latest.size => {
+                    let problem = format!(
+                        "the witness {} has seen a log of {size} records, and the log here has {}: an older state of it was put back",
+                        witness.key().name(),
+                        latest.size
+                    );
+                    return distrust(&self.index(), State::Behind, &problem, None, &self.health);
+                }
+                Err(WitnessError::Conflict { size }) => *seen = size,
+                Err(WitnessError::Inconsistent(said)) => {
+                    let problem = format!(
+                        "the witness {} has seen another log than the one here: {said}",
+                        witness.key().name()
+                    );
+                    return distrust(&self.index(), State::Forked, &problem, None, &self.health);
+                }
+                Err(error) => {
+                    tracing::warn!(witness = witness.key().name(), %error, "the witness has not signed the checkpoint");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Adds a witness's signatures to a checkpoint.
+    fn cosign(&self, latest: Published, signatures: &str) {
+        let mut held = self.cosigned.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *held {
+            Some(cosigned) if cosigned.size == latest.size => {
+                if !cosigned.note.contains(signatures) {
+                    cosigned.note.push_str(signatures);
+                }
+            }
+            Some(cosigned) if cosigned.size > latest.size => {}
+            _ => {
+                *held = Some(Published {
+                    size: latest.size,
+                    note: latest.note + signatures,
+                });
+            }
+        }
+    }
+}

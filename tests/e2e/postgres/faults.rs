@@ -1,0 +1,196 @@
+//! Crashes and broken connections: nothing is lost, nothing is doubled, and all goes on by itself.
+
+use std::time::{Duration, Instant};
+
+use coalmine_tests::{
+    cutter::{Cutter, When},
+    eventually,
+    http::get,
+    postgres::{DATABASE, Postgres, SUPERUSER, psql, url_at},
+    process::coalmine,
+    within,
+};
+use serde_json::Value;
+
+use super::{Play, is_ready};
+use crate::stage;
+
+/// Shorter than a lease, which another instance would have to wait for.
+const AT_ONCE: Duration = Duration::from_secs(10);
+
+#[test]
+fn killing_the_database_during_commits_loses_and_doubles_nothing() {
+    let _stage = stage();
+    let mut play = Play::begin(None);
+    for (when, n, let_go_first) in [
+        // The COMMIT does not arrive any more.
+        (When::Before, 1, false),
+        // It is being done.
+        (When::Before, 2, true),
+        (When::Before, 3, true),
+        // It was done, and the client hears of it when the server is gone.
+        (When::After, 1, false),
+        (When::After, 2, false),
+    ] {
+        let held = play.cutter.hold(when, n);
+        held.wait();
+        let held = (!let_go_first).then_some(held);
+        play.postgres.kill_9();
+        drop(held);
+        play.postgres.launch();
+        play.goes_on();
+    }
+    play.finish();
+}
+
+#[test]
+fn a_connection_that_breaks_before_or_after_a_commit_loses_and_doubles_nothing() {
+    let _stage = stage();
+    let play = Play::begin(None);
+    for n in 1..=4 {
+        for when in [When::Before, When::After] {
+            let before = play.cutter.cuts();
+            play.cutter.arm(when, n);
+            eventually("the connection is cut at a COMMIT", || {
+                (play.cutter.cuts() > before).then_some(())
+            });
+            play.goes_on();
+        }
+    }
+    assert_eq!(play.cutter.cuts(), 8);
+    play.finish();
+}
+
+#[test]
+fn without_the_database_nothing_is_approved_and_afterwards_all_is_recorded_once() {
+    let _stage = stage();
+    let play = Play::begin(None);
+    let aggregator = &play.aggregator;
+    aggregator.wait_for_verdict(&play.rollout, &["APPROVE"]);
+    let server = format!("http://{}", aggregator.http);
+    let gate = || {
+        coalmine(["gate", &play.rollout, "--server", &server])
+            .status
+            .code()
+    };
+    let held_back = |view: &Value| {
+        let says = |start: &str| {
+            view["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.starts_with(start))
+        };
+        view["recorded"] == false && view["verdict"] == "HOLD" && says("APPROVE is held back: ")
+    };
+    let judged = |view: &Value| view["windows_judged"].as_u64().unwrap();
+
+    play.cutter.refuse(true);
+    let first = eventually("the approval is held back", || play.view().filter(held_back));
+    assert_eq!(gate(), Some(2), "the gate is shut");
+    let unready = eventually("the aggregator is not ready", || {
+        let answer = get(aggregator.admin, "/readyz").ok()?;
+        (answer.status == 503).then_some(answer)
+    });
+    assert!(unready.body.contains("database"), "{:?}", unready.body);
+    let metrics = get(aggregator.admin, "/metrics").unwrap().body;
+    assert!(metrics.contains("coalmine_audit_writable 0\n"), "{metrics}");
+    // Judging goes on meanwhile.
+    eventually("more windows are judged", || {
+        play.view()
+            .filter(|view| held_back(view) && judged(view) >= judged(&first) + 2)
+    });
+
+    play.cutter.refuse(false);
+    aggregator.wait_for_verdict(&play.rollout, &["APPROVE"]);
+    assert_eq!(gate(), Some(0));
+    eventually("the aggregator is ready again", || {
+        is_ready(aggregator).then_some(())
+    });
+    play.goes_on();
+
+    // A database that is there and says nothing.
+    play.cutter.silence(true);
+    eventually("the approval is held back", || play.view().filter(held_back));
+    assert_eq!(gate(), Some(2), "the gate is shut");
+    play.cutter.silence(false);
+    play.goes_on();
+    play.finish();
+}
+
+#[test]
+fn killing_the_aggregator_loses_and_doubles_nothing() {
+    let _stage = stage();
+    let mut play = Play::begin(None);
+    for windows in [3, 6, 9] {
+        let shown = eventually("some windows are judged", || {
+            play.recorded().filter(|judged| *judged >= windows)
+        });
+        play.aggregator.kill_9();
+        let begun = Instant::now();
+        play.aggregator.launch();
+        assert!(
+            begun.elapsed() < AT_ONCE,
+            "the same instance does not wait for its own lease"
+        );
+        let judged = play.view().unwrap()["windows_judged"].as_u64().unwrap();
+        assert!(judged >= shown, "decisions that were shown are lost");
+    }
+    play.goes_on();
+    play.finish();
+}
+
+/// What the tests above rest on.
+#[test]
+fn the_cutter_cuts_where_it_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut postgres = Postgres::start(directory.path());
+    postgres.query("CREATE TABLE kept (n integer)");
+    let cutter = Cutter::start(postgres.address);
+    let url = url_at(cutter.address, SUPERUSER, DATABASE);
+    let insert = || psql(&url, &["BEGIN", "INSERT INTO kept VALUES (1)", "COMMIT"]);
+    let kept = |postgres: &Postgres| postgres.value("SELECT count(*) FROM kept");
+
+    insert().unwrap();
+    assert_eq!(kept(&postgres), "1");
+    cutter.arm(When::Before, 2);
+    insert().unwrap();
+    insert().unwrap_err();
+    assert_eq!(kept(&postgres), "2", "the server had no COMMIT");
+    cutter.arm(When::After, 1);
+    insert().unwrap_err();
+    assert_eq!(kept(&postgres), "3", "the server had committed");
+    insert().unwrap();
+    assert_eq!((cutter.cuts(), kept(&postgres).as_str()), (2, "4"));
+
+    for (when, meanwhile) in [(When::Before, "4"), (When::After, "6")] {
+        let held = cutter.hold(when, 1);
+        std::thread::scope(|scope| {
+            let inserting = scope.spawn(insert);
+            held.wait();
+            assert_eq!(kept(&postgres), meanwhile);
+            drop(held);
+            inserting.join().unwrap().unwrap();
+        });
+    }
+    assert_eq!(kept(&postgres), "6");
+
+    cutter.refuse(true);
+    insert().unwrap_err();
+    cutter.refuse(false);
+    insert().unwrap();
+    cutter.silence(true);
+    std::thread::scope(|scope| {
+        let inserting = scope.spawn(insert);
+        assert_eq!(kept(&postgres), "7");
+        cutter.silence(false);
+        inserting.join().unwrap().unwrap();
+    });
+
+    // What is committed outlives the server.
+    postgres.kill_9();
+    insert().unwrap_err();
+    postgres.launch();
+    postgres.stop_immediate();
+    postgres.launch();
+    within(AT_ONCE, "the way is open again", || insert().ok());
+    assert_eq!(kept(&postgres), "9");
+}
