@@ -17,7 +17,7 @@ use coalmine_judge::{
     history,
     policy::Policy,
     record::{Body, Decision, Record, RolloutEnd, RolloutStart},
-    replay::{Judged, Replay, Replayed},
+    replay::{Judged, replay_decision},
     threshold::Thresholds,
     v1,
 };
@@ -245,7 +245,7 @@ impl Rollouts {
         });
     }
 
-    /// Judges all windows of a rollout again.
+    /// Judges the last windows of a rollout again, from the last state that was kept.
     fn judge_again(&self, start: &RolloutStart) -> Result<Judged, String> {
         let ledger = &self.0.shared.ledger;
         let policy_window = self.0.policies.get(&start.service).map(Policy::window_ms);
@@ -257,27 +257,17 @@ impl Rollouts {
                 policy_window.map_or_else(|| "none".to_owned(), |ms| format!("{ms} ms"))
             ));
         }
-        let mut replay = Replay::default();
-        let mut take = |record: &Record| match replay.take(record, ledger.blobs()) {
-            Replayed::Different { name, problem } => Err(format!("{name} does not replay: {problem}")),
-            Replayed::Same | Replayed::Other => Ok(()),
+        let last = ledger.index().decisions(Some(&start.rollout)).last().copied();
+        let Some(seq) = last else {
+            return Judged::begin_with(start, ledger.blobs());
         };
-        take(&Record {
-            v: 1,
-            log: String::new(),
-            seq: 0,
-            prev: Hash::ZERO,
-            time_ms: 0,
-            body: Body::Rollout(start.clone()),
-        })?;
-        let decisions = ledger.index().decisions(Some(&start.rollout));
-        for seq in decisions {
-            let read = ledger.read(seq);
-            let read = read.map_err(|error| format!("record {seq} cannot be read: {error}"))?;
-            read.map_or(Ok(()), |read| take(&read.record))?;
+        let read = ledger.read(seq);
+        let read = read.map_err(|error| format!("record {seq} cannot be read: {error}"))?;
+        match read.map(|read| read.record.body) {
+            Some(Body::Decision(decision)) => replay_decision(&decision, ledger.blobs())
+                .map_err(|problem| format!("{} does not replay: {problem}", decision.id)),
+            _ => Err(format!("record {seq} is no decision")),
         }
-        let judged = replay.remove(&start.rollout);
-        judged.ok_or_else(|| "it has no judge".to_owned())
     }
 
     fn spawn(&self, start: &RolloutStart, owner: Owner) {
@@ -386,10 +376,9 @@ impl Rollouts {
         let start = self.new_start(request, policy);
         let history = self.0.histories.get(&start.service).cloned();
         let policy_blob = Blob::pack(policy.source.as_bytes())?;
-        let history_blob = match &history {
-            Some(history) => Some(Blob::pack(history.to_json().as_bytes())?),
-            None => None,
-        };
+        let history_text = history.map(|history| history.to_json());
+        let history_blob = history_text.as_ref().map(|text| Blob::pack(text.as_bytes()));
+        let history_blob = history_blob.transpose()?;
         let start = RolloutStart {
             policy: policy_blob.digest,
             history: history_blob.as_ref().map(|blob| blob.digest),
@@ -401,13 +390,8 @@ impl Rollouts {
             .ledger
             .append(Body::Rollout(start.clone()), blobs)
             .await?;
-        let judge = v1::Judge::new(policy.clone(), history, Some(start.max_windows))
-            .map_err(|error| RolloutError::Invalid(error.to_string()))?;
-        let judged = Judged {
-            start: start.clone(),
-            judge,
-            outcome: None,
-        };
+        let judged = Judged::begin(&start, &policy.source, history_text.as_deref());
+        let judged = judged.map_err(RolloutError::Invalid)?;
         let owner = Owner::new(judged, View::new(&start), self.0.shared.clone());
         let view = owner.view();
         self.spawn(&start, owner);

@@ -65,6 +65,7 @@ pub use self::{
     tail::{ODDS, Odds, QUANTILE_PPM, QUANTILES, Share, TAIL_WEIGHTS, TAILS, TailCounts, TailTest},
 };
 use crate::fixed::{Bits, ONE, OutOfRange, log2_floor, log2_sum, log2_upper, plus};
+use borsh::{BorshDeserialize, BorshSerialize};
 
 /// One, in parts per billion.
 pub const BILLION: u64 = 1_000_000_000;
@@ -74,7 +75,7 @@ pub const BILLION: u64 = 1_000_000_000;
 pub const MAX_BLOCK_REQUESTS: u64 = 1 << 40;
 
 /// Requests and failures of one arm.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub struct Counts {
     /// Requests.
     pub requests: u64,
@@ -158,7 +159,7 @@ impl<const K: usize> Prior<K> {
 }
 
 /// Evidence for a fault of one of `K` sizes and of unknown onset.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub struct Evidence<const K: usize> {
     levels: [Bits; K],
 }
@@ -225,7 +226,7 @@ impl<const K: usize> Evidence<K> {
 }
 
 /// Evidence that a rate is below a limit. It has no onset: it is about the whole rollout so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub struct Proof {
     levels: [Bits; SAFETIES],
 }

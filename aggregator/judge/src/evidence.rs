@@ -15,6 +15,7 @@
 //! `offset` is OpenTelemetry's index of the first count. `latency`, its `over_sla`, `underflow`, `overflow` and
 //! `sum_ns`, `probes` (active checks of the tenant), and `pool` may be absent. Rows are written in the order of tenant, then arm.
 
+use borsh::{BorshDeserialize, BorshSerialize};
 use coalmine_proto::{
     histogram::{Histogram, SCALE},
     names::{Arm, TenantName},
@@ -63,7 +64,9 @@ pub struct Window {
 }
 
 /// Agents of one arm.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, BorshSerialize, BorshDeserialize,
+)]
 #[serde(deny_unknown_fields)]
 pub struct Coverage {
     /// Agents that should have reported the window.

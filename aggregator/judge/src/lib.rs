@@ -8,7 +8,7 @@
 //! 3. [`fixed`] and [`eprocess`]: the arithmetic and the statistics, with proofs;
 //! 4. [`budget`]: where the error probability of a rollout is spent;
 //! 5. [`v1`]: the judge itself, `step(state, window) -> outcome`;
-//! 6. [`record`]: the decision log's lines, [`chain`], [`tree`] and [`note`], what holds them together and proves
+//! 6. [`manifest`]: what a decision rests on, and [`record`]: the decision log's lines, [`chain`], [`tree`] and [`note`], what holds them together and proves
 //!    them, [`witness`], what somebody else sees to, and [`replay`], which recomputes them.
 //!
 //! The crate does no I/O, reads no clock, spawns nothing, and has no floating point: the same evidence
@@ -33,6 +33,7 @@ pub mod budget;
 pub mod v1;
 
 pub mod chain;
+pub mod manifest;
 pub mod note;
 pub mod record;
 pub mod replay;

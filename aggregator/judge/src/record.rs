@@ -217,8 +217,13 @@ pub struct Decision {
     /// What the judge found.
     #[serde(flatten)]
     pub finding: Finding,
-    /// Digest of the evidence's blob.
+    /// Digest of the blob of the window that was judged.
     pub evidence: Hash,
+    /// Digest of the blob that names all that the decision rests on.
+    pub manifest: Hash,
+    /// Digest of the blob of the state that the manifest begins with, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Hash>,
     /// Digest of the policy's blob.
     pub policy: Hash,
     /// The judge.
@@ -314,7 +319,15 @@ impl Body {
                 let history = start.history.map(|digest| ("history", digest));
                 [("policy", start.policy)].into_iter().chain(history).collect()
             }
-            Self::Decision(decision) => vec![("evidence", decision.evidence), ("policy", decision.policy)],
+            Self::Decision(decision) => {
+                let snapshot = decision.snapshot.map(|digest| ("snapshot", digest));
+                let named = [
+                    ("evidence", decision.evidence),
+                    ("manifest", decision.manifest),
+                    ("policy", decision.policy),
+                ];
+                named.into_iter().chain(snapshot).collect()
+            }
             _ => Vec::new(),
         }
     }

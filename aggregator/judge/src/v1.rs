@@ -16,6 +16,7 @@ mod group;
 mod outcome;
 mod past;
 mod roster;
+mod saved;
 mod service;
 mod sla;
 mod tenant;
@@ -112,6 +113,8 @@ pub struct Judge {
     /// Who is judged, and what is kept of them by number.
     roster: Roster,
     tenants: Vec<Tenant>,
+    /// How many tenants were admitted together, each time.
+    groups_admitted: Vec<u32>,
     /// Blocks that wait to be closed: the window in which that is, the tenant, the block's number.
     due: VecDeque<(u32, u32, u32)>,
     tally: Tally,
@@ -210,6 +213,7 @@ impl Judge {
             tests_by_thresholds: BTreeMap::new(),
             roster: Roster::default(),
             tenants: Vec::new(),
+            groups_admitted: Vec::new(),
             due: VecDeque::new(),
             tally: Tally::default(),
             groups,
@@ -394,22 +398,29 @@ impl Judge {
         if newcomers.is_empty() {
             return Ok(());
         }
-        let first = self.roster.is_empty();
-        if first {
+        if self.roster.is_empty() {
             newcomers.extend(self.policy.tenants.keys());
             newcomers.sort();
             newcomers.dedup();
         }
-        let grant: Grant = if first {
+        let new = |name: &TenantName| (name.clone(), Tenant::new(self.windows));
+        let newcomers = newcomers.into_iter().map(new).collect();
+        Ok(self.admit_group(newcomers)?)
+    }
+
+    /// Admits tenants that appear together, with what is kept of each.
+    fn admit_group(&mut self, newcomers: Vec<(TenantName, Tenant)>) -> Result<(), OutOfRange> {
+        let grant: Grant = if self.roster.is_empty() {
             self.ledger.known(newcomers.len())?
         } else {
             self.ledger.newcomers(newcomers.len())?
         };
-        let newcomers: Vec<TenantName> = newcomers.into_iter().cloned().collect();
         let bars = self.bars.len() as u32;
         self.bars.push(Bars::new(&grant)?);
-        for name in &newcomers {
-            let thresholds = Thresholds::of(&self.policy, self.history.as_deref(), name);
+        self.groups_admitted.push(newcomers.len() as u32);
+        let mut names = Vec::with_capacity(newcomers.len());
+        for (name, tenant) in newcomers {
+            let thresholds = Thresholds::of(&self.policy, self.history.as_deref(), &name);
             let tests = match self.tests_by_thresholds.get(&thresholds) {
                 Some(tests) => *tests,
                 None => {
@@ -419,12 +430,12 @@ impl Judge {
                     tests
                 }
             };
-            let cohorts = self.cohorts_of(name);
-            let tenant = Tenant::new(tests, bars, cohorts, self.windows);
+            let tenant = tenant.with(tests, bars, self.cohorts_of(&name));
             self.tally.add(&tenant, self.policy.rollout.min_coverage.requests);
             self.tenants.push(tenant);
+            names.push(name);
         }
-        self.roster.admit(newcomers);
+        self.roster.admit(names);
         Ok(())
     }
 

@@ -10,8 +10,8 @@ use clap::Subcommand;
 use coalmine_judge::{
     chain::Hash,
     note::{Proof, VerifierKey},
-    record::{Body, Record},
-    replay::{Blobs as _, Replay, Replayed},
+    record::{Body, Decision, Record},
+    replay::{Blobs as _, Replay, Replayed, replay_decision},
     tree::Nodes,
 };
 use serde_json::json;
@@ -115,7 +115,7 @@ pub(crate) fn check(files: &LedgerFiles, elsewhere: Vec<(PathBuf, Published)>) -
         verified.decisions += u64::from(matches!(record.body, Body::Decision(_)));
         for (what, digest) in record.body.blobs() {
             if checked.insert(digest)
-                && let Err(problem) = files.blobs.text(&digest)
+                && let Err(problem) = files.blobs.bytes(&digest)
             {
                 problems.push(format!("record {}: its {what} {digest} {problem}", record.seq));
             }
@@ -243,25 +243,34 @@ fn verify(
     Ok(if good { Exit::Good } else { Exit::Bad })
 }
 
+/// A decision of a log, with its record.
+fn find(files: &LedgerFiles, wanted: &str) -> Result<(Record, Box<Decision>), Failure> {
+    let mut found = None;
+    let scan = files.scan(|record, _, _| {
+        if let Body::Decision(decision) = &record.body
+            && decision.id == wanted
+        {
+            let decision = decision.clone();
+            found = Some((record, decision));
+        }
+    });
+    scan.map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
+    found.ok_or_else(|| {
+        Failure::usage(format!(
+            "there is no decision {wanted:?} in {}",
+            files.log_path().display()
+        ))
+    })
+}
+
 fn proof(data: &Path, wanted: &str) -> Result<Exit, Failure> {
     let files = files(data)?;
-    let (mut nodes, mut found) = (Nodes::default(), None);
+    let (record, _) = find(&files, wanted)?;
+    let (seq, line) = (record.seq, record.to_line());
+    let mut nodes = Nodes::default();
     let scan = files
-        .scan(|record, leaf, _| {
-            nodes.push(leaf);
-            if let Body::Decision(decision) = &record.body
-                && decision.id == wanted
-            {
-                found = Some((record.seq, record.to_line()));
-            }
-        })
+        .scan(|_, leaf, _| nodes.push(leaf))
         .map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
-    let Some((seq, line)) = found else {
-        return Err(Failure::usage(format!(
-            "there is no decision {wanted:?} in {}",
-            data.display()
-        )));
-    };
     let proof = scan
         .published
         .and_then(|published| published.proof(&nodes, seq, line.into_bytes()));
@@ -349,37 +358,28 @@ pub(crate) fn replay_all(files: &LedgerFiles, mut each: impl FnMut(&str, &Replay
 
 pub(super) fn replay(data: &Path, wanted: Option<&str>, output: Output) -> Result<Exit, Failure> {
     let files = files(data)?;
-    let mut found = None;
-    let summary = replay_all(&files, |id, replayed| {
-        if Some(id) == wanted {
-            found = Some(replayed.clone());
-        }
-    });
-    if let Some(wanted) = wanted {
-        let Some(replayed) = found else {
-            return match summary.different.first() {
-                Some(problem) => Err(Failure::new(Exit::Bad, problem.clone())),
-                None => Err(Failure::usage(format!(
-                    "there is no decision {wanted:?} in {}",
-                    data.display()
-                ))),
-            };
-        };
-        let problem = match &replayed {
-            Replayed::Different { problem, .. } => Some(problem.clone()),
-            Replayed::Same | Replayed::Other => None,
-        };
-        match output {
-            Output::Json => {
-                say(&json!({ "decision": wanted, "same": problem.is_none(), "problem": problem }))
-            }
-            Output::Table => match &problem {
-                None => say(&format_args!("{wanted}: the same bytes")),
-                Some(problem) => say(&format_args!("FAILED {wanted}: {problem}")),
-            },
-        }
-        return Ok(if problem.is_none() { Exit::Good } else { Exit::Bad });
+    match wanted {
+        Some(wanted) => replay_one(&files, wanted, output),
+        None => replay_log(&files, output),
     }
+}
+
+/// Judges one decision again, from what it rests on.
+fn replay_one(files: &LedgerFiles, wanted: &str, output: Output) -> Result<Exit, Failure> {
+    let (_, decision) = find(files, wanted)?;
+    let problem = replay_decision(&decision, &files.blobs).err();
+    match output {
+        Output::Json => say(&json!({ "decision": wanted, "same": problem.is_none(), "problem": problem })),
+        Output::Table => match &problem {
+            None => say(&format_args!("{wanted}: the same bytes")),
+            Some(problem) => say(&format_args!("FAILED {wanted}: {problem}")),
+        },
+    }
+    Ok(if problem.is_none() { Exit::Good } else { Exit::Bad })
+}
+
+fn replay_log(files: &LedgerFiles, output: Output) -> Result<Exit, Failure> {
+    let summary = replay_all(files, |_, _| {});
     let good = summary.different.is_empty();
     match output {
         Output::Json => say(&json!({ "same": summary.same, "different": summary.different })),

@@ -11,6 +11,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use coalmine_judge::{
     note::Proof,
     record::{Body, Record},
+    replay::replay_decision,
 };
 use coalmine_proto::names::Outcome;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,7 @@ pub fn api(faces: Faces) -> Router {
         .route("/v1/decisions/{id}", get(decision))
         .route("/v1/decisions/{id}/evidence", get(evidence))
         .route("/v1/decisions/{id}/proof", get(proof))
+        .route("/v1/decisions/{id}/replay", post(replay))
         .route("/v1/audit/checkpoint", get(checkpoint))
         .route("/v1/audit/consistency", get(consistency))
         .route("/v1/services/{service}", get(service))
@@ -283,6 +285,22 @@ async fn evidence(State(faces): State<Faces>, Path(id): Path<String>) -> Result<
         Ok(Err(error)) => Err(Problem::internal("the evidence cannot be read", &error)),
         Err(error) => Err(Problem::internal("the evidence cannot be read", &error)),
     }
+}
+
+/// Judges a decision again from what it rests on, and says whether the bytes are the same.
+async fn replay(State(faces): State<Faces>, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
+    let appended = find(&faces, &id).await?;
+    let Body::Decision(decision) = appended.record.body else {
+        return Err(no_decision(&id));
+    };
+    let ledger = faces.ledger.clone();
+    let replayed =
+        tokio::task::spawn_blocking(move || replay_decision(&decision, ledger.blobs()).err()).await;
+    let problem =
+        replayed.map_err(|error| Problem::internal("the decision cannot be judged again", &error))?;
+    Ok(Json(
+        json!({ "decision": id, "same": problem.is_none(), "problem": problem }),
+    ))
 }
 
 /// A proof in the text form of C2SP tlog-proof, against the latest checkpoint.

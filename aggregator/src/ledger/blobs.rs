@@ -110,7 +110,7 @@ impl BlobStore {
 }
 
 impl Blobs for BlobStore {
-    fn text(&self, digest: &Hash) -> Result<String, String> {
+    fn bytes(&self, digest: &Hash) -> Result<Vec<u8>, String> {
         let path = self.path(digest);
         let stored = std::fs::read(&path).map_err(|error| format!("cannot be read: {error}"))?;
         checked(digest, &stored)
@@ -118,7 +118,7 @@ impl Blobs for BlobStore {
 }
 
 /// The content of a blob that was stored under this digest.
-pub(super) fn checked(digest: &Hash, stored: &[u8]) -> Result<String, String> {
+pub(super) fn checked(digest: &Hash, stored: &[u8]) -> Result<Vec<u8>, String> {
     let found = Hash::of(stored);
     if found != *digest {
         return Err(format!("was changed: its bytes hash to {found}"));
@@ -127,13 +127,13 @@ pub(super) fn checked(digest: &Hash, stored: &[u8]) -> Result<String, String> {
 }
 
 /// Unpacks what a blob is stored as, and no more than `max_bytes` of it.
-pub fn unpack(stored: &[u8], max_bytes: u64) -> Result<String, String> {
+pub fn unpack(stored: &[u8], max_bytes: u64) -> Result<Vec<u8>, String> {
     let decoder = zstd::Decoder::new(stored).map_err(|error| format!("cannot be unpacked: {error}"))?;
-    let mut content = String::new();
+    let mut content = Vec::new();
     // One byte more than is allowed tells that there is more.
     match decoder
         .take(max_bytes.saturating_add(1))
-        .read_to_string(&mut content)
+        .read_to_end(&mut content)
     {
         Ok(bytes) if bytes as u64 <= max_bytes => Ok(content),
         Ok(_) => Err(format!("is larger than {max_bytes} bytes")),

@@ -144,7 +144,7 @@ impl PgReader {
         self.0.wait(read)
     }
 
-    pub(super) fn text(&self, digest: &Hash) -> Result<String, String> {
+    pub(super) fn bytes(&self, digest: &Hash) -> Result<Vec<u8>, String> {
         let stored = self.0.wait(blob(&self.0, digest))?;
         blobs::checked(digest, &stored)
     }

@@ -79,10 +79,10 @@ impl Reader {
 }
 
 impl Blobs for Reader {
-    fn text(&self, digest: &Hash) -> Result<String, String> {
+    fn bytes(&self, digest: &Hash) -> Result<Vec<u8>, String> {
         match self {
-            Self::Files(_, blobs) => blobs.text(digest),
-            Self::Postgres(reader) => reader.text(digest),
+            Self::Files(_, blobs) => blobs.bytes(digest),
+            Self::Postgres(reader) => reader.bytes(digest),
         }
     }
 }

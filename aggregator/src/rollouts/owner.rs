@@ -8,6 +8,7 @@ use std::{
 
 use coalmine_judge::{
     evidence::Window,
+    manifest::Snapshot,
     record::{Body, Decision, Finding, HoldDeadline, RolloutEnd, Step},
     replay::Judged,
     v1::{Outcome, Verdict},
@@ -81,6 +82,14 @@ impl Entry {
             Self::Deadline(deadline) => Body::Deadline(deadline.clone()),
         }
     }
+}
+
+/// The evidence of a window as a blob.
+fn pack(window: &Window) -> Result<Blob, AppendError> {
+    let line = window.to_json();
+    // What could not be read back must not be written.
+    Window::from_json(&line).map_err(|error| AppendError::Refused(format!("the evidence: {error}")))?;
+    Blob::pack(line.as_bytes())
 }
 
 /// A rollout and its state.
@@ -212,6 +221,16 @@ impl Owner {
             clock::now_ms(),
         );
         let frozen = begun.elapsed();
+        let refused = |error: AppendError| error.to_string();
+        let mut blobs = Vec::new();
+        if self.judged.manifest.wants_snapshot() {
+            let state = Blob::pack(&self.judged.judge.save()).map_err(refused)?;
+            self.judged.manifest.rest_on(Snapshot {
+                window: self.next_window() - 1,
+                state: state.digest,
+            });
+            blobs.push(state);
+        }
         let judging = Instant::now();
         let outcome = self
             .judged
@@ -219,9 +238,11 @@ impl Owner {
             .step(&window)
             .map_err(|error| error.to_string())?;
         let judged = judging.elapsed();
-        let (decision, blobs) = self
-            .decide(&window, &outcome, frozen, judged)
-            .map_err(|error| error.to_string())?;
+        let evidence = pack(&window).map_err(refused)?;
+        self.judged.manifest.windows.push(evidence.digest);
+        let manifest = Blob::pack(self.judged.manifest.to_json().as_bytes()).map_err(refused)?;
+        let decision = self.decide(&window, &outcome, (&evidence, &manifest), frozen, judged);
+        blobs.extend([evidence, manifest]);
         self.pending.push_back(Pending {
             entry: Entry::Decision(Box::new(decision)),
             blobs,
@@ -326,16 +347,13 @@ impl Owner {
         &self,
         window: &Window,
         outcome: &Outcome,
+        (evidence, manifest): (&Blob, &Blob),
         frozen: Duration,
         judged: Duration,
-    ) -> Result<(Decision, Vec<Blob>), AppendError> {
-        let line = window.to_json();
-        // What could not be read back must not be written.
-        Window::from_json(&line).map_err(|error| AppendError::Refused(format!("the evidence: {error}")))?;
-        let evidence = Blob::pack(line.as_bytes())?;
+    ) -> Decision {
         let finding = Finding::of(outcome);
         let now_ms = clock::now_ms();
-        let decision = Decision {
+        Decision {
             id: self.judged.start.decision_id(outcome.window),
             execution_id: format!(
                 "canary-{}-{:.5}",
@@ -349,12 +367,13 @@ impl Owner {
             steps: self.steps(window, outcome, frozen, judged, finding.anomalies_detected),
             finding,
             evidence: evidence.digest,
+            manifest: manifest.digest,
+            snapshot: self.judged.manifest.snapshot.map(|snapshot| snapshot.state),
             policy: self.judged.start.policy,
             judge: self.judged.start.judge.clone(),
             build: BUILD.to_owned(),
             late: false,
-        };
-        Ok((decision, vec![evidence]))
+        }
     }
 
     /// The steps of an execution, as everywhere in Coalmine; what a judged window does not need is skipped.

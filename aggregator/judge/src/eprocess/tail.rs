@@ -25,6 +25,7 @@
 //! was above tau in earlier blocks, on a grid of 1/16 of an octave, so that its logarithms come from a table.
 
 use crate::fixed::{Bits, Log, OutOfRange, log2_lower, log2_upper, power_lower, weighed};
+use borsh::{BorshDeserialize, BorshSerialize};
 
 /// Quantiles that are compared.
 pub const QUANTILES: usize = 3;
@@ -52,12 +53,12 @@ const WHOLE: u64 = 1 << 40;
 const SHARES: std::ops::Range<u32> = 16..193;
 
 /// A share of the baseline on the grid.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub struct Share(u8);
 
 /// Requests of both arms, and how many were above each mark. A count that would pass 32 bits stays there, and is refused
 /// as evidence.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub struct TailCounts {
     /// Requests of the canary whose latency is known.
     pub canary: u32,

@@ -14,6 +14,7 @@ use crate::{
     },
     fixed::{Bits, OutOfRange},
 };
+use borsh::{BorshDeserialize, BorshSerialize};
 
 /// Some tenants together.
 #[derive(Debug, Clone)]
@@ -35,7 +36,7 @@ pub(super) struct Group {
 }
 
 /// Tenants against a limit: the sums of their evidence on both arms, and safety on pooled counts.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, BorshSerialize, BorshDeserialize)]
 pub(super) struct GroupSla {
     canary: Track<CEILINGS, Arms>,
     sum: Sum<CEILINGS, Arms>,
@@ -68,6 +69,35 @@ impl Group {
             without_canary: 0,
             without_live: 0,
         }
+    }
+
+    /// Writes what a rollout has made of it; who it is and its bars follow from the policy.
+    pub(super) fn save(&self, out: &mut Vec<u8>) -> std::io::Result<()> {
+        let evidence = (
+            &self.live,
+            &self.tail,
+            &self.errors,
+            &self.slow,
+            &self.probes_live,
+            &self.probes,
+        );
+        evidence.serialize(out)?;
+        (&self.totals, &self.window, self.without_canary, self.without_live).serialize(out)
+    }
+
+    /// Reads the same.
+    pub(super) fn restore(&mut self, saved: &mut &[u8]) -> std::io::Result<()> {
+        (
+            self.live,
+            self.tail,
+            self.errors,
+            self.slow,
+            self.probes_live,
+            self.probes,
+        ) = BorshDeserialize::deserialize(saved)?;
+        (self.totals, self.window, self.without_canary, self.without_live) =
+            BorshDeserialize::deserialize(saved)?;
+        Ok(())
     }
 
     /// Adds what one tenant brings.

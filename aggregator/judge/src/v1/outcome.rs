@@ -1,5 +1,6 @@
 //! What a step says: the outcome, and its bytes.
 
+use borsh::{BorshDeserialize, BorshSerialize};
 use std::fmt;
 
 use coalmine_proto::names::TenantName;
@@ -60,7 +61,7 @@ impl fmt::Display for Unit {
 }
 
 /// What is found about a unit on a metric.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, BorshSerialize, BorshDeserialize)]
 pub enum State {
     /// Less than half of the evidence that halts.
     Clear,

@@ -1,5 +1,6 @@
 //! The baseline's latencies of earlier windows, and the marks that are set by them.
 
+use borsh::{BorshDeserialize, BorshSerialize};
 use coalmine_proto::histogram::{BUCKETS, Histogram, MIN_OTEL_INDEX, upper_bound_ns};
 
 use crate::eprocess::{QUANTILE_PPM, QUANTILES, Share, TailCounts, TailTest};
@@ -9,7 +10,7 @@ const ENOUGH: u32 = 20;
 
 /// What the baseline's latencies were: a histogram in 16 bits a bucket. When a bucket is full all are halved, so
 /// that what is old fades. It only decides where marks are set, so what is lost to halving costs nothing but power.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, BorshSerialize, BorshDeserialize)]
 pub(super) struct Past {
     /// Position of the first count, in buckets from the lowest.
     first: u16,
@@ -22,7 +23,7 @@ pub(super) struct Past {
 }
 
 /// Where requests begin to be slow, by quantile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Marks {
     /// The bucket whose upper bound it is, or `NONE`.
     positions: [u16; QUANTILES],
@@ -43,6 +44,13 @@ impl Default for Marks {
 }
 
 impl Past {
+    /// Whether all counts have a place, and their sums are what `add` leaves.
+    pub(super) fn is_sound(&self) -> bool {
+        usize::from(self.first) + self.counts.len() <= BUCKETS
+            && self.under.max(self.over) <= u32::MAX / 4
+            && u32::from(self.halvings) <= u64::BITS
+    }
+
     /// Adds a window of the baseline.
     pub(super) fn add(&mut self, window: &Histogram) {
         let (offset, counts) = window.contiguous();
@@ -130,6 +138,12 @@ impl Past {
 }
 
 impl Marks {
+    /// Whether all marks are in the range of latencies.
+    pub(super) fn is_sound(&self) -> bool {
+        let is_mark = |position: &u16| *position == NONE || usize::from(*position) < BUCKETS;
+        self.positions.iter().all(is_mark)
+    }
+
     /// Whether there is any.
     pub(super) fn is_set(&self) -> bool {
         self.positions.iter().any(|position| *position != NONE)

@@ -30,6 +30,11 @@ impl Roster {
             .sort_by(|a, b| names[*a as usize].cmp(&names[*b as usize]));
     }
 
+    /// The names, by number.
+    pub(super) fn names(&self) -> &[TenantName] {
+        &self.names
+    }
+
     /// The number of a tenant.
     pub(super) fn find(&self, name: &TenantName) -> Option<u32> {
         self.find_from(&mut 0, name)

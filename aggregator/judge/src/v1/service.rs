@@ -1,5 +1,6 @@
 //! What concerns the service as a whole: its agents, and its connection pool.
 
+use borsh::{BorshDeserialize, BorshSerialize};
 use std::collections::VecDeque;
 
 use super::{
@@ -60,7 +61,7 @@ struct PoolTracks {
 }
 
 /// What was counted at the pools of both arms.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct PoolCounts {
     pub(super) waits: Arms,
     pub(super) timeouts: Arms,
@@ -74,7 +75,7 @@ impl Seen for PoolCounts {
 }
 
 /// The pools of one arm in one window.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, BorshSerialize, BorshDeserialize)]
 struct PoolSum {
     acquires: u64,
     waits: u64,
@@ -137,6 +138,27 @@ impl Service {
             gaps: Track::default(),
             pool: pool.transpose()?,
         })
+    }
+
+    /// Writes what a rollout has made of it; its tests follow from the policy.
+    pub(super) fn save(&self, out: &mut Vec<u8>) -> std::io::Result<()> {
+        (&self.agents, &self.gaps).serialize(out)?;
+        let pool = self.pool.as_ref();
+        let pool = pool.map(|pool| (&pool.live, &pool.limit, pool.unmeasured, pool.full, pool.last));
+        pool.serialize(out)
+    }
+
+    /// Reads the same; says whether it is of such a policy.
+    pub(super) fn restore(&mut self, saved: &mut &[u8]) -> std::io::Result<bool> {
+        (self.agents, self.gaps) = BorshDeserialize::deserialize(saved)?;
+        match (&mut self.pool, BorshDeserialize::deserialize(saved)?) {
+            (None, None) => Ok(true),
+            (Some(pool), Some(saved)) => {
+                (pool.live, pool.limit, pool.unmeasured, pool.full, pool.last) = saved;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Takes a window that is not judged.

@@ -9,9 +9,10 @@ use crate::{
     eprocess::{CEILINGS, Ceiling, Counts, Evidence, Onset, Prior, Proof, REPEATS, Safety},
     fixed::{Bits, OutOfRange},
 };
+use borsh::{BorshDeserialize, BorshSerialize};
 
 /// A metric that is held against a limit: harm on the canary, the same on the baseline, and safety.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, BorshSerialize, BorshDeserialize)]
 pub(super) struct Sla {
     pub(super) canary: Track<CEILINGS, Arms>,
     baseline: Evidence<REPEATS>,

@@ -1,5 +1,6 @@
 //! What is kept of one tenant, and what a window adds to it.
 
+use borsh::{BorshDeserialize, BorshSerialize};
 use coalmine_proto::histogram::Histogram;
 
 use super::{
@@ -80,7 +81,7 @@ pub(super) struct Shared {
 }
 
 /// Windows that wait until they are enough to be one piece of evidence.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, BorshSerialize, BorshDeserialize)]
 struct Block {
     arms: Arms,
     tail: TailCounts,
@@ -96,12 +97,15 @@ impl Block {
 }
 
 /// One tenant.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, BorshSerialize, BorshDeserialize)]
 pub(super) struct Tenant {
     /// Which of the judge's tests and bars are this tenant's.
+    #[borsh(skip)]
     pub(super) tests: u32,
+    #[borsh(skip)]
     pub(super) bars: u32,
     /// Which cohorts it belongs to.
+    #[borsh(skip)]
     pub(super) cohorts: Box<[u32]>,
     block: Block,
     /// Number of the block, so that a deadline is known to be this block's.
@@ -123,14 +127,14 @@ pub(super) struct Tenant {
 }
 
 /// Active checks, against the baseline's and against the limit on errors.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, BorshSerialize, BorshDeserialize)]
 struct Probes {
     live: Track<LIVES, Arms>,
     limit: Sla,
 }
 
 /// What the verdict needs of a tenant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Summary {
     pub(super) state: State,
     pub(super) score_ppm: u32,
@@ -218,11 +222,12 @@ fn slow(counts: &ArmCounts, over: impl Fn(&Latency) -> u64) -> Counts {
 }
 
 impl Tenant {
-    pub(super) fn new(tests: u32, bars: u32, cohorts: Vec<u32>, admitted: u32) -> Self {
+    /// A tenant that nothing is known of, after so many windows of the rollout.
+    pub(super) fn new(admitted: u32) -> Self {
         Self {
-            tests,
-            bars,
-            cohorts: cohorts.into(),
+            tests: 0,
+            bars: 0,
+            cohorts: Box::default(),
             block: Block::default(),
             serial: 0,
             past: Past::default(),
@@ -237,6 +242,16 @@ impl Tenant {
             admitted,
             seen: admitted,
             summary: Summary::default(),
+        }
+    }
+
+    /// The same with the judge's tests and bars that are its own, and its cohorts.
+    pub(super) fn with(self, tests: u32, bars: u32, cohorts: Vec<u32>) -> Self {
+        Self {
+            tests,
+            bars,
+            cohorts: cohorts.into(),
+            ..self
         }
     }
 
@@ -455,6 +470,11 @@ impl Tenant {
                 .map_or(Episode::Live(Arms::default()), |probes| probes.episode()),
             Metric::ErrorsLive | Metric::Pool | Metric::Gaps => Episode::Live(*self.live.episode()),
         }
+    }
+
+    /// Whether what was read as a tenant can be one: what stands for places is within its tables.
+    pub(super) fn is_sound(&self) -> bool {
+        self.past.is_sound() && self.marks.is_sound()
     }
 
     pub(super) fn memory_bytes(&self) -> usize {

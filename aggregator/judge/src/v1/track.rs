@@ -9,6 +9,7 @@ use crate::{
     },
     fixed::{Bits, OutOfRange},
 };
+use borsh::{BorshDeserialize, BorshSerialize};
 
 /// What adds up over windows.
 pub(super) trait Seen: Clone + Default {
@@ -16,7 +17,7 @@ pub(super) trait Seen: Clone + Default {
 }
 
 /// Counts of both arms.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, BorshSerialize, BorshDeserialize)]
 pub(super) struct Arms {
     pub(super) canary: Counts,
     pub(super) baseline: Counts,
@@ -112,7 +113,7 @@ pub(super) struct Reading {
 }
 
 /// Pieces of several tenants, added up. One that failed is left out, and said to be missing.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, BorshSerialize, BorshDeserialize)]
 pub(super) struct Sum<const K: usize, S> {
     sum: Option<([Bits; K], S)>,
     failed: bool,
@@ -154,7 +155,7 @@ impl<const K: usize, S: Seen> Sum<K, S> {
 }
 
 /// Evidence of harm on one question, and what was seen since it began to grow.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, BorshSerialize, BorshDeserialize)]
 pub(super) struct Track<const K: usize, S> {
     evidence: Evidence<K>,
     /// The lowest that the best alternative ever was: where a change would have begun.

@@ -13,14 +13,14 @@ use coalmine_proto::{histogram::Histogram, names::Arm};
 use crate::script::{POLICY, Script};
 
 /// A policy that leaves everything to the defaults, so that a change of a default is noticed.
-const MINIMAL: &str = "apiVersion: coalmine.dev/v1
+pub(crate) const MINIMAL: &str = "apiVersion: coalmine.dev/v1
 kind: SlaBaseline
 service: checkout
 defaults: { errors: { max_rate: 2% }, latency: { p99: 400ms } }
 ";
 
 /// A policy that asks for everything.
-const EVERYTHING: &str = "apiVersion: coalmine.dev/v1
+pub(crate) const EVERYTHING: &str = "apiVersion: coalmine.dev/v1
 kind: SlaBaseline
 service: checkout
 defaults:
@@ -40,7 +40,7 @@ rollout: { cohorts: [tier, region, tail], warm_up: 3s, min_coverage: { tenants: 
 
 /// What only `EVERYTHING` looks at: the pool, probes, silent agents, latencies that are slower on the canary, and
 /// newcomers.
-fn with_everything(window: &mut Window) {
+pub(crate) fn with_everything(window: &mut Window) {
     let number = window.number;
     let pool = |arm, acquires, waits| Pool {
         arm,

@@ -13,4 +13,5 @@ mod golden;
 mod interop;
 mod memory;
 mod metrics;
+mod saved;
 mod verdicts;

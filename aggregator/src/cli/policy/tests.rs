@@ -49,6 +49,8 @@ fn decision(rollout: &str, window: u64, verdict: &str, blob: &Blob, policy: &Blo
             outcome: Hash::ZERO,
         },
         evidence: blob.digest,
+        manifest: blob.digest,
+        snapshot: None,
         policy: policy.digest,
         judge: "judge".into(),
         build: "test".into(),

@@ -55,7 +55,8 @@ pub(super) struct Rollout {
     tenants: Vec<u32>,
     policy: Policy,
     book: Book,
-    judge: Judge,
+    /// Its judge.
+    pub(super) judge: Judge,
     comparison: Comparison,
     pub(super) ledger: Ledger,
     sums: [Totals; 2],

@@ -3,7 +3,13 @@
 use std::{fs, io, os::unix::fs::MetadataExt as _, path::Path};
 
 use anyhow::Context as _;
-use coalmine_judge::record::{Body, Finding};
+use coalmine_aggregator::ledger::Blob;
+use coalmine_judge::{
+    chain::Hash,
+    manifest::{Manifest, Snapshot},
+    record::{Body, Finding, RolloutStart},
+    v1,
+};
 
 use super::stock::decision;
 use crate::{
@@ -53,8 +59,9 @@ pub(super) async fn measure(
     report: &mut Report,
 ) -> anyhow::Result<(Finding, usize)> {
     report.note(
-        "\nSpace, in KiB a decision: the traffic of Decide, both arms in order. On the disk are record, evidence, \
-         checkpoint\nand key in whole blocks, without directories and the reserve.",
+        "\nSpace, in KiB a decision: the traffic of Decide, both arms in order. Evidence is the window, its manifest, and a \
+         tenth of a\nsnapshot. On the disk are record, evidence, checkpoint and key in whole blocks, without directories \
+         and the reserve.",
     );
     let mut table = Table::new([
         "",
@@ -66,7 +73,7 @@ pub(super) async fn measure(
         "bytes a tenant",
     ]);
     let mut smallest = None;
-    for (tenants, decisions) in [(500, 30), (10_000, 12)] {
+    for (tenants, decisions) in [(500, 30), (10_000, 20)] {
         let decisions = if plan.quick { 2 } else { decisions };
         let data = directory.join(format!("space-{tenants}"));
         let mut rollout = Rollout::begin(tenants, &data)?;
@@ -75,13 +82,25 @@ pub(super) async fn measure(
             rollout.judge_next(&mut Times::default())?;
         }
         let (mut record, mut json, mut last) = (vec![], vec![], None);
+        let mut manifest = Manifest::begin(start());
         for number in 0..decisions {
+            let mut blobs = Vec::new();
+            if manifest.wants_snapshot() {
+                let state = Blob::pack(&rollout.judge.save())?;
+                manifest.rest_on(Snapshot {
+                    window: number,
+                    state: state.digest,
+                });
+                blobs.push(state);
+            }
             let (window, outcome) = rollout.judge_next(&mut Times::default())?;
             let (evidence, json_bytes) = pack(&window, &outcome)?;
+            manifest.windows.push(evidence.digest);
             let finding = Finding::of(&outcome);
             let decision = decision(number, tenants, finding.clone(), evidence.digest);
+            blobs.extend([evidence, Blob::pack(manifest.to_json().as_bytes())?]);
             let body = Body::Decision(Box::new(decision));
-            let appended = rollout.ledger.append(body, vec![evidence]).await?;
+            let appended = rollout.ledger.append(body, blobs).await?;
             record.push(appended.record.to_line().len() as f64 + 1.0);
             json.push(json_bytes as f64);
             last = Some(finding);
@@ -104,4 +123,22 @@ pub(super) async fn measure(
     }
     table.print();
     smallest.context("nothing was decided")
+}
+
+/// How the rollout began.
+fn start() -> RolloutStart {
+    RolloutStart {
+        rollout: "checkout-canary-1-1772357400".to_owned(),
+        key: "deploy-4711".to_owned(),
+        service: "checkout".to_owned(),
+        canary_version: "canary-1".to_owned(),
+        baseline_version: None,
+        policy: Hash::of(b"policy"),
+        history: None,
+        judge: v1::ID.to_owned(),
+        max_windows: 180,
+        window_ms: 10_000,
+        start_ms: 1_772_357_400_000,
+        actor: "bench".to_owned(),
+    }
 }

@@ -103,6 +103,9 @@ pub(super) fn decision(number: u64, tenants: usize, finding: Finding, evidence: 
         steps: steps(tenants, &finding),
         finding,
         evidence,
+        // As long as real ones; what they name is measured apart.
+        manifest: evidence,
+        snapshot: Some(evidence),
         policy: Hash::of(POLICY.as_bytes()),
         judge: v1::ID.to_owned(),
         build: BUILD.to_owned(),

@@ -1,0 +1,85 @@
+//! A judgement that is saved and gone on with is the same judgement.
+
+use coalmine_judge::{policy::Policy, v1::Judge};
+
+use crate::{
+    golden::{EVERYTHING, MINIMAL, with_everything},
+    script::{POLICY, Script},
+};
+
+fn judge(policy: &str, saved: Option<&[u8]>) -> Result<Judge, String> {
+    let policy = Policy::parse(policy).unwrap();
+    match saved {
+        None => Judge::new(policy, None, None).map_err(|error| error.to_string()),
+        Some(saved) => Judge::restore(policy, None, None, saved),
+    }
+}
+
+#[test]
+fn whoever_goes_on_with_a_saved_state_says_the_same_for_ever() {
+    for policy in [POLICY, MINIMAL, EVERYTHING] {
+        let mut script = Script::new(9, 30, 1_500);
+        let mut whole = judge(policy, None).unwrap();
+        // Saved and restored before each window, and every seventh only.
+        let mut again = [1, 7].map(|every| (every, judge(policy, None).unwrap()));
+        for number in 1..=60 {
+            let error_ppm = |tenant, canary| match (tenant, canary) {
+                (7, true) if number > 8 => 150_000,
+                (11, _) => 60_000,
+                _ => 1_500,
+            };
+            let mut window = script.window(number, &error_ppm, 2_000);
+            if policy == EVERYTHING {
+                with_everything(&mut window);
+            }
+            let outcome = whole.step(&window).unwrap();
+            for (every, judged) in &mut again {
+                if number % *every == 0 {
+                    let saved = judged.save();
+                    *judged = judge(policy, Some(&saved)).unwrap();
+                    assert_eq!(judged.save(), saved, "window {number}");
+                }
+                let said = judged.step(&window).unwrap();
+                assert_eq!(
+                    said.to_json(),
+                    outcome.to_json(),
+                    "window {number}, saved every {every}"
+                );
+                assert_eq!(judged.explain(&said, None), whole.explain(&outcome, None));
+            }
+            assert!(again.iter().all(|(_, judged)| judged.save() == whole.save()));
+        }
+    }
+}
+
+#[test]
+fn bytes_that_are_no_state_are_refused_and_never_a_panic() {
+    let mut script = Script::new(3, 2, 100);
+    let mut whole = judge(POLICY, None).unwrap();
+    for number in 1..=3 {
+        whole.step(&script.window(number, &|_, _| 20_000, 2_000)).unwrap();
+    }
+    let next = script.window(4, &|_, _| 20_000, 2_000);
+    let saved = whole.save();
+    for cut in 0..saved.len() {
+        assert!(judge(POLICY, Some(&saved[..cut])).is_err(), "cut at {cut}");
+    }
+    assert!(judge(POLICY, Some(&[saved.as_slice(), b"x"].concat())).is_err());
+    let mut taken = 0;
+    for at in 0..saved.len() {
+        for flip in [1, 0x40, 0xff] {
+            let mut bad = saved.clone();
+            bad[at] ^= flip;
+            // A digest is what tells states apart; here it only matters that what is taken can be gone on with.
+            if let Ok(mut judged) = judge(POLICY, Some(&bad)) {
+                taken += 1;
+                if let Ok(outcome) = judged.step(&next) {
+                    drop(outcome.to_json());
+                }
+            }
+        }
+    }
+    assert!(taken > 0);
+    let other = judge(EVERYTHING, Some(&saved)).unwrap_err();
+    assert!(other.contains("is no state of this judge"), "{other}");
+}
