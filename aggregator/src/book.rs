@@ -36,6 +36,11 @@ pub const DEFAULT_SLOT_MS: u64 = 10_000;
 /// How long a slot is kept after its end when no rollout waits for it.
 const KEEP_SLOTS_MS: u64 = 60_000;
 
+/// An agent that said Bye is remembered for so long, and one that fell silent for so long: it may come back with what
+/// it has counted since.
+const REMEMBER_GONE_MS: u64 = 3_600_000;
+const REMEMBER_SILENT_MS: u64 = 7 * 24 * 3_600_000;
+
 /// Most tenants of a service; agents fold beyond their own, lower limit.
 pub const MAX_TENANTS: usize = 200_000;
 
@@ -180,10 +185,12 @@ pub enum BookError {
     },
     /// The agent's own totals differ from what it sent.
     #[error(
-        "the agent's totals say {said} requests, {applied} were received and {gaps} are declared as gaps; \
-         windows were lost or doubled"
+        "the agent's totals say {said} {what}, {applied} were received and {gaps} are declared as gaps; windows were \
+         lost or doubled"
     )]
     Totals {
+        /// Requests, errors or requests in gaps.
+        what: &'static str,
         /// The agent's count.
         said: u64,
         /// Ours.
@@ -329,13 +336,15 @@ impl Book {
     }
 
     /// After stored windows were read again: of the sessions that were open then none is.
-    pub fn disconnect_all(&mut self) {
+    pub fn disconnect_all(&mut self, now_ms: u64) {
         self.sessions.clear();
-        let agents = self
-            .services
-            .values_mut()
-            .flat_map(|service| service.agents.values_mut());
-        agents.for_each(|agent| agent.connected = false);
+        for service in self.services.values_mut() {
+            for agent in service.agents.values_mut().filter(|agent| agent.connected) {
+                // It could not come back while nobody was there.
+                agent.connected = false;
+                agent.last_seen_ms = agent.last_seen_ms.max(now_ms);
+            }
+        }
     }
 
     /// Gives a tenant its number. Beyond [`MAX_TENANTS`] the rest is one tenant, [`TenantName::overflow`].
@@ -440,6 +449,7 @@ impl Book {
             let old = now_ms.saturating_sub(KEEP_SLOTS_MS + service.slot_ms);
             let keep = waited_for(name).map_or(old, |slot| slot.min(old));
             service.evict(keep);
+            service.forget_agents(now_ms);
         }
     }
 }

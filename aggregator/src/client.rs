@@ -133,7 +133,7 @@ impl Client {
 }
 
 /// The innermost cause, which is what a person needs.
-fn cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;

@@ -11,15 +11,21 @@ use std::{
     io,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use bb8::{Pool, PooledConnection, RunError};
 use bb8_postgres::PostgresConnectionManager;
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tokio::runtime::Handle;
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::{
+    config::{Host, SslMode},
+    error::Severity,
+};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 /// The steps of the schema, in the order in which they are taken.
@@ -38,6 +44,9 @@ const SCHEMA: i64 = 1;
 /// How long a lease lasts, and how often it is renewed.
 const LEASE: Duration = Duration::from_secs(15);
 const RENEW: Duration = Duration::from_secs(5);
+
+/// After so long without a renewal nothing is approved any more.
+const DOUBT: Duration = Duration::from_secs(10);
 
 /// How long one transaction may take before it is tried anew on another connection.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -73,9 +82,10 @@ impl From<tokio_postgres::Error> for WriteError {
         match error.as_db_error() {
             // 57P01 to 57P03 and class 08: the server goes away. 40: try again. 55P03, 57014: it took too long.
             Some(refusal)
-                if !["57P", "08", "40", "55P03", "57014", "25P03"]
-                    .iter()
-                    .any(|class| refusal.code().code().starts_with(class)) =>
+                if !matches!(refusal.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
+                    && !["57P", "08", "40", "55P03", "57014", "25P03"]
+                        .iter()
+                        .any(|class| refusal.code().code().starts_with(class)) =>
             {
                 let kind = match refusal.code().code() {
                     "53100" => io::ErrorKind::StorageFull,
@@ -123,6 +133,9 @@ pub struct Database {
     pub log: Arc<str>,
     /// The term under which this process writes; 0 if it only reads.
     pub term: i64,
+    /// When the lease was renewed last, in milliseconds since `begun`.
+    renewed_ms: Arc<AtomicU64>,
+    begun: Instant,
 }
 
 impl Database {
@@ -151,7 +164,7 @@ impl Database {
             }
         });
         let place = hosts.collect::<Vec<_>>().join(", ");
-        let limits = "-c statement_timeout=20s -c lock_timeout=10s -c idle_in_transaction_session_timeout=5s";
+        let limits = "-c synchronous_commit=on -c statement_timeout=20s -c lock_timeout=10s -c idle_in_transaction_session_timeout=5s";
         let options = config
             .get_options()
             .map_or_else(String::new, |own| format!("{own} "));
@@ -167,7 +180,7 @@ impl Database {
         drop(tried.map_err(|error| DatabaseError::Failed(format!("{place}: {}", describe(&error))))?);
         let manager = PostgresConnectionManager::new(config, tls);
         let pool = Pool::builder()
-            .max_size(4)
+            .max_size(8)
             .connection_timeout(Duration::from_secs(5))
             .max_lifetime(Duration::from_secs(1_800))
             .retry_connection(false)
@@ -178,6 +191,8 @@ impl Database {
             runtime: Handle::current(),
             log: log.into(),
             term: 0,
+            renewed_ms: Arc::default(),
+            begun: Instant::now(),
         })
     }
 
@@ -262,6 +277,7 @@ impl Database {
                 }
             }
         }
+        self.note_renewal();
         tracing::info!(owner, term = self.term, log = %self.log, "the lease of the log is ours");
         tokio::spawn(self.clone().renew());
         Ok(self)
@@ -305,6 +321,23 @@ impl Database {
         Ok(Ok(term))
     }
 
+    fn note_renewal(&self) {
+        let ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.renewed_ms.store(ms, Ordering::Relaxed);
+    }
+
+    /// Why another aggregator may have taken over by now, without this one knowing.
+    pub(crate) fn doubt(&self) -> Option<String> {
+        let renewed = Duration::from_millis(self.renewed_ms.load(Ordering::Relaxed));
+        let since = self.begun.elapsed().saturating_sub(renewed);
+        (self.term > 0 && since > DOUBT).then(|| {
+            format!(
+                "the lease of the log in the database could not be renewed for {} s; another aggregator may have it",
+                since.as_secs()
+            )
+        })
+    }
+
     async fn renew(self) {
         let seconds = LEASE.as_secs().to_string();
         loop {
@@ -322,8 +355,7 @@ impl Database {
             };
             match renewed.await {
                 Ok(0) => step_down(&self.log),
-                Ok(_) => {}
-                // Without the database nobody else can take the lease either.
+                Ok(_) => self.note_renewal(),
                 Err(error) => tracing::warn!(?error, "cannot renew the lease of the log"),
             }
         }
@@ -344,13 +376,20 @@ impl Database {
         F: Future<Output = Result<T, WriteError>>,
     {
         self.wait(async {
+            let mut in_doubt = false;
             loop {
                 let done = tokio::time::timeout(PATIENCE, work()).await;
                 let late = |_| Err(WriteError::Unknown("it does not answer".to_owned()));
                 match done.unwrap_or_else(late) {
                     Ok(done) => return Ok(done),
-                    Err(WriteError::Refused(error)) => return Err(error),
+                    // An earlier try may have been committed all the same.
+                    Err(WriteError::Refused(error)) if !in_doubt => return Err(error),
+                    Err(WriteError::Refused(error)) => {
+                        waiting(&error.to_string());
+                        tokio::time::sleep(AGAIN).await;
+                    }
                     Err(WriteError::Unknown(problem)) => {
+                        in_doubt = true;
                         waiting(&problem);
                         tokio::time::sleep(AGAIN).await;
                     }

@@ -52,6 +52,14 @@ impl DiskError {
     }
 }
 
+/// Whether there is no space left.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
+}
+
 /// Creates a directory and its parents.
 pub(crate) fn create_dir(path: &Path) -> Result<(), DiskError> {
     std::fs::create_dir_all(path).map_err(|error| DiskError::io("create", path, error))

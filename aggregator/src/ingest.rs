@@ -216,17 +216,20 @@ impl Rebuild {
                 }
                 Err(_) => self.refused += 1,
             },
-            Entry::Batch(session, batch) => match apply(book, session, &batch, now_ms) {
-                Ok(_) => {
-                    if let Some(who) = book.who(session) {
-                        book.durable(&who.service, &who.instance, who.epoch, batch.seq);
+            // What was in time when it came is in time now, whatever this machine's clock says.
+            Entry::Batch(session, batch) => {
+                match apply(book, session, &batch, now_ms.max(batch.start_unix_ms)) {
+                    Ok(_) => {
+                        if let Some(who) = book.who(session) {
+                            book.durable(&who.service, &who.instance, who.epoch, batch.seq);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::error!(session, seq = batch.seq, %error, "a stored window does not apply");
+                        self.refused += 1;
                     }
                 }
-                Err(error) => {
-                    tracing::error!(session, seq = batch.seq, %error, "a stored window does not apply");
-                    self.refused += 1;
-                }
-            },
+            }
             Entry::Bye(session, _) => {
                 if let Some(who) = book.who(session) {
                     book.disconnect(&who.service, &who.instance, session, true, now_ms);
@@ -418,6 +421,11 @@ impl Ingest {
         acks: &Arc<watch::Sender<Ack>>,
     ) -> Result<(), SessionError> {
         let seq = batch.seq;
+        if seq > acks.borrow().durable_seq.saturating_add(MAX_UNACKED.into()) {
+            return Err(SessionError::Refused(format!(
+                "batch {seq} was sent ahead of the acknowledgements; at most {MAX_UNACKED} may be"
+            )));
+        }
         let mut book = locked(&self.book);
         let applied = apply(&mut book, session, &batch, (self.now_ms)())?;
         acks.send_modify(|ack| ack.received_seq = ack.received_seq.max(seq));

@@ -8,6 +8,7 @@
 //! DATA/checkpoints.txt         checkpoints kept for good (at starts, heartbeats, seals): notes, an empty line after each
 //! DATA/evidence/ab/ab12...     blobs: zstd, named by the SHA-256 of their stored bytes
 //! DATA/key, DATA/key.old       the keys that sign, secret; see `key`
+//! DATA/postgres                says that the log is in a database, and has its name
 //! DATA/reserve                 space that is given up when the disk is full, for the record that says so
 //! DATA/.lock                   held by the process that writes
 //! ```
@@ -37,7 +38,7 @@ use std::{
 
 use coalmine_judge::{
     chain::Hash,
-    note::{Checkpoint, Note, Proof, VerifierKey},
+    note::{Proof, VerifierKey},
     record::{Body, Follows, Record},
     replay::Blobs,
     tree::Nodes,
@@ -55,12 +56,14 @@ mod postgres;
 mod storage;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 mod writer;
 
 pub use self::{
     blobs::{Blob, BlobStore, MAX_BLOB_BYTES, unpack},
     export::{Exported, export_database, export_files},
     files::{LedgerFiles, LogProblem, Place, Published, Scan, read_note},
+    upkeep::{new_log, rotate_key},
 };
 use self::{
     jsonl::{Jsonl, Lines},
@@ -73,6 +76,9 @@ use crate::{
     disk::{self, DiskError},
     metrics::Metrics,
 };
+
+/// The file that says that the log of a directory's key is in a database: one key signs one log.
+const ELSEWHERE: &str = "postgres";
 
 /// How a log is kept.
 #[derive(Debug, Clone)]
@@ -221,6 +227,8 @@ pub struct Index {
     nodes: Nodes,
     published: Option<Published>,
     keys: Vec<VerifierKey>,
+    /// The log that this one continues.
+    follows: Option<String>,
     decisions: HashMap<String, u64>,
     /// Positions of each rollout's decisions, in order.
     rollouts: BTreeMap<String, Vec<u64>>,
@@ -229,6 +237,13 @@ pub struct Index {
 impl Index {
     fn add(&mut self, record: &Record, leaf: Hash) {
         self.nodes.push(leaf);
+        if let Body::LogStart {
+            follows: Some(follows),
+            ..
+        } = &record.body
+        {
+            self.follows = Some(follows.log.clone());
+        }
         if let Body::Decision(decision) = &record.body {
             self.decisions.insert(decision.id.clone(), record.seq);
             self.rollouts
@@ -276,6 +291,14 @@ impl Ledger {
         mut each: impl FnMut(&Record, Hash),
     ) -> Result<Opened, DiskError> {
         let files = LedgerFiles::new(data);
+        let elsewhere = data.join(ELSEWHERE);
+        if elsewhere.exists() {
+            return Err(DiskError::Corrupt {
+                path: elsewhere,
+                problem: "says that the log of this directory's key is in a database; start with --postgres"
+                    .to_owned(),
+            });
+        }
         let lines = Arc::new(Lines::default());
         let (mut index, mut named, mut places) = (Index::default(), HashSet::new(), Vec::new());
         let mut scan = files
@@ -317,6 +340,18 @@ impl Ledger {
         metrics: Arc<Metrics>,
         mut each: impl FnMut(&Record, Hash),
     ) -> Result<Opened, DiskError> {
+        let files = LedgerFiles::new(data);
+        if files.exists() {
+            return Err(DiskError::Corrupt {
+                path: files.log_path(),
+                problem: "is a log of its own, and its key would sign that of the database too; give --postgres another \
+                          --data directory"
+                    .to_owned(),
+            });
+        }
+        let elsewhere = data.join(ELSEWHERE);
+        let written = disk::replace(&elsewhere, format!("{}\n", options.name).as_bytes());
+        written.map_err(|error| DiskError::io("write", &elsewhere, error))?;
         let mut index = Index::default();
         let held = postgres::read(database, |record, leaf, _| {
             index.add(&record, leaf);
@@ -351,14 +386,18 @@ impl Ledger {
             torn,
         } = opening;
         let log = chain.log().unwrap_or(&options.name).to_owned();
-        let keys = key::open(data, &log, chain.keys())?;
         index.keys = chain.keys().to_vec();
         let health = Health::new(Arc::clone(&metrics));
-        if let Storage::Postgres(log) = &mut storage {
-            log.report_to(Arc::clone(&health));
-        }
         if let Some(copy) = &options.checkpoint_copy {
-            anchor::hold_against_copy(copy, &index, &health).map_err(LogProblem::into_disk_error)?;
+            anchor::hold_against_copy(copy, &index, &health)?;
+        }
+        let keys = key::open(data, &log, chain.keys())?;
+        match &mut storage {
+            Storage::Postgres(log) => log.report_to(Arc::clone(&health)),
+            Storage::Files(files) if files.is_full() => {
+                health.set(State::Full, "the disk is full".to_owned())
+            }
+            Storage::Files(_) => {}
         }
         let (publish, published) = watch::channel(index.published.clone());
         let index = Arc::new(RwLock::new(index));
@@ -437,7 +476,7 @@ impl Ledger {
 
     /// Reads one record and its hash.
     pub fn read(&self, seq: u64) -> io::Result<Option<Appended>> {
-        let Some(line) = self.reader.line(seq)? else {
+        let Some(line) = self.line(seq)? else {
             return Ok(None);
         };
         let record = serde_json::from_slice(&line)?;
@@ -447,9 +486,22 @@ impl Ledger {
         }))
     }
 
+    /// A record's line, as it was when it was written or read at the start.
+    fn line(&self, seq: u64) -> io::Result<Option<Vec<u8>>> {
+        let Some(leaf) = self.index().nodes.leaf(seq) else {
+            return Ok(None);
+        };
+        let line = self.reader.line(seq)?;
+        if line.as_deref().map(Hash::leaf) != Some(leaf) {
+            let problem = format!("record {seq} was changed where it is kept");
+            return Err(io::Error::other(problem));
+        }
+        Ok(line)
+    }
+
     /// Proof that a record is in the log; none if no checkpoint covers it yet.
     pub fn proof(&self, seq: u64) -> io::Result<Option<Proof>> {
-        let Some(line) = self.reader.line(seq)? else {
+        let Some(line) = self.line(seq)? else {
             return Ok(None);
         };
         let index = self.index();
@@ -473,7 +525,10 @@ impl Ledger {
     /// What is wrong with the log, if it takes no records. Nothing is approved while it is so.
     pub fn trouble(&self) -> Option<String> {
         let (state, why) = self.health.get();
-        (state != State::Ok).then_some(why)
+        if state != State::Ok {
+            return Some(why);
+        }
+        self.reader.trouble()
     }
 }
 
@@ -484,74 +539,4 @@ impl LogProblem {
             problem: self.problem,
         }
     }
-}
-
-/// Gives a log a new key: the next checkpoints are signed by both, those after it by the new one. The aggregator must
-/// not be running.
-pub fn rotate_key(data: &Path, reason: String) -> Result<VerifierKey, DiskError> {
-    let _lock = disk::lock(data)?;
-    let metrics = Arc::new(Metrics::new());
-    let opened = Ledger::open(data, Options::default(), metrics, |_, _| {})?;
-    let ledger = opened.ledger;
-    ledger.begin();
-    let log = ledger.index().keys.last().map(|key| key.name().to_owned());
-    let next = key::prepare(data, &log.unwrap_or_default())?.verifier();
-    let rotation = Body::KeyRotation {
-        key: next.to_string(),
-        reason,
-    };
-    ledger
-        .submit(rotation, Vec::new())
-        .blocking_recv()
-        .unwrap_or(Err(AppendError::Closed))
-        .map_err(|error| DiskError::io("write the log in", data, io::Error::other(error.to_string())))?;
-    drop(ledger.stop().blocking_recv());
-    Ok(next)
-}
-
-/// Opens a new log in place of one that cannot go on, and names that one in its first record. The old files are put
-/// aside; gives the directory that has them. The aggregator must not be running.
-pub fn new_log(data: &Path, name: &str, reason: String) -> Result<PathBuf, DiskError> {
-    let _lock = disk::lock(data)?;
-    let files = LedgerFiles::new(data);
-    let published = read_note(&files.checkpoint_path()).map_err(LogProblem::into_disk_error)?;
-    let text = published
-        .as_ref()
-        .and_then(|published| Note::parse(&published.note).ok());
-    let old = text.and_then(|note| Checkpoint::parse(note.unverified()).ok());
-    let aside = data.join(format!("retired-{}", crate::clock::now_ms()));
-    disk::create_dir(&aside)?;
-    let mut moved = vec![
-        files.checkpoint_path(),
-        files.history_path(),
-        data.join("key"),
-        data.join("key.old"),
-    ];
-    moved.extend(
-        files
-            .segments()
-            .map_err(LogProblem::into_disk_error)?
-            .into_iter()
-            .map(|segment| segment.path),
-    );
-    for path in moved.into_iter().filter(|path| path.exists()) {
-        let to = path.file_name().map(|name| aside.join(name)).unwrap_or_default();
-        std::fs::rename(&path, &to).map_err(|error| DiskError::io("rename", &path, error))?;
-    }
-    for directory in [aside.join("x"), aside.clone()] {
-        disk::sync_directory(&directory).map_err(|error| DiskError::io("sync", &directory, error))?;
-    }
-    let options = Options {
-        name: name.to_owned(),
-        follows: old.map(|old| Follows {
-            log: old.origin,
-            size: old.size,
-            root: old.root,
-            reason,
-        }),
-        ..Options::default()
-    };
-    let opened = Ledger::open(data, options, Arc::new(Metrics::new()), |_, _| {})?;
-    drop(opened.ledger.stop().blocking_recv());
-    Ok(aside)
 }

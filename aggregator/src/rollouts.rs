@@ -495,7 +495,22 @@ impl Rollouts {
 
     /// The last published state of a rollout.
     pub fn view(&self, id: &str) -> Result<Arc<View>, RolloutError> {
-        Ok(self.handle(id)?.view.borrow().clone())
+        Ok(self.trusted(self.handle(id)?.view.borrow().clone()))
+    }
+
+    /// What is shown of a view: an approval only while the log takes records, for whatever reason it does not.
+    fn trusted(&self, view: Arc<View>) -> Arc<View> {
+        if view.verdict != v1::Verdict::Approve.as_str() {
+            return view;
+        }
+        match self.0.shared.ledger.trouble() {
+            None => view,
+            Some(why) => {
+                let mut view = (*view).clone();
+                view.hold_back(&why);
+                Arc::new(view)
+            }
+        }
     }
 
     /// All rollouts that are kept, newest first.
@@ -503,7 +518,7 @@ impl Rollouts {
         let mut views: Vec<_> = self
             .handles()
             .values()
-            .map(|handle| handle.view.borrow().clone())
+            .map(|handle| self.trusted(handle.view.borrow().clone()))
             .collect();
         views.sort_by(|a, b| (b.start_ms, &b.id).cmp(&(a.start_ms, &a.id)));
         views

@@ -390,7 +390,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
             (Arc::new(Mutex::new(book)), store.map_err(|error| failed(&error))?)
         }
     };
-    locked(&book).disconnect_all();
+    locked(&book).disconnect_all(started_ms);
     metrics.watch(Arc::clone(&book));
 
     let (drain, draining) = watch::channel(false);

@@ -341,6 +341,10 @@ impl Wal {
     fn roll_up(&mut self, pieces: Vec<Piece>) -> Result<(), DiskError> {
         let mut bytes = Vec::new();
         for piece in pieces {
+            if piece.payload.len() > MAX_FRAME_BYTES / 2 {
+                let problem = format!("the piece {:?} has {} bytes", piece.key, piece.payload.len());
+                return Err(DiskError::io("roll up", &self.path(), io::Error::other(problem)));
+            }
             Entry::Piece(piece).encode(&mut bytes);
         }
         let path = file_of(&self.directory, self.number + 1);

@@ -13,6 +13,8 @@ mod faults;
 
 mod full_disk;
 
+mod elsewhere;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,

@@ -343,7 +343,7 @@ fn a_rollout_is_rolled_back_and_anybody_with_an_export_can_check_why() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(names, [".lock", "key"]);
+    assert_eq!(names, [".lock", "key", "postgres"]);
     play.finish();
 }
 

@@ -59,7 +59,7 @@ pub(crate) fn restore(disk: &Disk, now_ms: u64) -> Result<Book, String> {
     if rebuild.refused > 0 {
         return Err(format!("{} stored entries do not apply", rebuild.refused));
     }
-    book.disconnect_all();
+    book.disconnect_all(now_ms);
     Ok(book)
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    note::{Checkpoint, VerifierKey},
+    note::{Checkpoint, Note, VerifierKey},
     record::{Body, MAX_LINE_BYTES, Record},
     tree::Tree,
 };
@@ -117,6 +117,11 @@ pub struct ChainError {
     pub problem: String,
 }
 
+/// What the key before signs when another one follows it (as a C2SP signed note).
+pub fn rotation(log: &str, key: &str) -> String {
+    format!("coalmine key rotation\n{log}\n{key}\n")
+}
+
 /// Reads a log line by line and holds each record against the ones before it.
 #[derive(Debug, Clone, Default)]
 pub struct Chain {
@@ -210,16 +215,27 @@ impl Chain {
 
     /// The first record, and no other one, begins the log and names its key; a rotation names the next one.
     fn take_key(&mut self, record: &Record) -> Result<(), String> {
+        let mut endorsed = None;
         let key = match &record.body {
             Body::LogStart { key, .. } if record.seq == 0 => key,
             Body::LogStart { .. } => return Err("begins the log again".to_owned()),
             _ if record.seq == 0 => return Err("does not begin the log".to_owned()),
-            Body::KeyRotation { key, .. } => key,
+            Body::KeyRotation {
+                key, endorsed: line, ..
+            } => {
+                endorsed = Some(format!("{}\n{line}\n", rotation(&record.log, key)));
+                key
+            }
             _ => return Ok(()),
         };
         let key = VerifierKey::parse(key).map_err(|error| format!("its key {error}"))?;
         if key.name() != record.log {
             return Err(format!("its key is that of {:?}, not of this log", key.name()));
+        }
+        // Whoever can write the log could otherwise go on with a key of his own.
+        if let Some(note) = endorsed {
+            let signed = Note::parse(&note).and_then(|note| note.verify(self.key()));
+            signed.map_err(|error| format!("its endorsement by the key before {error}"))?;
         }
         if self.keys.contains(&key) {
             return Err("names a key that the log had before".to_owned());
@@ -358,10 +374,20 @@ mod tests {
     fn a_rotated_key_signs_from_then_on() {
         let key = |seed| SignerKey::from_seed("test", Kind::Ed25519, &[seed; 32]);
         let (_, mut chain) = sample(2);
-        let rotate = |key: &SignerKey| Body::KeyRotation {
-            key: key.verifier().to_string(),
-            reason: "yearly".into(),
+        let rotate_by = |by: &SignerKey, key: &SignerKey| {
+            let key = key.verifier().to_string();
+            Body::KeyRotation {
+                endorsed: by.sign(&rotation("test", &key), 0).trim_end().to_owned(),
+                key,
+                reason: "yearly".into(),
+            }
         };
+        let rotate = |next: &SignerKey| rotate_by(&key(7), next);
+        let own = chain
+            .clone()
+            .append("test", 0, rotate_by(&key(8), &key(8)))
+            .unwrap_err();
+        assert!(own.problem.contains("its endorsement by the key before"), "{own}");
         let again = chain.clone().append("test", 0, rotate(&key(7))).unwrap_err();
         assert!(again.problem.contains("had before"), "{again}");
         let foreign = SignerKey::from_seed("other", Kind::Ed25519, &[8; 32]);

@@ -83,6 +83,8 @@ pub enum Body {
         key: String,
         /// Why.
         reason: String,
+        /// The signature line of the key before, on the text that `chain::rotation` gives.
+        endorsed: String,
     },
     /// The disk was full: what follows was recorded late.
     DiskFull {

@@ -36,6 +36,7 @@ pub struct Agent {
     pub(super) based: bool,
     pub(super) applied: Totals,
     pub(super) gap_requests: u64,
+    pub(super) gap_errors: u64,
     /// The last batches: number and a hash of the content.
     pub(super) recent: VecDeque<(u64, u64)>,
 }
@@ -57,6 +58,7 @@ impl Agent {
             based: who.first_seq <= 1,
             applied: Totals::default(),
             gap_requests: 0,
+            gap_errors: 0,
             recent: VecDeque::new(),
         }
     }
@@ -71,6 +73,10 @@ impl Agent {
 
     /// Refuses a batch that was applied before with another content, as far as that is known.
     pub(super) fn recognise(&self, batch: &Batch<'_>) -> Result<(), BookError> {
+        if batch.rows.is_empty() {
+            // As it is stored again, for the names that it brings.
+            return Ok(());
+        }
         let before = self.recent.iter().find(|(seq, _)| *seq == batch.seq);
         match before {
             Some((seq, hash)) if *hash != content_hash(batch) => Err(BookError::Changed(*seq)),

@@ -159,6 +159,10 @@ struct AgentImage {
     gap_requests: u64,
     #[prost(uint64, tag = "16")]
     session: u64,
+    #[prost(bool, tag = "17")]
+    connected: bool,
+    #[prost(uint64, tag = "18")]
+    gap_errors: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -515,6 +519,8 @@ impl Agent {
             errors: self.applied.errors,
             gap_requests: self.gap_requests,
             session: self.session,
+            connected: self.connected,
+            gap_errors: self.gap_errors,
         }
     }
 
@@ -529,7 +535,7 @@ impl Agent {
             // Whoever reads the image has it from the disk.
             durable_seq: image.applied_seq,
             session: image.session,
-            connected: false,
+            connected: image.connected,
             gone: image.gone,
             first_start_ms: image.first_start_ms,
             sealed_until_ms: image.sealed_until_ms,
@@ -542,6 +548,7 @@ impl Agent {
                 gap_requests: image.gap_requests,
             },
             gap_requests: image.gap_requests,
+            gap_errors: image.gap_errors,
             recent: std::collections::VecDeque::new(),
         })
     }

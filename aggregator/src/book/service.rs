@@ -11,7 +11,8 @@ use coalmine_proto::{
 use foldhash::HashMap;
 
 use super::{
-    Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS,
+    Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS, REMEMBER_GONE_MS,
+    REMEMBER_SILENT_MS,
     cell::{Cell, latency_of},
     image::{Journal, Part},
 };
@@ -111,6 +112,22 @@ impl Service {
         }
     }
 
+    /// Lets go of agents that will not come back.
+    pub(super) fn forget_agents(&mut self, now_ms: u64) {
+        let before = self.agents.len();
+        self.agents.retain(|_, agent| {
+            let patience = if agent.gone {
+                REMEMBER_GONE_MS
+            } else {
+                REMEMBER_SILENT_MS
+            };
+            agent.connected || agent.last_seen_ms.saturating_add(patience) >= now_ms
+        });
+        if self.agents.len() < before {
+            self.note_agents();
+        }
+    }
+
     /// The latency of an arm's requests since the beginning.
     pub fn latency(&self, arm: Arm) -> Histogram {
         let mut sum = self.latency.get(&arm).cloned().unwrap_or_default();
@@ -186,6 +203,9 @@ impl Service {
         if batch.seq <= agent.applied_seq {
             agent.recognise(batch)?;
             self.duplicates += 1;
+            if let Some(journal) = &mut self.journal {
+                journal.note(Part::Counts);
+            }
             return Ok(Applied::Before);
         }
         if batch.seq != agent.applied_seq + 1 {
@@ -202,39 +222,45 @@ impl Service {
             errors = errors.saturating_add(row.outcomes.errors());
             latencies.push(latency_of(row, &self.tenants)?);
         }
-        let gap = batch.gap.as_ref().map_or(0, |gap| gap.requests);
-        let mut before = (agent.applied, agent.gap_requests);
+        let gap = batch.gap.unwrap_or_default();
+        let said = batch.cumulative;
+        let (mut gap_requests, mut gap_errors) = (agent.gap_requests, agent.gap_errors);
         if !agent.based {
             // What the agent sent and this book never had is a gap.
-            let known = before
-                .0
-                .requests
-                .saturating_add(before.1)
-                .saturating_add(requests)
-                .saturating_add(gap);
-            before.1 = before
-                .1
-                .saturating_add(batch.cumulative.requests.saturating_sub(known));
+            let missing = |said: u64, parts: [u64; 4]| {
+                said.saturating_sub(parts.into_iter().fold(0_u64, u64::saturating_add))
+            };
+            let parts = [agent.applied.requests, gap_requests, requests, gap.requests];
+            gap_requests = gap_requests.saturating_add(missing(said.requests, parts));
+            let parts = [agent.applied.errors, gap_errors, errors, gap.errors];
+            gap_errors = gap_errors.saturating_add(missing(said.errors, parts));
         }
-        let requests = before.0.requests.saturating_add(requests);
-        let gaps = before.1.saturating_add(gap);
-        if batch.cumulative.requests != requests.saturating_add(gaps) {
-            return Err(BookError::Totals {
-                said: batch.cumulative.requests,
-                applied: requests,
-                gaps,
-            });
+        let applied = Totals {
+            requests: agent.applied.requests.saturating_add(requests),
+            errors: agent.applied.errors.saturating_add(errors),
+            gap_requests: gap_requests.saturating_add(gap.requests),
+        };
+        let gap_errors = gap_errors.saturating_add(gap.errors);
+        for (what, said, applied, gaps) in [
+            ("requests", said.requests, applied.requests, applied.gap_requests),
+            ("errors", said.errors, applied.errors, gap_errors),
+        ] {
+            if said != applied.saturating_add(gaps) {
+                return Err(BookError::Totals {
+                    what,
+                    said,
+                    applied,
+                    gaps,
+                });
+            }
         }
-        let declared = gaps.saturating_sub(agent.gap_requests);
+        let declared = applied.gap_requests.saturating_sub(agent.gap_requests);
         agent.remember(batch);
         agent.based = true;
         agent.applied_seq = batch.seq;
-        agent.applied = Totals {
-            requests,
-            errors: before.0.errors.saturating_add(errors),
-            gap_requests: gaps,
-        };
-        agent.gap_requests = gaps;
+        agent.applied = applied;
+        agent.gap_requests = applied.gap_requests;
+        agent.gap_errors = gap_errors;
         if agent.first_start_ms == 0 {
             agent.first_start_ms = batch.start_ms;
         }

@@ -16,6 +16,7 @@ struct Sender {
     session: u64,
     seq: u64,
     sent: u64,
+    failed: u64,
     gaps: u64,
 }
 
@@ -36,6 +37,7 @@ impl Sender {
             session: 0,
             seq: 0,
             sent: 0,
+            failed: 0,
             gaps: 0,
         };
         sender.connect(book, epoch * 100 + 1, 0);
@@ -57,6 +59,7 @@ impl Sender {
     ) -> Result<Applied, BookError> {
         self.seq += 1;
         self.sent += requests;
+        self.failed += errors;
         let seq = self.seq;
         self.send(book, seq, start_ms, requests, errors, 0)
     }
@@ -96,7 +99,7 @@ impl Sender {
             rows: if requests > 0 { vec![row] } else { Vec::new() },
             cumulative: Totals {
                 requests: self.sent + self.gaps,
-                errors,
+                errors: self.failed,
                 gap_requests: self.gaps,
             },
             gap: (gap > 0).then_some(Gap {
@@ -171,6 +174,7 @@ fn what_does_not_fit_is_refused_whole() {
     assert_eq!(
         agent.send(&mut book, 2, 2_000, 3, 0, 0),
         Err(BookError::Totals {
+            what: "requests",
             said: 11,
             applied: 10,
             gaps: 0
@@ -178,6 +182,18 @@ fn what_does_not_fit_is_refused_whole() {
         "a request that the agent counted and did not send"
     );
     agent.sent -= 4;
+    agent.failed += 1;
+    assert_eq!(
+        agent.send(&mut book, 2, 2_000, 0, 0, 0),
+        Err(BookError::Totals {
+            what: "errors",
+            said: 2,
+            applied: 1,
+            gaps: 0
+        }),
+        "an error that the agent counted and did not send"
+    );
+    agent.failed -= 1;
     // A newer session takes over; the older one may not send.
     let old = agent.session;
     agent.connect(&mut book, 200, 2_000);

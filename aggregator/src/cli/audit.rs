@@ -175,6 +175,10 @@ fn verify(
         elsewhere.push((path.clone(), note));
     }
     let mut verified = check(&files, elsewhere.clone());
+    if verified.records == 0 && verified.problems.is_empty() {
+        let problem = format!("record 0: is missing: {} is empty", files.log_path().display());
+        verified.problems.push(problem);
+    }
     if !verified.problems.is_empty() {
         // Who shows this to others needs both sides.
         for (path, note) in elsewhere {

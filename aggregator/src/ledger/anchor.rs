@@ -4,13 +4,14 @@
 //! outside can tell. At the start the log must be at least as long as every checkpoint that is known elsewhere, and agree
 //! with it; while it grows, each checkpoint is given to them.
 
-use std::{path::Path, sync::PoisonError};
+use std::{fs::File, io::Write as _, path::Path, sync::PoisonError};
 
 use coalmine_judge::note::Checkpoint;
+use http::StatusCode;
 
 use super::{Health, Index, Ledger, LogProblem, Published, State, read_note};
 use crate::{
-    disk,
+    disk::DiskError,
     witness::{Witness, WitnessError},
 };
 
@@ -18,8 +19,22 @@ use crate::{
 const ATTEMPTS: u32 = 3;
 
 /// Holds the log against a copy of its checkpoint.
-pub(super) fn hold_against_copy(copy: &Path, index: &Index, health: &Health) -> Result<(), LogProblem> {
-    if let Some(known) = read_note(copy)? {
+pub(super) fn hold_against_copy(copy: &Path, index: &Index, health: &Health) -> Result<(), DiskError> {
+    let Some(known) = read_note(copy).map_err(LogProblem::into_disk_error)? else {
+        return Ok(());
+    };
+    let origin = known.origin();
+    if index.nodes.size() == 0 {
+        return Err(DiskError::Corrupt {
+            path: copy.to_owned(),
+            problem: format!(
+                "covers {} records of the log {origin}, and the data directory has no log at all: was a volume lost?",
+                known.size
+            ),
+        });
+    }
+    // A log that a person has opened in place of another one need not agree with that one.
+    if index.follows.as_ref() != Some(&origin) {
         hold_against(index, &known, &copy.display().to_string(), health);
     }
     Ok(())
@@ -27,7 +42,13 @@ pub(super) fn hold_against_copy(copy: &Path, index: &Index, health: &Health) -> 
 
 /// Keeps a copy of a checkpoint. The log goes on without it.
 pub(super) fn write_copy(copy: &Path, published: &Published) {
-    if let Err(error) = disk::replace(copy, published.note.as_bytes()) {
+    let temporary = copy.with_extension("tmp");
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(published.note.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, copy)
+    });
+    if let Err(error) = written {
         tracing::warn!(%error, copy = %copy.display(), "cannot write the copy of the checkpoint");
     }
 }
@@ -108,20 +129,14 @@ impl Ledger {
                     *seen = latest.size;
                     return self.cosign(latest, &cosigned.lines);
                 }
-                Err(WitnessError::Conflict { size }) if size > latest.size => {
-                    let problem = format!(
-                        "the witness {} has seen a log of {size} records, and the log here has {}: an older state of it was put back",
-                        witness.key().name(),
-                        latest.size
-                    );
-                    return distrust(&self.index(), State::Behind, &problem, None, &self.health);
+                Err(WitnessError::Conflict { size }) if size <= latest.size => *seen = size,
+                Err(WitnessError::Conflict { .. } | WitnessError::Inconsistent(_)) => {
+                    return self.ask_what_it_has_seen(witness).await;
                 }
-                Err(WitnessError::Conflict { size }) => *seen = size,
-                Err(WitnessError::Inconsistent(said)) => {
-                    let problem = format!(
-                        "the witness {} has seen another log than the one here: {said}",
-                        witness.key().name()
-                    );
+                Err(WitnessError::Refused { status, detail }) if status == StatusCode::FORBIDDEN => {
+                    // It knows the log, by another key.
+                    let name = witness.key().name();
+                    let problem = format!("the witness {name} knows the log by another key: {detail}");
                     return distrust(&self.index(), State::Forked, &problem, None, &self.health);
                 }
                 Err(error) => {
@@ -129,6 +144,29 @@ impl Ledger {
                     return;
                 }
             }
+        }
+    }
+
+    /// A witness says that it has seen another log. Nobody is believed without what he has signed.
+    async fn ask_what_it_has_seen(&self, witness: &Witness) {
+        let name = witness.key().name();
+        let origin = self.published.borrow().as_ref().map(Published::origin);
+        let note = witness.latest(&origin.unwrap_or_default()).await;
+        match note
+            .map_err(|error| error.to_string())
+            .and_then(|note| Published::read(&note))
+        {
+            Ok(known) => hold_against(
+                &self.index(),
+                &known,
+                &format!("the witness {name}"),
+                &self.health,
+            ),
+            Err(problem) => tracing::warn!(
+                witness = name,
+                problem,
+                "the witness says that it has seen another log, and does not show what"
+            ),
         }
     }
 

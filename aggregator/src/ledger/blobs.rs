@@ -71,7 +71,8 @@ impl BlobStore {
     pub(super) fn write_stored(&self, digest: &Hash, stored: &[u8]) -> io::Result<()> {
         let path = self.path(digest);
         if path.exists() {
-            return Ok(());
+            // It may have got its name a moment before a crash.
+            return disk::sync_directory(&path);
         }
         if let Some(parent) = path.parent()
             && !parent.exists()

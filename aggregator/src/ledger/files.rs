@@ -65,6 +65,11 @@ impl Published {
             .map_err(|error| error.to_string())
     }
 
+    /// The name of the log.
+    pub(super) fn origin(&self) -> String {
+        self.note.lines().next().unwrap_or_default().to_owned()
+    }
+
     /// Proof that a record, of which this is the line, is in the log; none if the checkpoint does not cover it.
     pub fn proof(&self, nodes: &Nodes, seq: u64, line: Vec<u8>) -> Option<Proof> {
         Some(Proof {
@@ -401,13 +406,16 @@ impl LedgerFiles {
             file: file.clone(),
             problem,
         };
-        let text = match std::fs::read_to_string(&file) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        let bytes = match std::fs::read(&file) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(problem(format!("cannot be read: {error}"))),
         };
+        // A tail may be torn within a character.
+        let valid = std::str::from_utf8(&bytes).map_or_else(|error| error.valid_up_to(), str::len);
+        let text = String::from_utf8_lossy(bytes.get(..valid).unwrap_or_default());
         let mut kept = Vec::new();
-        let mut rest = text.as_str();
+        let mut rest = &*text;
         // A note has one empty line within and one after it.
         while let Some(signatures) = rest.find("\n\n").map(|at| at + 2)
             && let Some(end) = rest.get(signatures..).and_then(|rest| rest.find("\n\n"))
@@ -422,7 +430,7 @@ impl LedgerFiles {
         Ok(History {
             notes: kept,
             whole_bytes: (text.len() - rest.len()) as u64,
-            torn_bytes: rest.len() as u64,
+            torn_bytes: (rest.len() + bytes.len() - valid) as u64,
         })
     }
 }

@@ -5,7 +5,7 @@ use std::{
     fs::{File, Permissions},
     io,
     os::unix::fs::{FileExt as _, PermissionsExt as _},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
@@ -13,7 +13,7 @@ use std::{
 use coalmine_judge::chain::Hash;
 
 use super::{
-    LedgerFiles,
+    LedgerFiles, LogProblem,
     files::{Place, Scan},
     storage::Group,
 };
@@ -34,7 +34,8 @@ const ORPHAN_AGE: Duration = Duration::from_secs(3_600);
 /// Where lines stand, for reading one without the others.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
-    files: RwLock<Vec<Arc<File>>>,
+    /// The segments' files, oldest first.
+    files: RwLock<Vec<PathBuf>>,
     places: RwLock<Vec<Place>>,
 }
 
@@ -52,8 +53,10 @@ impl Lines {
         };
         let Some(place) = place else { return Ok(None) };
         let file = {
+            // No file is renamed meanwhile.
             let files = self.files.read().unwrap_or_else(PoisonError::into_inner);
-            files.get(place.segment as usize).cloned()
+            let path = files.get(place.segment as usize);
+            path.map(File::open).transpose()?
         };
         let Some(file) = file else { return Ok(None) };
         let mut line = vec![0; place.length as usize];
@@ -61,11 +64,8 @@ impl Lines {
         Ok(Some(line))
     }
 
-    fn open(&self, path: &Path) -> io::Result<()> {
-        let file = Arc::new(File::open(path)?);
-        let mut files = self.files.write().unwrap_or_else(PoisonError::into_inner);
-        files.push(file);
-        Ok(())
+    fn set_files(&self, paths: Vec<PathBuf>) {
+        *self.files.write().unwrap_or_else(PoisonError::into_inner) = paths;
     }
 }
 
@@ -102,21 +102,15 @@ impl Jsonl {
         }
         let current = disk::open_append(&path)?;
         disk::sync_directory(&path).map_err(|error| DiskError::io("sync", &path, error))?;
-        let segments = files.segments().map_err(|problem| DiskError::Corrupt {
-            path: problem.file,
-            problem: problem.problem,
-        })?;
-        for segment in &segments {
-            lines
-                .open(&segment.path)
-                .map_err(|error| DiskError::io("read", &segment.path, error))?;
-        }
+        let segments = files.segments().map_err(LogProblem::into_disk_error)?;
+        let last = segments.len().saturating_sub(1);
+        lines.set_files(segments.into_iter().map(|segment| segment.path).collect());
         let mut reserve = Reserve::new(&files.data);
         reserve.refill();
         let jsonl = Self {
             lines,
             current,
-            segment: u32::try_from(segments.len().saturating_sub(1)).unwrap_or(u32::MAX),
+            segment: u32::try_from(last).unwrap_or(u32::MAX),
             first: scan.current_first,
             since_ms: scan.current_since_ms,
             bytes: scan.current_bytes,
@@ -181,23 +175,31 @@ impl Jsonl {
     pub(super) fn seal(&mut self, size: u64) -> Result<(), DiskError> {
         let current = self.files.log_path();
         let sealed = self.files.sealed_path(self.first);
+        // Whoever reads a line meanwhile waits.
+        let mut paths = self.lines.files.write().unwrap_or_else(PoisonError::into_inner);
         std::fs::rename(&current, &sealed).map_err(|error| DiskError::io("rename", &current, error))?;
         let opened = disk::sync_directory(&sealed)
             .map_err(|error| DiskError::io("sync", &sealed, error))
             .and_then(|()| disk::open_append(&current))
             .and_then(|file| {
-                let opened = disk::sync_directory(&current).and_then(|()| self.lines.open(&current));
-                opened.map_err(|error| DiskError::io("open", &current, error))?;
+                let synced = disk::sync_directory(&current);
+                synced.map_err(|error| DiskError::io("sync", &current, error))?;
                 Ok(file)
             });
         match opened {
             Ok(file) => self.current = file,
             Err(error) => {
                 // What is written next must not go into a file that is called sealed.
-                disk::or_exit(std::fs::rename(&sealed, &current), &sealed);
+                let back = std::fs::rename(&sealed, &current).and_then(|()| disk::sync_directory(&current));
+                disk::or_exit(back, &sealed);
                 return Err(error);
             }
         }
+        if let Some(last) = paths.last_mut() {
+            last.clone_from(&sealed);
+        }
+        paths.push(current);
+        drop(paths);
         (self.first, self.bytes, self.since_ms) = (size, 0, 0);
         self.segment += 1;
         // Sealed as far as the system goes; what really seals it is the chain.
@@ -229,6 +231,11 @@ impl Jsonl {
         }
     }
 
+    /// Whether not even the reserve could be taken.
+    pub(super) fn is_full(&self) -> bool {
+        self.reserve.is_spent()
+    }
+
     /// Bytes that are free for this process.
     pub(super) fn free_bytes(&self) -> Option<u64> {
         free_bytes(&self.files.data)
@@ -243,7 +250,7 @@ fn free_bytes(path: &Path) -> Option<u64> {
 /// Space that is kept for the record that says that there is none left.
 #[derive(Debug)]
 struct Reserve {
-    path: std::path::PathBuf,
+    path: PathBuf,
     spent: bool,
 }
 
@@ -274,11 +281,10 @@ impl Reserve {
         });
         self.spent = match taken {
             Ok(()) => false,
-            // A file system that cannot set space aside has no reserve; it may have space all the same.
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => false,
-            Err(_) => {
+            Err(error) => {
                 self.give_up();
-                true
+                // A file system that cannot set space aside has no reserve; it may have space all the same.
+                disk::is_full(&error)
             }
         };
         !self.spent

@@ -72,6 +72,12 @@ pub(super) fn prepare(data: &Path, log: &str) -> Result<SignerKey, DiskError> {
     make(log, &data.join("key.next"))
 }
 
+/// The key that signs now.
+pub(super) fn current(data: &Path) -> Result<SignerKey, DiskError> {
+    let path = data.join("key");
+    read(&path)?.ok_or_else(|| DiskError::io("read", &path, io::ErrorKind::NotFound.into()))
+}
+
 /// The key of the rotation that is being recorded.
 pub(super) fn next(data: &Path) -> Result<SignerKey, DiskError> {
     let path = data.join("key.next");

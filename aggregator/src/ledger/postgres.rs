@@ -189,6 +189,11 @@ pub(super) async fn read(
         .start()
         .await
         .map_err(failed)?;
+    // A long log takes longer to read than anything else may.
+    transaction
+        .batch_execute("SET LOCAL statement_timeout = 0")
+        .await
+        .map_err(failed)?;
     let notes = transaction
         .query(
             "SELECT note FROM log_checkpoint WHERE log = $1 AND (size % $2 = 0 OR
@@ -219,6 +224,15 @@ pub(super) async fn read(
         each(record, check.chain.head().unwrap_or(Hash::ZERO), line);
     }
     check.finish(&entries).map_err(LogProblem::into_disk_error)?;
+    // They are committed together, so what no checkpoint covers was written by somebody else.
+    let covered = published.as_ref().map_or(0, |published| published.size);
+    if covered != check.chain.size() {
+        let problem = format!(
+            "has {} records, and the checkpoint covers {covered}: somebody has written by hand",
+            check.chain.size()
+        );
+        return Err(corrupt("log_entry", problem));
+    }
     let head = transaction
         .query_opt("SELECT size, prev FROM log_head WHERE log = $1", &[&log])
         .await

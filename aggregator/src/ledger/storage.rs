@@ -69,6 +69,14 @@ pub(super) enum Reader {
 }
 
 impl Reader {
+    /// Why what is written may not be this process's to write.
+    pub(super) fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Files(..) => None,
+            Self::Postgres(reader) => reader.0.doubt(),
+        }
+    }
+
     /// One record's line.
     pub(super) fn line(&self, seq: u64) -> io::Result<Option<Vec<u8>>> {
         match self {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs};
 
 use coalmine_judge::{
-    note::Note,
+    note::{Checkpoint, Note},
     record::{RolloutEnd, RolloutStart},
 };
 

@@ -22,7 +22,7 @@ use super::{
     key::{self, Keys},
     storage::{Group, Line, Storage},
 };
-use crate::{BUILD, clock, metrics::Metrics};
+use crate::{BUILD, clock, disk, metrics::Metrics};
 
 /// Most records that share one sync.
 const MAX_GROUP: usize = 1_024;
@@ -123,11 +123,12 @@ impl Writer {
 
     /// After whoever knows more was asked: says what was set aside, signs what no checkpoint covers, removes orphans.
     fn put_in_order(&mut self) {
+        if self.health.distrust().is_some() {
+            // Nothing is written, and nothing taken away: what is missing may come back.
+            return;
+        }
         if let Storage::Files(files) = &self.storage {
             files.collect_orphans(&std::mem::take(&mut self.named));
-        }
-        if self.health.distrust().is_some() {
-            return;
         }
         if let Some((bytes, kept_in)) = self.torn.take() {
             self.note(Body::Gap { bytes, kept_in });
@@ -189,10 +190,7 @@ impl Writer {
 
     /// Takes note that a commit failed. When the disk is full, what is kept for that is given up for one record.
     fn failed(&mut self, error: &io::Error) {
-        let full = matches!(
-            error.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
-        );
+        let full = disk::is_full(error);
         tracing::error!(%error, log = self.log, "cannot write the decision log");
         let before = self.health.get().0;
         let state = if full { State::Full } else { State::Failing };
@@ -345,6 +343,9 @@ impl Writer {
     }
 
     fn keep_checkpoint(&self) {
+        if self.health.distrust().is_some() {
+            return;
+        }
         if let Some(published) = &*self.publish.borrow() {
             self.storage.keep_checkpoint(&published.note);
         }
@@ -362,6 +363,15 @@ impl Writer {
                 %error,
                 "the new key is named by the log and not in its place; start again to finish that"
             ),
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let why = "the writer of the decision log has failed".to_owned();
+            self.health.set(State::Failing, why);
         }
     }
 }

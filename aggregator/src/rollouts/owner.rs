@@ -101,6 +101,8 @@ pub(super) struct Owner {
     shared: Shared,
     /// Records that are not in the log yet, in order.
     pending: VecDeque<Pending>,
+    /// Why nothing could be recorded, if that was said.
+    told: Option<String>,
     broken: bool,
 }
 
@@ -112,6 +114,7 @@ impl Owner {
             view,
             shared,
             pending: VecDeque::new(),
+            told: None,
             broken: false,
         };
         if let Some(outcome) = &owner.judged.outcome {
@@ -169,6 +172,8 @@ impl Owner {
     /// Waits for the next thing to do.
     async fn select(&self, inbox: &mut mpsc::Receiver<Command>) -> Event {
         let judging = self.view.state != State::Halted && !self.broken && self.pending.len() < MAX_PENDING;
+        let tick = tokio::time::sleep(TICK);
+        tokio::pin!(tick);
         loop {
             let news = self.shared.news.notified();
             tokio::pin!(news);
@@ -179,10 +184,11 @@ impl Owner {
             tokio::select! {
                 command = inbox.recv() => return command.map_or(Event::Closed, Event::Command),
                 () = &mut news => {}
-                () = tokio::time::sleep(TICK) => {
+                () = &mut tick => {
                     if !self.pending.is_empty() {
                         return Event::Record;
                     }
+                    tick.as_mut().reset(tokio::time::Instant::now() + TICK);
                 }
             }
         }
@@ -286,6 +292,7 @@ impl Owner {
     }
 
     fn recorded(&mut self, hash: &str) {
+        self.told = None;
         match self.pending.pop_front().map(|pending| pending.entry) {
             None => {}
             Some(Entry::Deadline(deadline)) => tracing::info!(
@@ -311,26 +318,33 @@ impl Owner {
 
     /// Shows the newest decision although the log does not have it.
     fn unrecorded(&mut self, error: &str) {
-        tracing::error!(
-            rollout = self.judged.start.rollout,
-            pending = self.pending.len(),
-            error,
-            "decision not recorded yet"
-        );
-        let mut newest = None;
+        if self.told.as_deref() != Some(error) {
+            tracing::error!(
+                rollout = self.judged.start.rollout,
+                pending = self.pending.len(),
+                error,
+                "decision not recorded yet"
+            );
+            self.told = Some(error.to_owned());
+        }
+        let start = &self.judged.start;
+        let (mut newest, mut slot_ms) = (None, None);
         for pending in &mut self.pending {
             if let Entry::Decision(decision) = &mut pending.entry {
                 if pending.answer.is_none() {
                     // An approval that is held back has no effect, so it is not recorded late.
                     decision.late = decision.finding.verdict != Verdict::Approve.as_str();
                 }
+                let passed = decision.finding.window.saturating_sub(1) * start.window_ms;
+                slot_ms.get_or_insert(start.start_ms + passed);
                 newest = Some(&*decision);
             }
         }
-        if let Some(decision) = newest {
+        // A deadline's record alone changes nothing that is shown.
+        if let (Some(decision), Some(slot_ms)) = (newest, slot_ms) {
             self.view.decision(decision);
+            self.view.unrecorded(error, slot_ms);
         }
-        self.view.unrecorded(error);
     }
 
     fn fail(&mut self, problem: &str) {

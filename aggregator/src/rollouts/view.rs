@@ -148,14 +148,21 @@ impl View {
         }
     }
 
-    /// Shows a decision that could not be recorded: an approval becomes a HOLD.
-    pub(super) fn unrecorded(&mut self, error: &str) {
+    /// Shows a decision that could not be recorded, and the slot of the first one that is not: it may have to be judged
+    /// again.
+    pub(super) fn unrecorded(&mut self, error: &str, slot_ms: u64) {
+        self.hold_back(error);
+        self.recorded = false;
+        self.waits_for_ms = Some(slot_ms);
+    }
+
+    /// An approval becomes a HOLD.
+    pub(super) fn hold_back(&mut self, why: &str) {
         if self.verdict == v1::Verdict::Approve.as_str() {
             self.verdict = v1::Verdict::Hold.as_str().to_owned();
             self.confidence_ppm = None;
-            self.reason = format!("APPROVE is held back: {error}");
+            self.reason = format!("APPROVE is held back: {why}");
         }
-        self.recorded = false;
     }
 
     /// Shows that the rollout cannot go on.

@@ -108,8 +108,13 @@ async fn write(database: &Database, changes: &Changes) -> Result<(), WriteError>
 /// Puts the book back as it was committed last.
 pub(crate) async fn load(database: &Database, book: &mut Book) -> Result<(), DatabaseError> {
     let failed = |error: tokio_postgres::Error| DatabaseError::Failed(describe(&error));
-    let connection = database.connection().await?;
-    let rows = connection
+    let mut connection = database.connection().await?;
+    let transaction = connection.transaction().await.map_err(failed)?;
+    transaction
+        .batch_execute("SET LOCAL statement_timeout = 0")
+        .await
+        .map_err(failed)?;
+    let rows = transaction
         .query(
             // Names before slots and totals, as the alphabet has it in the C collation; shards by number.
             "SELECT service, key, payload FROM window_piece WHERE log = $1

@@ -15,6 +15,8 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 
+use crate::client::{cause, segment};
+
 /// How long one answer may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -132,7 +134,9 @@ impl Witness {
             path,
             checkpoint: note.to_owned(),
         };
-        let (status, is_size, body) = self.ask(request.to_string()).await?;
+        let (status, is_size, body) = self
+            .ask(Method::POST, "/add-checkpoint", request.to_string())
+            .await?;
         if status == StatusCode::OK {
             return self.cosigned(note, &body).ok_or(WitnessError::BadCosignature);
         }
@@ -150,12 +154,32 @@ impl Witness {
         })
     }
 
+    /// The latest checkpoint of a log that it has cosigned, as it has signed it. What the log's own key says is not
+    /// checked here.
+    pub async fn latest(&self, origin: &str) -> Result<String, WitnessError> {
+        let path = format!("/logs/{}", segment(origin));
+        let (status, _, body) = self.ask(Method::GET, &path, String::new()).await?;
+        if status != StatusCode::OK {
+            let detail = detail(&body);
+            return Err(WitnessError::Refused { status, detail });
+        }
+        let note = String::from_utf8(body.to_vec()).map_err(|_| WitnessError::BadCosignature)?;
+        let signed = Note::parse(&note).and_then(|note| note.verify(slice::from_ref(&self.key)).map(drop));
+        signed.map_err(|_| WitnessError::BadCosignature)?;
+        Ok(note)
+    }
+
     /// Status, whether the body is the size of a tree, body.
-    async fn ask(&self, body: String) -> Result<(StatusCode, bool, Bytes), WitnessError> {
+    async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: String,
+    ) -> Result<(StatusCode, bool, Bytes), WitnessError> {
         let unreachable = |cause: String| WitnessError::Unreachable(format!("{}: {cause}", self.url));
         let request = Request::builder()
-            .method(Method::POST)
-            .uri(format!("{}/add-checkpoint", self.url))
+            .method(method)
+            .uri(format!("{}{path}", self.url))
             .header(header::CONTENT_TYPE, "text/plain; charset=utf-8")
             .body(Full::new(Bytes::from(body)))
             .map_err(|error| unreachable(error.to_string()))?;
@@ -205,13 +229,4 @@ fn detail(body: &[u8]) -> String {
     }
     let visible = |c: char| if c.is_control() { ' ' } else { c };
     line.chars().take(MAX_DETAIL).map(visible).collect()
-}
-
-/// The innermost cause, which is what a person needs.
-fn cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

@@ -24,8 +24,11 @@ use serde_json::Value;
 use super::{Agents, POLICY, Promises, Traffic, ask, conserves, end_all, lines};
 use crate::stage;
 
-/// Small, and yet large enough for the few decisions of the test.
-const DISK: &str = "size=128k,mode=0755";
+/// Sixteen pages: a few decisions and windows fill it.
+const DISK: &str = "size=64k,mode=0755";
+
+/// So much more there is when space has come back.
+const LARGER: &str = "remount,size=4m";
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -61,6 +64,15 @@ impl Disk {
     }
 }
 
+impl Disk {
+    /// Makes room.
+    fn enlarge(&self) {
+        let mut mount = Command::new(tool("mount", "mount"));
+        let status = mount.args(["-o", LARGER]).arg(&self.0).status().unwrap();
+        assert!(status.success(), "the tmpfs cannot be enlarged");
+    }
+}
+
 impl Drop for Disk {
     fn drop(&mut self) {
         let unmounted = |options: &[&str]| {
@@ -79,31 +91,21 @@ impl Drop for Disk {
 
 /// A file that takes all the space that is left.
 #[derive(Debug)]
-struct Filler {
-    path: PathBuf,
-    file: File,
-}
+struct Filler(File);
 
 impl Filler {
     fn new(data: &Path) -> Self {
-        let path = data.join("filler");
-        let file = File::create(&path).unwrap();
-        Self { path, file }
+        Self(File::create(data.join("filler")).unwrap())
     }
 
     /// Takes what is free now; gives how many bytes that was.
     fn fill(&mut self) -> usize {
         let block = [0; 4_096];
         let mut taken = 0;
-        while let Ok(written) = self.file.write(&block) {
+        while let Ok(written) = self.0.write(&block) {
             taken += written;
         }
         taken
-    }
-
-    /// Gives all of it back.
-    fn remove(self) {
-        fs::remove_file(self.path).unwrap();
     }
 }
 
@@ -134,7 +136,7 @@ fn records(data: &Path, kind: &str) -> Vec<Value> {
 fn on_a_full_disk_nothing_is_approved_and_harm_is_shown_and_recorded_later() {
     let _stage = stage();
     let directory = tempfile::tempdir().unwrap();
-    let Some(_disk) = Disk::mount(&directory.path().join("data")) else {
+    let Some(disk) = Disk::mount(&directory.path().join("data")) else {
         return;
     };
     let mut aggregator = Aggregator::prepare_with(directory.path(), POLICY);
@@ -158,7 +160,7 @@ fn on_a_full_disk_nothing_is_approved_and_harm_is_shown_and_recorded_later() {
 
     // The next decision does not fit any more, and the reserve is given up for the record that says so.
     let mut filler = Filler::new(&data);
-    assert!(filler.fill() > 0);
+    filler.fill();
     within(LIMIT, "it is recorded that the disk is full", || {
         agents.turn(grpc, false);
         promises.ask_gate(http, &rollout);
@@ -208,7 +210,7 @@ fn on_a_full_disk_nothing_is_approved_and_harm_is_shown_and_recorded_later() {
     assert_eq!(is_recorded(decision), None);
 
     // Space is back.
-    filler.remove();
+    disk.enlarge();
     within(LIMIT, "the decision is recorded late", || {
         agents.turn(grpc, true);
         ask(http, &path).filter(|view| view["recorded"] == true)

@@ -6,13 +6,16 @@ use std::{fs, path::Path};
 use coalmine_aggregator::store;
 use coalmine_fuzz::{
     COSIGNED, FRAME_HEADER_BYTES, HERE, LOG, POLICY, checkpoints, entries, evidence, frames, growth,
-    histograms, keys, last_batch, lines, log_key, messages, proof, witness_key,
+    histograms, keys, last_batch, lines, log_key, messages, proof, rollout, witness_key,
 };
 use coalmine_judge::{
-    chain::Chain,
+    chain::{Chain, Hash},
+    evidence::Window,
+    manifest::{Manifest, Snapshot},
     note::{Checkpoint, Proof, SignerKey, VerifierKey},
     policy::Policy,
     record::Record,
+    v1::Judge,
 };
 use prost::Message as _;
 
@@ -26,6 +29,8 @@ fn main() {
     zstd_blob();
     policy();
     windows();
+    snapshots();
+    manifests();
     wal();
     add_checkpoint();
 }
@@ -170,6 +175,30 @@ fn windows() {
     let lines = evidence();
     write("evidence", "windows", lines.join("\n"));
     write("evidence", "window", &lines[0]);
+}
+
+fn snapshots() {
+    let mut judge = Judge::new(Policy::parse(POLICY).unwrap(), None, None).unwrap();
+    write("snapshot", "new", judge.save());
+    for (number, line) in (1..).zip(evidence()) {
+        judge.step(&Window::from_json(&line).unwrap()).unwrap();
+        if number >= 3 {
+            write("snapshot", &format!("window-{number}"), judge.save());
+        }
+    }
+}
+
+fn manifests() {
+    let mut manifest = Manifest::begin(rollout());
+    manifest.windows.push(Hash::of(b"window 1"));
+    write("manifest", "first", manifest.to_json());
+    let state = Hash::of(b"state");
+    manifest.rest_on(Snapshot { window: 10, state });
+    manifest
+        .windows
+        .extend([b"window 11", b"window 12"].map(|window| Hash::of(window)));
+    Manifest::parse(&manifest.to_json()).unwrap();
+    write("manifest", "later", manifest.to_json());
 }
 
 fn wal() {

@@ -10,7 +10,7 @@ use coalmine_aggregator::{
     store::{Entry, Store},
 };
 use coalmine_judge::{
-    chain::{Chain, Hash},
+    chain::{Chain, Hash, rotation},
     evidence::Window,
     note::{Checkpoint, Kind, Proof, SignerKey, VerifierKey},
     record::{Anomaly, Body, Decision, Finding, Follows, HoldDeadline, RolloutEnd, RolloutStart, Step},
@@ -84,19 +84,9 @@ pub fn keys() -> [VerifierKey; 2] {
     [log_key().verifier(), witness_key().verifier()]
 }
 
-fn bodies() -> Vec<Body> {
-    let anomaly = Anomaly {
-        unit: "tenant:acme".into(),
-        metric: "errors".into(),
-        state: "BREACH".into(),
-        severity: "critical".into(),
-        detail: "9 errors among 100 requests, \"é\"".into(),
-        limits: "max_rate 1 %".into(),
-        bits_q32: -1,
-        budget_q32: 1 << 36,
-        score_ppm: 12_345,
-    };
-    let start = RolloutStart {
+/// How a rollout begins.
+pub fn rollout() -> RolloutStart {
+    RolloutStart {
         rollout: "r-1".into(),
         key: "deploy-7".into(),
         service: "checkout".into(),
@@ -109,7 +99,25 @@ fn bodies() -> Vec<Body> {
         window_ms: 1_000,
         start_ms: NOW_MS,
         actor: "ci".into(),
+    }
+}
+
+fn bodies() -> Vec<Body> {
+    let anomaly = Anomaly {
+        unit: "tenant:acme".into(),
+        metric: "errors".into(),
+        state: "BREACH".into(),
+        severity: "critical".into(),
+        detail: "9 errors among 100 requests, \"é\"".into(),
+        limits: "max_rate 1 %".into(),
+        bits_q32: -1,
+        budget_q32: 1 << 36,
+        score_ppm: 12_345,
     };
+    let start = rollout();
+    let next = SignerKey::from_seed(LOG, Kind::Ed25519, &[8; 32])
+        .verifier()
+        .to_string();
     let finding = Finding {
         window: 1,
         verdict: "ROLLBACK".into(),
@@ -136,6 +144,8 @@ fn bodies() -> Vec<Body> {
         canary_version: start.canary_version.clone(),
         finding,
         evidence: Hash::of(b"evidence"),
+        manifest: Hash::of(b"manifest"),
+        snapshot: Some(Hash::of(b"snapshot")),
         policy: start.policy,
         judge: start.judge.clone(),
         build: "coalmine 0.1.0".into(),
@@ -187,9 +197,8 @@ fn bodies() -> Vec<Body> {
             verdict: "ROLLBACK".into(),
         }),
         Body::KeyRotation {
-            key: SignerKey::from_seed(LOG, Kind::Ed25519, &[8; 32])
-                .verifier()
-                .to_string(),
+            endorsed: log_key().sign(&rotation(LOG, &next), 0).trim_end().to_owned(),
+            key: next,
             reason: "yearly".into(),
         },
     ]
