@@ -11,7 +11,7 @@ demo: deps ## Judge a rollout on this machine, with one tenant failing
 
 test: deps lint ## Run every test; installs nginx, Prometheus, PostgreSQL and others through apt where they are missing
 	@deploy/deps.sh nginx=nginx-light promtool=prometheus prometheus=prometheus pgrep=procps musl-gcc=musl-tools \
-		/usr/lib/postgresql/15/bin/postgres=postgresql-15 openssl=openssl strace=strace
+		/usr/lib/postgresql/15/bin/postgres=postgresql-15 openssl=openssl strace=strace python3=python3 mount=mount
 	@rustup target add x86_64-unknown-linux-musl >/dev/null 2>&1 || echo "no musl target: the static build is not tested"
 	@cargo test --workspace --locked
 
@@ -20,9 +20,13 @@ lint: deps ## Check the form and the lints
 	@cargo clippy --workspace --all-targets --locked -- -D warnings
 
 bench: deps ## Print speed and cost as ratios against peers, in one run
-	@deploy/deps.sh nginx=nginx-light haproxy=haproxy
+	@deploy/deps.sh nginx=nginx-light haproxy=haproxy /usr/lib/postgresql/15/bin/postgres=postgresql-15
 	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
 	@cargo run --release --locked -p coalmine-tests --bin bench
+	@COALMINE_SEEDS=$(SEEDS) cargo test --locked -p coalmine-tests --test simulation -- --nocapture
+
+# How many simulations of agents, partitions and crashes.
+SEEDS = 200
 
 # For how long each target runs.
 SECONDS = 20

@@ -223,6 +223,37 @@ fn questions_to_a_server() {
     );
     refuses("coalmine", &["gate"], 64, &["<ROLLOUT>"]);
 
+    for (path, status, says) in [
+        (
+            "/v1/audit/consistency?from=0&to=99",
+            400,
+            "is no growth of this log",
+        ),
+        (
+            "/v1/audit/consistency?from=1&to=0",
+            400,
+            "is no growth of this log",
+        ),
+        (
+            "/v1/audit/consistency?from=-1&to=x",
+            400,
+            "from and to, two numbers",
+        ),
+        ("/v1/audit/consistency", 400, "from and to, two numbers"),
+        (
+            "/v1/rollouts/nothing/gate?proof=perhaps",
+            400,
+            "proof, true or false",
+        ),
+        ("/v1/decisions/nothing/proof", 404, "there is no decision"),
+    ] {
+        let answer = get(aggregator.http, path).unwrap();
+        assert_eq!(answer.status, status, "{path}: {}", answer.body);
+        assert!(answer.body.contains(says), "{path}: {}", answer.body);
+    }
+    let replayed = aggregator.post("/v1/decisions/nothing/replay", &json!(null));
+    assert_eq!(replayed.status, 404, "{}", replayed.body);
+
     // A version that no agent reports is a warning, and the rollout holds.
     let started = aggregator.post(
         "/v1/rollouts",

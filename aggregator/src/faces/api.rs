@@ -1,5 +1,7 @@
 //! The JSON API.
 
+use std::time::Duration;
+
 use axum::{
     Json, Router,
     extract::{DefaultBodyLimit, Path, Query, State, rejection::JsonRejection, rejection::QueryRejection},
@@ -29,6 +31,9 @@ const TEXT: &str = "text/plain; charset=utf-8";
 
 /// Largest body of a request, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 10;
+
+/// How long a request waits for the decision log.
+const RECORD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Most decisions in one answer.
 const MAX_LIMIT: usize = 1_000;
@@ -69,9 +74,8 @@ async fn start(
     let version = request.canary_version.clone();
     // A caller that goes away must not leave half a start behind.
     let rollouts = faces.rollouts.clone();
-    let started = tokio::spawn(async move { rollouts.start(request).await }).await;
-    let (view, new) =
-        started.map_err(|error| Problem::internal("the rollout cannot be started", &error))??;
+    let started = tokio::spawn(async move { rollouts.start(request).await });
+    let (view, new) = recorded("the rollout cannot be started", started).await??;
     let warnings = missing_version(&faces, &view.service, &version);
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     let location = format!("/v1/rollouts/{}", view.id);
@@ -80,6 +84,21 @@ async fn start(
         fields.insert("warnings".to_owned(), json!(warnings));
     }
     Ok((status, [(header::LOCATION, location)], Json(body)))
+}
+
+/// Waits for what is recorded on the way, but not without end: a database may be away.
+async fn recorded<T>(what: &str, work: tokio::task::JoinHandle<T>) -> Result<T, Problem> {
+    match tokio::time::timeout(RECORD_WITHIN, work).await {
+        Ok(done) => done.map_err(|error| Problem::internal(what, &error)),
+        Err(_) => Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!(
+                "{what} yet: the decision log has not answered within {} s; it may still be done, so ask again, with the \
+                 same key",
+                RECORD_WITHIN.as_secs()
+            ),
+        )),
+    }
 }
 
 /// A hint where agents of the service are connected, but none of this version.
@@ -236,7 +255,9 @@ async fn end(
     }
     let actor = request.actor.unwrap_or_else(|| "api".to_owned());
     let reason = request.reason.unwrap_or_else(|| "ended by request".to_owned());
-    let view = faces.rollouts.end(&id, actor, reason).await?;
+    let rollouts = faces.rollouts.clone();
+    let ended = tokio::spawn(async move { rollouts.end(&id, actor, reason).await });
+    let view = recorded("the rollout cannot be ended", ended).await??;
     Ok(Json(to_value(&*view)?))
 }
 
