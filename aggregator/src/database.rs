@@ -254,6 +254,7 @@ impl Database {
     pub async fn take_lease(mut self, owner: &str) -> Result<Self, DatabaseError> {
         let mut told = false;
         loop {
+            let asked = self.begun.elapsed();
             let taken = match self.try_lease(owner).await {
                 // Whoever stands by outlives a database that is away for a moment.
                 Err(error) if told => {
@@ -266,6 +267,7 @@ impl Database {
             match taken {
                 Ok(term) => {
                     self.term = term;
+                    self.note_renewal(asked);
                     break;
                 }
                 Err(holder) => {
@@ -277,7 +279,6 @@ impl Database {
                 }
             }
         }
-        self.note_renewal();
         tracing::info!(owner, term = self.term, log = %self.log, "the lease of the log is ours");
         tokio::spawn(self.clone().renew());
         Ok(self)
@@ -321,8 +322,8 @@ impl Database {
         Ok(Ok(term))
     }
 
-    fn note_renewal(&self) {
-        let ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    fn note_renewal(&self, asked: Duration) {
+        let ms = u64::try_from(asked.as_millis()).unwrap_or(u64::MAX);
         self.renewed_ms.store(ms, Ordering::Relaxed);
     }
 
@@ -342,6 +343,8 @@ impl Database {
         let seconds = LEASE.as_secs().to_string();
         loop {
             tokio::time::sleep(RENEW).await;
+            // The lease counts from the moment at which it was asked for, at the earliest.
+            let asked = self.begun.elapsed();
             let renewed = async {
                 let connection = self.get().await?;
                 let renewed = connection
@@ -353,9 +356,10 @@ impl Database {
                     .await?;
                 Ok::<_, WriteError>(renewed)
             };
-            match renewed.await {
+            let late = |_| Err(WriteError::Unknown("it does not answer".to_owned()));
+            match tokio::time::timeout(RENEW, renewed).await.unwrap_or_else(late) {
                 Ok(0) => step_down(&self.log),
-                Ok(_) => self.note_renewal(),
+                Ok(_) => self.note_renewal(asked),
                 Err(error) => tracing::warn!(?error, "cannot renew the lease of the log"),
             }
         }

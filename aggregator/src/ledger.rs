@@ -295,8 +295,18 @@ impl Ledger {
         if elsewhere.exists() {
             return Err(DiskError::Corrupt {
                 path: elsewhere,
-                problem: "says that the log of this directory's key is in a database; start with --postgres"
-                    .to_owned(),
+                problem:
+                    "says that the log of this directory's key is in a database; start with --postgres, or \
+                          remove it if that was a mistake"
+                        .to_owned(),
+            });
+        }
+        if data.join("new-log").exists() && options.follows.is_none() {
+            return Err(DiskError::Corrupt {
+                path: data.join("new-log"),
+                problem:
+                    "says that a new log was about to be opened; run `coalmine-aggregator new-log` again"
+                        .to_owned(),
             });
         }
         let lines = Arc::new(Lines::default());
@@ -349,15 +359,15 @@ impl Ledger {
                     .to_owned(),
             });
         }
-        let elsewhere = data.join(ELSEWHERE);
-        let written = disk::replace(&elsewhere, format!("{}\n", options.name).as_bytes());
-        written.map_err(|error| DiskError::io("write", &elsewhere, error))?;
         let mut index = Index::default();
         let held = postgres::read(database, |record, leaf, _| {
             index.add(&record, leaf);
             each(&record, leaf);
         });
         let held = held.await?;
+        let elsewhere = data.join(ELSEWHERE);
+        let written = disk::replace(&elsewhere, format!("{}\n", options.name).as_bytes());
+        written.map_err(|error| DiskError::io("write", &elsewhere, error))?;
         index.published = held.published;
         let opening = Opening {
             storage: Storage::Postgres(PgLog::new(database.clone())),

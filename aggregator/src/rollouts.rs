@@ -264,8 +264,19 @@ impl Rollouts {
         let read = ledger.read(seq);
         let read = read.map_err(|error| format!("record {seq} cannot be read: {error}"))?;
         match read.map(|read| read.record.body) {
-            Some(Body::Decision(decision)) => replay_decision(&decision, ledger.blobs())
-                .map_err(|problem| format!("{} does not replay: {problem}", decision.id)),
+            Some(Body::Decision(decision)) => {
+                let judged = replay_decision(&decision, ledger.blobs());
+                let judged =
+                    judged.map_err(|problem| format!("{} does not replay: {problem}", decision.id))?;
+                if judged.start == *start {
+                    Ok(judged)
+                } else {
+                    Err(format!(
+                        "{} rests on another beginning of the rollout",
+                        decision.id
+                    ))
+                }
+            }
             _ => Err(format!("record {seq} is no decision")),
         }
     }
@@ -365,7 +376,7 @@ impl Rollouts {
                     view.id, view.service, view.canary_version
                 )));
             }
-            return Ok((view, false));
+            return Ok((self.trusted(view), false));
         }
         if let Some(open) = self.open_rollout(&request.service) {
             return Err(RolloutError::Conflict(format!(
@@ -453,7 +464,7 @@ impl Rollouts {
     pub async fn end(&self, id: &str, actor: String, reason: String) -> Result<Arc<View>, RolloutError> {
         let handle = self.handle(id)?;
         if handle.view.borrow().state == State::Ended {
-            return Ok(handle.view.borrow().clone());
+            return Ok(self.trusted(handle.view.borrow().clone()));
         }
         let Some(commands) = handle.commands.as_ref().filter(|commands| !commands.is_closed()) else {
             return self.end_without_owner(id, &handle, actor, reason).await;
@@ -466,7 +477,7 @@ impl Rollouts {
             .await
             .map_err(|_| stopping())?;
         answer.await.map_err(|_| stopping())??;
-        Ok(handle.view.borrow().clone())
+        Ok(self.trusted(handle.view.borrow().clone()))
     }
 
     /// A rollout that cannot be judged any more can still be ended.

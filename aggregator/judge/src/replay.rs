@@ -187,6 +187,9 @@ pub fn replay_decision(decision: &Decision, blobs: &dyn Blobs) -> Result<Judged,
     if manifest.windows.last() != Some(&decision.evidence) {
         return Err("its manifest does not end with its evidence".to_owned());
     }
+    if manifest.snapshot.map(|snapshot| snapshot.state) != decision.snapshot {
+        return Err("its manifest begins with another snapshot".to_owned());
+    }
     let judged = Judged::resume(manifest, blobs)?;
     let outcome = judged.outcome.as_ref().ok_or("its manifest has no window")?;
     match decision.finding.difference(&Finding::of(outcome)) {

@@ -327,7 +327,7 @@ impl Book {
             instance: image.instance.clone(),
             build: agent.build.clone(),
             epoch: agent.epoch,
-            first_seq: agent.applied_seq + 1,
+            first_seq: agent.applied_seq.saturating_add(1),
         };
         let names = image.refs.into_iter().zip(image.numbers).collect();
         self.last_session = self.last_session.max(image.session);

@@ -35,6 +35,9 @@ const MAX_BODY_BYTES: usize = 64 << 10;
 /// How long a request waits for the decision log.
 const RECORD_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long the gate waits for a proof that goes with its answer.
+const PROVE_WITHIN: Duration = Duration::from_secs(1);
+
 /// Most decisions in one answer.
 const MAX_LIMIT: usize = 1_000;
 
@@ -206,7 +209,10 @@ async fn gate(
         .as_deref()
         .filter(|_| query.proof && view.recorded);
     let proof = match decision {
-        Some(decision) => proof_of(&faces, decision).await.ok(),
+        Some(decision) => {
+            let proof = tokio::time::timeout(PROVE_WITHIN, proof_of(&faces, decision)).await;
+            proof.ok().and_then(Result::ok)
+        }
         None => None,
     };
     let line = proof.as_ref().and_then(|proof| proof.extra.clone());

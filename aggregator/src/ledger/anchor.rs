@@ -133,11 +133,9 @@ impl Ledger {
                 Err(WitnessError::Conflict { .. } | WitnessError::Inconsistent(_)) => {
                     return self.ask_what_it_has_seen(witness).await;
                 }
-                Err(WitnessError::Refused { status, detail }) if status == StatusCode::FORBIDDEN => {
-                    // It knows the log, by another key.
-                    let name = witness.key().name();
-                    let problem = format!("the witness {name} knows the log by another key: {detail}");
-                    return distrust(&self.index(), State::Forked, &problem, None, &self.health);
+                // Perhaps it knows the log by another key.
+                Err(WitnessError::Refused { status, .. }) if status == StatusCode::FORBIDDEN => {
+                    return self.ask_what_it_has_seen(witness).await;
                 }
                 Err(error) => {
                     tracing::warn!(witness = witness.key().name(), %error, "the witness has not signed the checkpoint");

@@ -278,7 +278,22 @@ fn an_older_checkpoint_is_mended_and_an_older_state_is_found_by_whoever_knows_mo
     assert_eq!(ledger.health.get().0, State::Forked);
     close(ledger);
 
-    // A person decides: a new log that names the old one.
+    // A person decides: a new log that names the old one. A checkpoint that the key here has not signed is none.
+    let checkpoint_here = fs::read_to_string(&checkpoint).unwrap();
+    let forger =
+        coalmine_judge::note::SignerKey::from_seed("test", coalmine_judge::note::Kind::Ed25519, &[3; 32]);
+    let (text, _) = checkpoint_here.split_once("\n\n").unwrap();
+    fs::write(
+        &checkpoint,
+        Checkpoint::parse(&format!("{text}\n")).unwrap().sign([&forger]),
+    )
+    .unwrap();
+    let refused = new_log(data.path(), "test/2", "a backup was put back".into()).unwrap_err();
+    assert!(
+        refused.to_string().contains("is not signed by a known key"),
+        "{refused}"
+    );
+    fs::write(&checkpoint, checkpoint_here).unwrap();
     let aside = new_log(data.path(), "test/2", "a backup was put back".into()).unwrap();
     assert!(aside.join("decisions.jsonl").exists() && aside.join("key").exists());
     assert_eq!(problems(data.path()), Vec::<String>::new());
@@ -292,7 +307,8 @@ fn an_older_checkpoint_is_mended_and_an_older_state_is_found_by_whoever_knows_mo
         panic!("{first:?}")
     };
     assert_eq!((first.log.as_str(), follows.log.as_str()), ("test/2", "test"));
-    assert!(follows.size > 10);
+    let retired = LedgerFiles::new(&aside).scan(|_, _, _| {}).unwrap().chain;
+    assert_eq!((follows.size, follows.root), (retired.size(), retired.root()));
     assert_eq!(follows.reason, "a backup was put back");
 }
 
@@ -450,7 +466,20 @@ fn a_key_is_rotated_by_a_record_and_the_old_one_signs_beside_it_for_a_while() {
     close(ledger);
     assert_eq!(problems(data.path()), Vec::<String>::new());
 
-    // A rotation that ended between its record and the renames is finished, and one before its record is forgotten.
+    // A rotation that ended before the renames, or between them, is finished, and one before its record is forgotten.
+    let (key, next) = (data.path().join("key"), data.path().join("key.next"));
+    let newest = fs::read(&key).unwrap();
+    fs::write(&next, &newest).unwrap();
+    fs::write(&key, "PRIVATE+KEY+".to_owned() + "test+00000000+AAAA").unwrap();
+    assert!(
+        open(data.path()).is_err(),
+        "a key that is damaged is not replaced"
+    );
+    let older =
+        coalmine_judge::note::SignerKey::from_seed("test", coalmine_judge::note::Kind::Ed25519, &[4; 32]);
+    fs::write(&key, older.to_secret_text()).unwrap();
+    close(open(data.path()).unwrap());
+    assert!(!next.exists() && fs::read(&key).unwrap() == newest);
     fs::rename(data.path().join("key"), data.path().join("key.next")).unwrap();
     close(open(data.path()).unwrap());
     key::prepare(data.path(), "test").unwrap();

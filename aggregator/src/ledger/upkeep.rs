@@ -53,24 +53,23 @@ pub fn rotate_key(data: &Path, reason: String) -> Result<VerifierKey, DiskError>
 pub fn new_log(data: &Path, name: &str, reason: String) -> Result<PathBuf, DiskError> {
     let _lock = disk::lock(data)?;
     let files = LedgerFiles::new(data);
-    if !files.checkpoint_path().exists() {
-        require_log(&files)?;
-    }
-    let published = read_note(&files.checkpoint_path()).map_err(LogProblem::into_disk_error)?;
-    let old = published.map(|published| known(data, &published)).transpose()?;
-    if old.as_ref().is_some_and(|old| old.origin == name) {
-        return Err(DiskError::Corrupt {
-            path: files.checkpoint_path(),
-            problem: format!("is of a log named {name} too; give the new log another --log-name"),
-        });
-    }
-    let aside = data.join(format!("retired-{}", clock::now_ms()));
+    // What is about to be done is written down first, so that what breaks off is done again, and the same.
+    let plan = data.join("new-log");
+    let (aside, follows) = match read_plan(&plan)? {
+        Some(begun) => begun,
+        None => {
+            let begun = plan_for(data, &files, name, reason)?;
+            let text = serde_json::to_string(&begun).unwrap_or_default();
+            disk::replace(&plan, text.as_bytes()).map_err(|error| DiskError::io("write", &plan, error))?;
+            begun
+        }
+    };
+    let aside = data.join(aside);
     disk::create_dir(&aside)?;
-    // The key and the checkpoint go last: what breaks off in between is done again.
     let segments = files.segments().map_err(LogProblem::into_disk_error)?;
-    let mut moved = vec![data.join("evidence"), files.history_path(), data.join("key.old")];
-    moved.extend(segments.into_iter().rev().map(|segment| segment.path));
-    moved.extend([data.join("key"), files.checkpoint_path()]);
+    let mut moved: Vec<PathBuf> = segments.into_iter().rev().map(|segment| segment.path).collect();
+    let names = ["evidence", "checkpoints.txt", "checkpoint", "key.old", "key"];
+    moved.extend(names.map(|name| data.join(name)));
     for path in moved.into_iter().filter(|path| path.exists()) {
         let to = path.file_name().map(|name| aside.join(name)).unwrap_or_default();
         let renamed = std::fs::rename(&path, &to).and_then(|()| disk::sync_directory(&to));
@@ -79,17 +78,48 @@ pub fn new_log(data: &Path, name: &str, reason: String) -> Result<PathBuf, DiskE
     disk::sync_directory(&aside).map_err(|error| DiskError::io("sync", &aside, error))?;
     let options = Options {
         name: name.to_owned(),
-        follows: old.map(|old| Follows {
-            log: old.origin,
-            size: old.size,
-            root: old.root,
-            reason,
-        }),
+        follows,
         ..Options::default()
     };
     let opened = Ledger::open(data, options, Arc::new(Metrics::new()), |_, _| {})?;
     drop(opened.ledger.stop().blocking_recv());
+    std::fs::remove_file(&plan).map_err(|error| DiskError::io("remove", &plan, error))?;
     Ok(aside)
+}
+
+/// Where the old files go, and what the new log will say of the old one.
+type Plan = (String, Option<Follows>);
+
+fn read_plan(path: &Path) -> Result<Option<Plan>, DiskError> {
+    match std::fs::read(path) {
+        Ok(text) => serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|error| DiskError::Corrupt {
+                path: path.to_owned(),
+                problem: format!("is no plan of a new log: {error}"),
+            }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(DiskError::io("read", path, error)),
+    }
+}
+
+fn plan_for(data: &Path, files: &LedgerFiles, name: &str, reason: String) -> Result<Plan, DiskError> {
+    require_log(files)?;
+    let published = read_note(&files.checkpoint_path()).map_err(LogProblem::into_disk_error)?;
+    let old = published.map(|published| known(data, &published)).transpose()?;
+    if old.as_ref().is_some_and(|old| old.origin == name) {
+        return Err(DiskError::Corrupt {
+            path: files.checkpoint_path(),
+            problem: format!("is of a log named {name} too; give the new log another --log-name"),
+        });
+    }
+    let follows = old.map(|old| Follows {
+        log: old.origin,
+        size: old.size,
+        root: old.root,
+        reason,
+    });
+    Ok((format!("retired-{}", clock::now_ms()), follows))
 }
 
 /// A log that is not there cannot be put in order: in a wrong directory one would be begun.

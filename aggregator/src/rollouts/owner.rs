@@ -124,9 +124,13 @@ impl Owner {
     }
 
     fn show_metrics(&self, outcome: &Outcome, before: Option<&Outcome>) {
+        let mut view = self.view.clone();
+        if let Some(why) = self.shared.ledger.trouble() {
+            view.hold_back(&why);
+        }
         let View {
             service, id, verdict, ..
-        } = &self.view;
+        } = &view;
         self.shared.metrics.decided(service, id, verdict, outcome, before);
     }
 
@@ -281,12 +285,18 @@ impl Owner {
             let answer = match tokio::time::timeout(RECORD_WITHIN, answer).await {
                 Ok(answer) => answer.unwrap_or(Err(AppendError::Closed)),
                 // Still on its way: what was submitted is not submitted again.
-                Err(_) => return self.unrecorded("the decision log does not answer"),
+                Err(_) => return self.unrecorded("the decision log does not answer", true),
             };
             pending.answer = None;
             match answer {
                 Ok(appended) => self.recorded(&appended.hash.to_string()),
-                Err(error) => return self.unrecorded(&error.to_string()),
+                Err(error @ AppendError::Untrusted(_)) => {
+                    // It will never be recorded, so nothing of it is kept.
+                    self.unrecorded(&error.to_string(), false);
+                    self.pending.clear();
+                    return;
+                }
+                Err(error) => return self.unrecorded(&error.to_string(), true),
             }
         }
     }
@@ -316,8 +326,8 @@ impl Owner {
         }
     }
 
-    /// Shows the newest decision although the log does not have it.
-    fn unrecorded(&mut self, error: &str) {
+    /// Shows the newest decision although the log does not have it. Its windows are kept if it may still be recorded.
+    fn unrecorded(&mut self, error: &str, may_be_recorded: bool) {
         if self.told.as_deref() != Some(error) {
             tracing::error!(
                 rollout = self.judged.start.rollout,
@@ -341,9 +351,9 @@ impl Owner {
             }
         }
         // A deadline's record alone changes nothing that is shown.
-        if let (Some(decision), Some(slot_ms)) = (newest, slot_ms) {
+        if let Some(decision) = newest {
             self.view.decision(decision);
-            self.view.unrecorded(error, slot_ms);
+            self.view.unrecorded(error, slot_ms.filter(|_| may_be_recorded));
         }
     }
 

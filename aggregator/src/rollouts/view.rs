@@ -148,12 +148,12 @@ impl View {
         }
     }
 
-    /// Shows a decision that could not be recorded, and the slot of the first one that is not: it may have to be judged
+    /// Shows a decision that could not be recorded, and the slot of the first one that is not, if it may have to be judged
     /// again.
-    pub(super) fn unrecorded(&mut self, error: &str, slot_ms: u64) {
+    pub(super) fn unrecorded(&mut self, error: &str, slot_ms: Option<u64>) {
         self.hold_back(error);
         self.recorded = false;
-        self.waits_for_ms = Some(slot_ms);
+        self.waits_for_ms = slot_ms.or(self.waits_for_ms);
     }
 
     /// An approval becomes a HOLD.

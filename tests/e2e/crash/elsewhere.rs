@@ -109,6 +109,9 @@ fn is_distrusted(aggregator: &Aggregator, rollout: &str, state: &str, says: &str
     let ready = get(aggregator.admin, "/readyz").unwrap();
     assert!(ready.status == 503 && ready.body.contains(says), "{}", ready.body);
     let metrics = get(aggregator.admin, "/metrics").unwrap().body;
+    let approves = |line: &&str| line.starts_with("coalmine_rollout_verdict{") && line.contains("APPROVE");
+    let approved = metrics.lines().find(approves);
+    assert!(approved.is_none_or(|line| line.ends_with(" 0")), "{approved:?}");
     let line = format!("coalmine_audit_log_state{{state=\"{state}\"}} 1");
     assert!(metrics.lines().any(|metric| metric == line), "{metrics}");
 }
@@ -329,6 +332,7 @@ fn a_copy_of_the_checkpoint_knows_of_forks_and_a_new_log_names_the_one_that_it_r
     aggregator.kill_9();
 
     // A person opens another log.
+    let retired_size = lines(&aggregator.data).len();
     let refused = upkeep(&[
         "new-log",
         "--data",
@@ -359,6 +363,7 @@ fn a_copy_of_the_checkpoint_knows_of_forks_and_a_new_log_names_the_one_that_it_r
     let first: Value = serde_json::from_str(&lines(&aggregator.data)[0]).unwrap();
     assert_eq!(first["body"]["follows"]["log"], "coalmine/default", "{first}");
     assert_eq!(first["body"]["follows"]["reason"], "a fork");
+    assert_eq!(first["body"]["follows"]["size"], retired_size);
     approved(&aggregator, &mut agents);
     agents.flush(aggregator.grpc);
     accounts_for(&aggregator, &agents.made());
@@ -423,7 +428,17 @@ fn a_log_whose_key_was_rotated_in_segments_is_verified_exported_and_read_with_ha
     let (done, said) = upkeep(&["rotate-key", "--data", &data, "--reason", "yearly"]);
     assert!(done, "{said}");
     aggregator.launch();
-    approved(&aggregator, &mut agents);
+    // Long enough for a snapshot, with a restart that goes on from it.
+    let rollout = approved(&aggregator, &mut agents);
+    for windows in [12, 14] {
+        eventually("more windows are judged", || {
+            agents.turn(aggregator.grpc, false);
+            let view = ask(aggregator.http, &format!("/v1/rollouts/{rollout}"))?;
+            (view["recorded"] == true && view["windows_judged"].as_u64()? >= windows).then_some(())
+        });
+        aggregator.kill_9();
+        aggregator.launch();
+    }
     agents.flush(aggregator.grpc);
     conserves(&aggregator, &agents.made());
     end_all(&aggregator);
@@ -473,15 +488,15 @@ fn a_log_whose_key_was_rotated_in_segments_is_verified_exported_and_read_with_ha
             "{output:?}"
         );
     }
-    // One decision from the middle, from its snapshot.
+    // One decision, from its snapshot and nothing else.
     let decisions: Vec<Value> = whole
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
     let of = |record: &&Value| record["body"]["type"] == "decision";
-    let last = decisions.iter().rfind(of).unwrap()["body"]["id"]
-        .as_str()
-        .unwrap();
+    let last = &decisions.iter().rfind(of).unwrap()["body"];
+    assert!(last["snapshot"].is_string(), "{last}");
+    let last = last["id"].as_str().unwrap();
     let one = coalmine(["replay", last, "--data", &to.display().to_string()]);
     assert!(
         one.status.success() && String::from_utf8_lossy(&one.stdout).contains("the same bytes"),

@@ -91,8 +91,10 @@ fn without_the_database_nothing_is_approved_and_afterwards_all_is_recorded_once(
         (answer.status == 503).then_some(answer)
     });
     assert!(unready.body.contains("database"), "{:?}", unready.body);
-    let metrics = get(aggregator.admin, "/metrics").unwrap().body;
-    assert!(metrics.contains("coalmine_audit_writable 0\n"), "{metrics}");
+    eventually("the metric says so", || {
+        let metrics = get(aggregator.admin, "/metrics").ok()?.body;
+        metrics.contains("coalmine_audit_writable 0\n").then_some(())
+    });
     // Judging goes on meanwhile.
     eventually("more windows are judged", || {
         play.view()

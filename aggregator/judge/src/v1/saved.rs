@@ -103,7 +103,7 @@ impl Judge {
             for (name, tenant) in left.by_ref().take(count as usize) {
                 let name = TenantName::parse_counted(&name);
                 let name = name.map_err(|error| wrong(format!("a tenant's name {error}")))?;
-                if !tenant.is_sound() {
+                if !tenant.is_sound(clock.windows) {
                     return Err(wrong(format!("what is kept of tenant {name}")));
                 }
                 group.push((name, tenant));

@@ -472,9 +472,11 @@ impl Tenant {
         }
     }
 
-    /// Whether what was read as a tenant can be one: what stands for places is within its tables.
-    pub(super) fn is_sound(&self) -> bool {
-        self.past.is_sound() && self.marks.is_sound()
+    /// Whether what was read as a tenant can be one after so many windows: what stands for places is within its tables,
+    /// and nothing has happened later than now.
+    pub(super) fn is_sound(&self, windows: u32) -> bool {
+        let latest = self.seen.max(self.admitted).max(self.block.opened).max(self.serial);
+        latest <= windows && self.past.is_sound() && self.marks.is_sound()
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
