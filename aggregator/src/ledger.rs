@@ -4,7 +4,7 @@
 //! DATA/decisions.jsonl         the segment that is written to: one record a line; see coalmine_judge::record
 //! DATA/decisions-NNN.jsonl     a sealed segment, by the position of its first record; its last one is a segment_seal
 //! DATA/decisions.jsonl.torn-T  what stood after the last whole record when the log was opened at time T
-//! DATA/checkpoint              log name, number of records, Merkle root, signed; replaced after each commit
+//! DATA/checkpoint              log name, number of records, Merkle root, signed; replaced after commits
 //! DATA/checkpoints.txt         checkpoints kept for good (at starts, heartbeats, seals): notes, an empty line after each
 //! DATA/evidence/ab/ab12...     blobs: zstd, named by the SHA-256 of their stored bytes
 //! DATA/key, DATA/key.old       the keys that sign, secret; see `key`
@@ -13,8 +13,9 @@
 //! DATA/.lock                   held by the process that writes
 //! ```
 //!
-//! Order of a commit: the blobs, synced; the lines, synced; the checkpoint, synced; then the callers are
-//! answered. So a record without its blobs cannot exist, and an answered record is on disk.
+//! Order of a commit: the blobs, synced; the lines, synced; the checkpoint signed and published; then the callers are
+//! answered. So a record without its blobs cannot exist, and an answered record is on disk. The file of the checkpoint is
+//! written with it, under load a moment later (at most 50 ms): a log that is longer than its checkpoint is signed again.
 //!
 //! On opening, the longest prefix of whole, linked records is kept; an incomplete last line is set aside, and a record
 //! says so. A log that is shorter than a checkpoint beside it, or differs from it, or is wrong in the middle, is refused.
@@ -312,7 +313,7 @@ impl Ledger {
         let lines = Arc::new(Lines::default());
         let (mut index, mut named, mut places) = (Index::default(), HashSet::new(), Vec::new());
         let mut scan = files
-            .scan(|record, leaf, place| {
+            .scan_own(|record, leaf, place| {
                 index.add(&record, leaf);
                 named.extend(record.body.blobs().into_iter().map(|(_, digest)| digest));
                 places.push(place);

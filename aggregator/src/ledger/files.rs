@@ -132,6 +132,8 @@ pub(super) struct Check {
     pub(super) chain: Chain,
     /// Checkpoints that cover more than was read, with where each comes from, in the order of their sizes.
     ahead: VecDeque<(PathBuf, Published)>,
+    /// How many records are known to have been accepted when they were written.
+    accepted: u64,
 }
 
 impl Check {
@@ -140,12 +142,27 @@ impl Check {
         Self {
             chain: Chain::default(),
             ahead: known.into(),
+            accepted: 0,
+        }
+    }
+
+    /// For whoever has written the log: what its checkpoint covers was accepted before. If that is not so, the checkpoint
+    /// will tell.
+    pub(super) fn trusting(self, published: Option<&Published>) -> Self {
+        Self {
+            accepted: published.map_or(0, |published| published.size),
+            ..self
         }
     }
 
     /// Takes the next line, which stands in `file`.
     pub(super) fn accept(&mut self, line: &[u8], file: &Path) -> Result<Record, LogProblem> {
-        let record = self.chain.accept(line).map_err(|error| LogProblem {
+        let accepted = if self.chain.size() < self.accepted {
+            self.chain.accept_again(line)
+        } else {
+            self.chain.accept(line)
+        };
+        let record = accepted.map_err(|error| LogProblem {
             file: file.to_owned(),
             problem: error.to_string(),
         })?;
@@ -278,10 +295,24 @@ impl LedgerFiles {
         self.scan_against(Vec::new(), each)
     }
 
+    /// The same for whoever has written the log; see `Check::trusting`.
+    pub(super) fn scan_own(&self, each: impl FnMut(Record, Hash, Place)) -> Result<Scan, LogProblem> {
+        self.scan_with(Vec::new(), true, each)
+    }
+
     /// The same, and holds it against checkpoints that were kept elsewhere too.
     pub fn scan_against(
         &self,
         elsewhere: Vec<(PathBuf, Published)>,
+        each: impl FnMut(Record, Hash, Place),
+    ) -> Result<Scan, LogProblem> {
+        self.scan_with(elsewhere, false, each)
+    }
+
+    fn scan_with(
+        &self,
+        elsewhere: Vec<(PathBuf, Published)>,
+        own: bool,
         mut each: impl FnMut(Record, Hash, Place),
     ) -> Result<Scan, LogProblem> {
         let published = self.read_checkpoint()?;
@@ -298,7 +329,7 @@ impl LedgerFiles {
                 .into_iter()
                 .map(|published| (self.history_path(), published)),
         );
-        let mut check = Check::new(known);
+        let mut check = Check::new(known).trusting(published.as_ref().filter(|_| own));
         let segments = self.segments()?;
         let mut scan = Scan {
             chain: Chain::default(),

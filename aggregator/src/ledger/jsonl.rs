@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::{FileExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use coalmine_judge::chain::Hash;
@@ -21,6 +21,12 @@ use crate::{
     clock,
     disk::{self, DiskError},
 };
+
+/// Under load the checkpoint's file is written at most so often: it needs two syncs of its own.
+const CHECKPOINT_EVERY: Duration = Duration::from_millis(50);
+
+/// How long to wait after it could not be written.
+const CHECKPOINT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Largest reserve, in bytes.
 const RESERVE_BYTES: u64 = 1 << 20;
@@ -83,6 +89,10 @@ pub(super) struct Jsonl {
     bytes: u64,
     segment_bytes: u64,
     reserve: Reserve,
+    /// When the checkpoint's file was written, and what should be in it if that is more.
+    checkpoint_at: Option<Instant>,
+    checkpoint_due: Option<String>,
+    checkpoint_every: Duration,
 }
 
 impl Jsonl {
@@ -116,6 +126,9 @@ impl Jsonl {
             bytes: scan.current_bytes,
             segment_bytes,
             reserve,
+            checkpoint_at: None,
+            checkpoint_due: None,
+            checkpoint_every: CHECKPOINT_EVERY,
             files,
         };
         Ok((jsonl, torn))
@@ -157,12 +170,40 @@ impl Jsonl {
         }
         self.bytes += bytes.len() as u64;
         self.lines.add(places);
-        let published = disk::replace(&self.files.checkpoint_path(), group.note.as_bytes());
-        if let Err(error) = &published {
-            // The records are on disk; it is written again with the next group.
-            tracing::error!(%error, "cannot write the checkpoint of the decision log");
+        // The records are on disk, whatever becomes of the checkpoint: a log that is longer than it is signed again.
+        self.checkpoint_due = Some(group.note.clone());
+        let recent = self
+            .checkpoint_at
+            .is_some_and(|at| at.elapsed() < self.checkpoint_every);
+        Ok(recent || self.write_checkpoint())
+    }
+
+    /// How long the checkpoint's file may still wait; none if it says what it should.
+    pub(super) fn checkpoint_due_in(&self) -> Option<Duration> {
+        self.checkpoint_due.as_ref()?;
+        let every = self.checkpoint_every;
+        let since = self.checkpoint_at.map_or(every, |at| at.elapsed());
+        Some(every.saturating_sub(since))
+    }
+
+    /// Writes the checkpoint's file, if it does not say what it should; says whether it does then.
+    pub(super) fn write_checkpoint(&mut self) -> bool {
+        let Some(note) = self.checkpoint_due.take() else {
+            return true;
+        };
+        self.checkpoint_at = Some(Instant::now());
+        match disk::replace(&self.files.checkpoint_path(), note.as_bytes()) {
+            Ok(()) => {
+                self.checkpoint_every = CHECKPOINT_EVERY;
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot write the checkpoint of the decision log");
+                self.checkpoint_every = CHECKPOINT_AGAIN;
+                self.checkpoint_due = Some(note);
+                false
+            }
         }
-        Ok(published.is_ok())
     }
 
     /// Whether the current segment is large or old enough; gives the position of its first record and its length.

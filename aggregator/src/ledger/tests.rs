@@ -175,6 +175,7 @@ fn a_log_that_is_cut_anywhere_is_found_and_only_an_unanswered_tail_is_set_aside(
         fs::read(data.path().join(kept_in)).unwrap(),
         b"{\"body\":{\"actor"
     );
+    close(ledger);
     assert_eq!(problems(data.path()), Vec::<String>::new());
 }
 

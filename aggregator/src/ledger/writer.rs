@@ -81,10 +81,17 @@ impl Writer {
     pub(super) fn run(mut self, messages: &mpsc::Receiver<Message>) {
         let mut begun = false;
         loop {
-            let first = match messages.recv_timeout(self.options.heartbeat) {
+            let due = match &self.storage {
+                Storage::Files(files) => files.checkpoint_due_in(),
+                Storage::Postgres(_) => None,
+            };
+            let patience = due.unwrap_or(self.options.heartbeat);
+            let first = match messages.recv_timeout(patience) {
                 Ok(message) => message,
                 Err(RecvTimeoutError::Timeout) => {
-                    if begun {
+                    if due.is_some() {
+                        self.write_checkpoint();
+                    } else if begun {
                         self.note(Body::Heartbeat {});
                         self.keep_checkpoint();
                     }
@@ -114,10 +121,27 @@ impl Writer {
                 self.seal_if_due();
             }
             if let Some(tell) = stop {
+                self.write_checkpoint();
                 // Whoever asked may have gone away.
                 tell.send(()).ok();
                 return;
             }
+        }
+    }
+
+    /// Writes the checkpoint's file, if it is behind.
+    fn write_checkpoint(&mut self) {
+        let Storage::Files(files) = &mut self.storage else {
+            return;
+        };
+        // What else is wrong with the log stays so.
+        match (files.write_checkpoint(), self.health.get().0) {
+            (false, State::Ok) => {
+                let why = "the checkpoint of the decision log cannot be written".to_owned();
+                self.health.set(State::Failing, why);
+            }
+            (true, State::Failing) => self.health.set(State::Ok, String::new()),
+            _ => {}
         }
     }
 

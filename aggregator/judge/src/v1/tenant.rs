@@ -475,7 +475,7 @@ impl Tenant {
     /// Whether what was read as a tenant can be one after so many windows: what stands for places is within its tables,
     /// and nothing has happened later than now.
     pub(super) fn is_sound(&self, windows: u32) -> bool {
-        let latest = self.seen.max(self.admitted).max(self.block.opened).max(self.serial);
+        let latest = self.seen.max(self.admitted).max(self.block.opened);
         latest <= windows && self.past.is_sound() && self.marks.is_sound()
     }
 
