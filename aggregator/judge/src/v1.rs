@@ -27,6 +27,7 @@ use std::{
     sync::Arc,
 };
 
+use borsh::{BorshDeserialize, BorshSerialize};
 use coalmine_proto::names::TenantName;
 
 pub use self::outcome::{Deadline, Outcome, State, TenantStates, Unit, UnitReport, Verdict};
@@ -125,6 +126,12 @@ pub struct Judge {
     service: Service,
     /// Evidence that proves the fleet's safety on one required metric.
     proof: Bits,
+    clock: Clock,
+}
+
+/// How far the rollout is, and what was said of it.
+#[derive(Debug, Clone, Default, BorshSerialize, BorshDeserialize)]
+struct Clock {
     /// Windows judged.
     windows: u32,
     last: Option<u64>,
@@ -220,15 +227,7 @@ impl Judge {
             service: Service::new(&policy, limits)?,
             limits,
             proof: log2_ceil(1_000_000_000, u128::from(parts.max(1)))?,
-            windows: 0,
-            last: None,
-            last_ms: 0,
-            begun_ms: None,
-            held_since_ms: None,
-            deadline_told: false,
-            approved_late: false,
-            halted: false,
-            expired: None,
+            clock: Clock::default(),
             policy,
             history,
         })
@@ -241,7 +240,7 @@ impl Judge {
 
     /// The number of the last window taken.
     pub fn last_window(&self) -> Option<u64> {
-        self.last
+        self.clock.last
     }
 
     /// The bytes of memory that are kept for tenants, with their places in the indexes; the text of their names is shared
@@ -254,7 +253,7 @@ impl Judge {
 
     /// Takes one window and says what follows.
     pub fn step(&mut self, window: &Window) -> Result<Outcome, StepError> {
-        if let Some(last) = self.last
+        if let Some(last) = self.clock.last
             && window.number <= last
         {
             return Err(StepError::Order {
@@ -262,11 +261,11 @@ impl Judge {
                 last,
             });
         }
-        if window.start_ms < self.last_ms {
+        if window.start_ms < self.clock.last_ms {
             return Err(StepError::Time {
                 got: window.number,
                 got_ms: window.start_ms,
-                last_ms: self.last_ms,
+                last_ms: self.clock.last_ms,
             });
         }
         let follows = |pair: &[TenantWindow]| matches!(pair, [a, b] if a.tenant < b.tenant);
@@ -274,15 +273,15 @@ impl Judge {
             return Err(StepError::Rows(place + 1));
         }
         self.admit(window)?;
-        if let Some(last) = self.last.replace(window.number) {
+        if let Some(last) = self.clock.last.replace(window.number) {
             self.service.miss(window.number - last - 1);
         }
-        self.last_ms = window.start_ms;
-        let begun_ms = *self.begun_ms.get_or_insert(window.start_ms);
+        self.clock.last_ms = window.start_ms;
+        let begun_ms = *self.clock.begun_ms.get_or_insert(window.start_ms);
         if self.is_warming_up(window, begun_ms) {
             self.observe(window);
         } else {
-            self.windows = self.windows.saturating_add(1);
+            self.clock.windows = self.clock.windows.saturating_add(1);
             self.take(window);
         }
         Ok(self.conclude(window))
@@ -312,7 +311,7 @@ impl Judge {
                 self.take_tenant(number, Some(row));
             }
         }
-        while let Some((_, id, serial)) = self.due.pop_front_if(|(due, ..)| *due <= self.windows) {
+        while let Some((_, id, serial)) = self.due.pop_front_if(|(due, ..)| *due <= self.clock.windows) {
             let open = self.tenants[id as usize].open_block();
             if open.is_some_and(|(open, _)| open == serial) {
                 self.take_tenant(id, None);
@@ -330,7 +329,7 @@ impl Judge {
     fn relax_the_silent(&mut self) {
         let silent = |number: &u32| {
             let tenant = &self.tenants[*number as usize];
-            tenant.is_left_suspected(self.windows, service::NODATA_WINDOWS)
+            tenant.is_left_suspected(self.clock.windows, service::NODATA_WINDOWS)
         };
         let left: Vec<u32> = self
             .roster
@@ -363,12 +362,12 @@ impl Judge {
         let min_requests = self.policy.rollout.min_coverage.requests;
         self.tally.remove(tenant, min_requests);
         let before = tenant.open_block();
-        let small = self.policy.has_tail() && tenant.is_small(self.windows);
+        let small = self.policy.has_tail() && tenant.is_small(self.clock.windows);
         let (tests, bars) = (
             &self.tests[tenant.tests as usize],
             &self.bars[tenant.bars as usize],
         );
-        let step = tenant.take(row, self.windows, &self.shared, tests, bars);
+        let step = tenant.take(row, self.clock.windows, &self.shared, tests, bars);
         self.tally.add(tenant, min_requests);
         if let Some((serial, due)) = tenant.open_block()
             && before.is_none_or(|(before, _)| before != serial)
@@ -403,7 +402,7 @@ impl Judge {
             newcomers.sort();
             newcomers.dedup();
         }
-        let new = |name: &TenantName| (name.clone(), Tenant::new(self.windows));
+        let new = |name: &TenantName| (name.clone(), Tenant::new(self.clock.windows));
         let newcomers = newcomers.into_iter().map(new).collect();
         Ok(self.admit_group(newcomers)?)
     }
@@ -456,7 +455,7 @@ impl Judge {
     /// Reads the verdict off the state.
     fn conclude(&mut self, window: &Window) -> Outcome {
         let mut findings = Findings::new(self);
-        let begun_ms = self.begun_ms.unwrap_or(window.start_ms);
+        let begun_ms = self.clock.begun_ms.unwrap_or(window.start_ms);
         if self.is_warming_up(window, begun_ms) {
             findings.warm_up(self.policy.rollout.warm_up);
         }
@@ -468,7 +467,7 @@ impl Judge {
             findings.tenant(self, name, &self.tenants[number as usize]);
         }
         findings.require_critical(self);
-        self.halted |= findings.has_breach();
+        self.clock.halted |= findings.has_breach();
         let mut outcome = findings.conclude(self, window);
         self.watch_the_clock(window, &mut outcome);
         outcome
@@ -476,23 +475,23 @@ impl Judge {
 
     /// Ends a HOLD that has lasted too long, as the policy says.
     fn watch_the_clock(&mut self, window: &Window, outcome: &mut Outcome) {
-        if self.expired.is_some() {
+        if self.clock.expired.is_some() {
             return;
         }
         if outcome.verdict != Verdict::Hold {
-            self.held_since_ms = None;
-            self.deadline_told = false;
-            self.approved_late = false;
+            self.clock.held_since_ms = None;
+            self.clock.deadline_told = false;
+            self.clock.approved_late = false;
             return;
         }
         let trouble = outcome.units.iter().any(|report| report.state.is_trouble());
         // After an approval by the deadline, trouble is a new HOLD.
-        if self.approved_late && trouble {
-            self.approved_late = false;
-            self.deadline_told = false;
-            self.held_since_ms = None;
+        if self.clock.approved_late && trouble {
+            self.clock.approved_late = false;
+            self.clock.deadline_told = false;
+            self.clock.held_since_ms = None;
         }
-        let since = *self.held_since_ms.get_or_insert(window.start_ms);
+        let since = *self.clock.held_since_ms.get_or_insert(window.start_ms);
         let held_ms = window
             .start_ms
             .saturating_add(window.len_ms)
@@ -509,13 +508,13 @@ impl Judge {
             self.policy.defaults.hold_deadline.micros,
             is_compared,
         );
-        self.approved_late = expired == Verdict::Approve;
+        self.clock.approved_late = expired == Verdict::Approve;
         if expired == Verdict::Rollback {
-            self.halted = true;
-            self.expired = Some(outcome.reason.clone());
+            self.clock.halted = true;
+            self.clock.expired = Some(outcome.reason.clone());
         }
-        if !self.deadline_told {
-            self.deadline_told = true;
+        if !self.clock.deadline_told {
+            self.clock.deadline_told = true;
             outcome.deadline = Some(deadline);
         }
     }

@@ -235,23 +235,24 @@ impl Findings {
                 tally.judged_tenants, tally.tenants,
             ));
         }
-        if judge.windows < policy.min_windows {
+        if judge.clock.windows < policy.min_windows {
             self.missing.push(format!(
                 "only {} of at least {} windows were judged",
-                judge.windows, policy.min_windows
+                judge.clock.windows, policy.min_windows
             ));
         }
         let trouble = self.units.iter().any(|report| report.state.is_trouble());
-        let verdict = if judge.halted {
+        let verdict = if judge.clock.halted {
             Verdict::Rollback
         } else if trouble || !self.missing.is_empty() {
             Verdict::Hold
         } else {
             Verdict::Approve
         };
-        let by_deadline = judge.expired.is_some();
+        let by_deadline = judge.clock.expired.is_some();
         let confidence = 1_000_000_u32.saturating_sub(u32::try_from(policy.alpha.ppb / 1_000).unwrap_or(0));
         let reason = judge
+            .clock
             .expired
             .clone()
             .unwrap_or_else(|| self.reason(judge, verdict, traffic_ppm));
@@ -270,7 +271,7 @@ impl Findings {
             window: window.number,
             verdict,
             score_ppm: self.score_ppm,
-            halted: judge.halted,
+            halted: judge.clock.halted,
             reason,
             worst_tenant: self.worst.as_ref().and(self.worst_tenant.as_ref()).and_then(
                 |report| match &report.unit {

@@ -18,19 +18,6 @@ use std::{collections::VecDeque, sync::Arc};
 /// What a saved state begins with.
 const FORM: &[u8] = b"judge-fx/1 state 1\n";
 
-#[derive(BorshSerialize, BorshDeserialize)]
-struct Clock {
-    windows: u32,
-    last: Option<u64>,
-    last_ms: u64,
-    begun_ms: Option<u64>,
-    held_since_ms: Option<u64>,
-    deadline_told: bool,
-    approved_late: bool,
-    halted: bool,
-    expired: Option<String>,
-}
-
 /// Why a state cannot be gone on with.
 fn not_sound(problem: &str) -> String {
     format!("is no state of this judge: {problem}")
@@ -47,18 +34,7 @@ impl Judge {
     }
 
     fn save_to(&self, out: &mut Vec<u8>) -> io::Result<()> {
-        Clock {
-            windows: self.windows,
-            last: self.last,
-            last_ms: self.last_ms,
-            begun_ms: self.begun_ms,
-            held_since_ms: self.held_since_ms,
-            deadline_told: self.deadline_told,
-            approved_late: self.approved_late,
-            halted: self.halted,
-            expired: self.expired.clone(),
-        }
-        .serialize(out)?;
+        self.clock.serialize(out)?;
         let names: Vec<&str> = self.roster.names().iter().map(TenantName::as_str).collect();
         (&names, &self.groups_admitted, &self.tenants, &self.due).serialize(out)?;
         for group in &self.groups {
@@ -89,7 +65,7 @@ impl Judge {
 
     fn restore_from(&mut self, saved: &mut &[u8]) -> io::Result<()> {
         let wrong = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
-        let clock = Clock::deserialize(saved)?;
+        self.clock = BorshDeserialize::deserialize(saved)?;
         let names = Vec::<String>::deserialize(saved)?;
         let together = Vec::<u32>::deserialize(saved)?;
         let tenants = Vec::<Tenant>::deserialize(saved)?;
@@ -103,7 +79,7 @@ impl Judge {
             for (name, tenant) in left.by_ref().take(count as usize) {
                 let name = TenantName::parse_counted(&name);
                 let name = name.map_err(|error| wrong(format!("a tenant's name {error}")))?;
-                if !tenant.is_sound(clock.windows) {
+                if !tenant.is_sound(self.clock.windows) {
                     return Err(wrong(format!("what is kept of tenant {name}")));
                 }
                 group.push((name, tenant));
@@ -123,15 +99,6 @@ impl Judge {
         if !self.service.restore(saved)? {
             return Err(wrong("the policy asks for another metric of the pool".to_owned()));
         }
-        self.windows = clock.windows;
-        self.last = clock.last;
-        self.last_ms = clock.last_ms;
-        self.begun_ms = clock.begun_ms;
-        self.held_since_ms = clock.held_since_ms;
-        self.deadline_told = clock.deadline_told;
-        self.approved_late = clock.approved_late;
-        self.halted = clock.halted;
-        self.expired = clock.expired;
         Ok(())
     }
 }
