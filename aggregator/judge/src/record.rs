@@ -68,6 +68,13 @@ pub enum Body {
     Deadline(HoldDeadline),
     /// A rollout ends.
     End(RolloutEnd),
+    /// A decision was acted on before it was on record, and its record, which was under way already, does not say so.
+    LateRecord {
+        /// The rollout's name.
+        rollout: String,
+        /// The decision.
+        decision: String,
+    },
     /// Nothing was recorded for a while, and the log is alive.
     Heartbeat {},
     /// The last record of a segment; what follows is in another file.
@@ -124,6 +131,7 @@ impl Body {
             Self::Decision(_) => "decision",
             Self::Deadline(_) => "deadline",
             Self::End(_) => "end",
+            Self::LateRecord { .. } => "late_record",
             Self::Heartbeat {} => "heartbeat",
             Self::SegmentSeal { .. } => "segment_seal",
             Self::KeyRotation { .. } => "key_rotation",

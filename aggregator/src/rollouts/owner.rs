@@ -64,6 +64,19 @@ struct Pending {
     blobs: Vec<Blob>,
     /// The log's answer, while it is awaited.
     answer: Option<oneshot::Receiver<Result<Appended, AppendError>>>,
+    /// Whether it took effect while the answer was awaited.
+    shown: bool,
+}
+
+impl Pending {
+    fn new(entry: Entry, blobs: Vec<Blob>) -> Self {
+        Self {
+            entry,
+            blobs,
+            answer: None,
+            shown: false,
+        }
+    }
 }
 
 /// What is recorded of a window.
@@ -73,6 +86,8 @@ enum Entry {
     Decision(Box<Decision>),
     /// That a HOLD has lasted as long as it may.
     Deadline(HoldDeadline),
+    /// That a decision, by name, took effect before it was on record.
+    Late(String, String),
 }
 
 impl Entry {
@@ -80,6 +95,10 @@ impl Entry {
         match self {
             Self::Decision(decision) => Body::Decision(decision.clone()),
             Self::Deadline(deadline) => Body::Deadline(deadline.clone()),
+            Self::Late(rollout, decision) => Body::LateRecord {
+                rollout: rollout.clone(),
+                decision: decision.clone(),
+            },
         }
     }
 }
@@ -253,11 +272,8 @@ impl Owner {
         let manifest = Blob::pack(self.judged.manifest.to_json().as_bytes()).map_err(refused)?;
         let decision = self.decide(&window, &outcome, (&evidence, &manifest), frozen, judged);
         blobs.extend([evidence, manifest]);
-        self.pending.push_back(Pending {
-            entry: Entry::Decision(Box::new(decision)),
-            blobs,
-            answer: None,
-        });
+        self.pending
+            .push_back(Pending::new(Entry::Decision(Box::new(decision)), blobs));
         self.judged.outcome = Some(outcome);
         self.tell_deadline();
         Ok(())
@@ -266,11 +282,8 @@ impl Owner {
     /// Puts the record of a hold deadline in line, if the last window reached it.
     pub(super) fn tell_deadline(&mut self) {
         if let Some(deadline) = self.judged.hold_deadline() {
-            self.pending.push_back(Pending {
-                entry: Entry::Deadline(deadline),
-                blobs: Vec::new(),
-                answer: None,
-            });
+            self.pending
+                .push_back(Pending::new(Entry::Deadline(deadline), Vec::new()));
         }
     }
 
@@ -303,16 +316,23 @@ impl Owner {
 
     fn recorded(&mut self, hash: &str) {
         self.told = None;
-        match self.pending.pop_front().map(|pending| pending.entry) {
-            None => {}
-            Some(Entry::Deadline(deadline)) => tracing::info!(
+        let Some(Pending { entry, shown, .. }) = self.pending.pop_front() else {
+            return;
+        };
+        match entry {
+            Entry::Late(..) => {}
+            Entry::Deadline(deadline) => tracing::info!(
                 rollout = deadline.rollout,
                 held_ms = deadline.held_ms,
                 on_deadline = deadline.on_deadline,
                 verdict = deadline.verdict,
                 "hold deadline recorded"
             ),
-            Some(Entry::Decision(decision)) => {
+            Entry::Decision(decision) => {
+                if shown && !decision.late {
+                    let late = Entry::Late(decision.rollout.clone(), decision.id.clone());
+                    self.pending.push_front(Pending::new(late, Vec::new()));
+                }
                 tracing::info!(
                     rollout = decision.rollout,
                     window = decision.finding.window,
@@ -341,9 +361,12 @@ impl Owner {
         let (mut newest, mut slot_ms) = (None, None);
         for pending in &mut self.pending {
             if let Entry::Decision(decision) = &mut pending.entry {
+                // An approval that is held back has no effect, so it is not recorded late.
+                let late = decision.finding.verdict != Verdict::Approve.as_str();
                 if pending.answer.is_none() {
-                    // An approval that is held back has no effect, so it is not recorded late.
-                    decision.late = decision.finding.verdict != Verdict::Approve.as_str();
+                    decision.late = late;
+                } else {
+                    pending.shown |= late;
                 }
                 let passed = decision.finding.window.saturating_sub(1) * start.window_ms;
                 slot_ms.get_or_insert(start.start_ms + passed);

@@ -12,7 +12,7 @@ use coalmine_tests::{
 };
 use serde_json::Value;
 
-use super::{Play, is_ready};
+use super::{FAILING, Play, is_ready};
 use crate::stage;
 
 /// Shorter than a lease, which another instance would have to wait for.
@@ -115,6 +115,43 @@ fn without_the_database_nothing_is_approved_and_afterwards_all_is_recorded_once(
     assert_eq!(gate(), Some(2), "the gate is shut");
     play.cutter.silence(false);
     play.goes_on();
+    play.finish();
+}
+
+#[test]
+fn harm_is_shown_without_the_database_and_recorded_later_with_a_mark() {
+    let _stage = stage();
+    let play = Play::begin(Some(FAILING));
+    eventually("a decision is on record", || {
+        play.view()
+            .filter(|view| view["recorded"] == true && view["verdict"] == "HOLD")
+    });
+    play.cutter.refuse(true);
+    let shown = eventually("harm is shown without a record", || {
+        play.view()
+            .filter(|view| view["verdict"] == "ROLLBACK" && view["recorded"] == false)
+    });
+    play.cutter.refuse(false);
+    eventually("it is on record", || {
+        play.view().filter(|view| view["recorded"] == true)
+    });
+    // Either it says so itself, or a record after it does, where it was on its way already.
+    let decision = &shown["decision_id"];
+    let marked = |body: &Value| match body["type"].as_str() {
+        Some("decision") => body["id"] == *decision && body["late"] == true,
+        Some("late_record") => body["decision"] == *decision,
+        _ => false,
+    };
+    eventually("it is marked as late", || {
+        let lines = play
+            .postgres
+            .query("SELECT convert_from(line, 'UTF8') FROM log_entry ORDER BY seq");
+        let mut records = lines
+            .concat()
+            .into_iter()
+            .map(|line| serde_json::from_str::<Value>(&line).unwrap());
+        records.find(|record| marked(&record["body"]))
+    });
     play.finish();
 }
 

@@ -45,7 +45,7 @@ fn check(bytes: &[u8]) {
     for entry in found {
         rebuild.take(&mut book, entry, NOW_MS + 10_000);
     }
-    book.disconnect_all();
+    book.disconnect_all(NOW_MS);
     book.image();
     book.evict(NOW_MS + 1_000_000, |_| None);
 }
