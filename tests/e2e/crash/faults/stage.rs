@@ -11,7 +11,7 @@ use std::{
 };
 
 use coalmine_tests::{
-    components::Aggregator, eventually, process::Process, speaker::Speaker, tools::tool, within,
+    components::Aggregator, eventually, http::get, process::Process, speaker::Speaker, tools::tool, within,
 };
 use tempfile::TempDir;
 
@@ -225,6 +225,12 @@ impl Stage {
 
     /// Lets strace see a thread that is running.
     fn attach(&mut self, target: Target, options: &[String]) {
+        // The file of the checkpoint may follow a moment later; nothing else is written without being asked.
+        let file = self.aggregator.data.join("checkpoint");
+        eventually("the thread that writes the log has nothing to do", || {
+            let published = get(self.aggregator.http, "/v1/audit/checkpoint").ok()?.body;
+            (fs::read_to_string(&file).ok()? == published).then_some(())
+        });
         let thread = target.thread().and_then(|name| self.aggregator.thread(name));
         let thread = thread.expect("the aggregator has a thread of that name");
         let mut words = self.strace(options).into_iter();
