@@ -93,6 +93,8 @@ pub(super) struct Jsonl {
     checkpoint_at: Option<Instant>,
     checkpoint_due: Option<String>,
     checkpoint_every: Duration,
+    /// Whether the last commit had more than one record.
+    busy: bool,
 }
 
 impl Jsonl {
@@ -129,6 +131,7 @@ impl Jsonl {
             checkpoint_at: None,
             checkpoint_due: None,
             checkpoint_every: CHECKPOINT_EVERY,
+            busy: false,
             files,
         };
         Ok((jsonl, torn))
@@ -172,10 +175,13 @@ impl Jsonl {
         self.lines.add(places);
         // The records are on disk, whatever becomes of the checkpoint: a log that is longer than it is signed again.
         self.checkpoint_due = Some(group.note.clone());
+        // Records that come together mean that more are waiting.
+        let busy = group.lines.len() > 1;
+        let waits = std::mem::replace(&mut self.busy, busy) || busy;
         let recent = self
             .checkpoint_at
             .is_some_and(|at| at.elapsed() < self.checkpoint_every);
-        Ok(recent || self.write_checkpoint())
+        Ok((waits && recent) || self.write_checkpoint())
     }
 
     /// How long the checkpoint's file may still wait; none if it says what it should.
