@@ -134,6 +134,10 @@ impl Case<'_> {
             Fault::Error(_) if matches!(self.call, "fsync" | "fdatasync") => {
                 assert_eq!(code, Some(1), "a failed sync must end the process: {status}");
             }
+            // The standard library panics where a directory that it has listed cannot be closed.
+            Fault::Error(_) if ended.is_some() && self.call == "close" => {
+                assert!(matches!(code, Some(1 | 101)), "{status}");
+            }
             Fault::Error(_) if ended.is_some() => assert_eq!(code, Some(1), "{status}"),
             Fault::Error(_) => assert!(
                 *complete && status.success(),
