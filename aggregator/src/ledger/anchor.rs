@@ -138,7 +138,12 @@ impl Ledger {
                     return self.ask_what_it_has_seen(witness).await;
                 }
                 Err(error) => {
-                    tracing::warn!(witness = witness.key().name(), %error, "the witness has not signed the checkpoint");
+                    tracing::warn!(
+                        witness = witness.key().name(),
+                        address = witness.url(),
+                        %error,
+                        "the witness has not signed the checkpoint"
+                    );
                     return;
                 }
             }
