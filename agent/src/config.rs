@@ -5,8 +5,12 @@ mod values;
 use std::{ffi::OsString, net::SocketAddr, time::Duration};
 
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
-use coalmine_proto::names::{Arm, check_name};
+use coalmine_proto::{
+    names::{Arm, check_name},
+    rule,
+};
 
+use crate::pool::{CustomMetric, ScrapeUrl};
 use crate::tenant::Rule;
 pub use values::Target;
 use values::{address, aggregator, bytes, duration};
@@ -57,15 +61,11 @@ struct Flags {
     #[arg(long, value_name = "NAME", env = "COALMINE_AGENT_INSTANCE", value_parser = name)]
     instance: Option<String>,
 
-    /// Where a request's tenant stands: header:NAME, host:{tenant}.example.com, path:/t/{tenant}/ or
-    /// fixed:NAME; the first that applies decides (repeatable, or separated by commas)
-    #[arg(
-        long,
-        value_name = "RULE",
-        env = "COALMINE_AGENT_TENANT",
-        value_delimiter = ','
-    )]
-    tenant: Vec<Rule>,
+    /// Where a request's tenant stands: header:NAME, host:{tenant}.example.com, path:/t/{tenant}/,
+    /// query:NAME, jwt:CLAIM (decoded, not verified) or fixed:NAME, then |lower or |regex=PATTERN; the first
+    /// that applies decides (repeatable, or separated by white space)
+    #[arg(long, value_name = "RULE", env = "COALMINE_AGENT_TENANT")]
+    tenant: Vec<String>,
 
     /// Length of a window
     #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_WINDOW", default_value = "1s", value_parser = window)]
@@ -88,6 +88,38 @@ struct Flags {
     /// Longest wait for a connection to the application
     #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_CONNECT_TIMEOUT", default_value = "5s", value_parser = duration)]
     connect_timeout: Duration,
+
+    /// A connection on which neither side has sent a byte for so long is ended; 0s for never
+    #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_IDLE_TIMEOUT", default_value = "1h", value_parser = duration)]
+    idle_timeout: Duration,
+
+    /// Tell the application the client's address, with a PROXY protocol header of version 2 before the
+    /// client's first byte; the application must expect it
+    #[arg(long, env = "COALMINE_AGENT_PROXY_PROTOCOL")]
+    proxy_protocol: bool,
+
+    /// Port of the application's database, whose connections are counted in the pod's network; 0 for none
+    #[arg(
+        long,
+        value_name = "PORT",
+        env = "COALMINE_AGENT_POOL_PORT",
+        default_value_t = 5432
+    )]
+    pool_port: u16,
+
+    /// Where the application exposes the metrics of its connection pool, as in http://127.0.0.1:9100/metrics
+    #[arg(long, value_name = "URL", env = "COALMINE_AGENT_POOL_SCRAPE")]
+    pool_scrape: Option<ScrapeUrl>,
+
+    /// A metric of the pool that is not known by its name, as in used=my_pool_in_use; roles are used, idle,
+    /// open, max, waiters, acquires, waits, timeouts and wait_seconds (repeatable, or separated by commas)
+    #[arg(
+        long,
+        value_name = "ROLE=NAME",
+        env = "COALMINE_AGENT_POOL_METRIC",
+        value_delimiter = ','
+    )]
+    pool_metric: Vec<CustomMetric>,
 
     /// Longest wait, after SIGTERM, for requests to end
     #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_DRAIN", default_value = "20s", value_parser = duration)]
@@ -147,6 +179,16 @@ pub struct Config {
     pub max_connections: usize,
     /// Longest wait for a connection to the application.
     pub connect_timeout: Duration,
+    /// How long a connection may be silent; zero for ever.
+    pub idle_timeout: Duration,
+    /// Whether the application is told the client's address.
+    pub proxy_protocol: bool,
+    /// Port of the application's database; 0 for none.
+    pub pool_port: u16,
+    /// Where the application's pool is scraped.
+    pub pool_scrape: Option<ScrapeUrl>,
+    /// Metrics of the pool by names of the user's own.
+    pub pool_metrics: Vec<CustomMetric>,
     /// Longest wait for requests to end when stopping.
     pub drain: Duration,
     /// Format of the log.
@@ -192,13 +234,8 @@ impl Config {
             Some(instance) => instance,
             None => default_instance(flags.listen)?,
         };
-        let tenant = flags.tenant;
-        if let Some(at) = tenant.iter().position(|rule| matches!(rule, Rule::Fixed(_)))
-            && at + 1 < tenant.len()
-        {
-            let text = "no --tenant rule can follow fixed:NAME, which always applies";
-            return Err(UsageError(text.to_owned()));
-        }
+        let tenant = rule::parse_list(flags.tenant.iter().map(String::as_str))
+            .map_err(|why| UsageError(format!("--tenant: {why}")))?;
         if flags.listen == flags.admin && flags.listen.port() != 0 {
             let text = format!("--listen and --admin are both {}", flags.listen);
             return Err(UsageError(text));
@@ -222,6 +259,11 @@ impl Config {
             max_tenants: flags.max_tenants as usize,
             max_connections: flags.max_connections as usize,
             connect_timeout: flags.connect_timeout,
+            idle_timeout: flags.idle_timeout,
+            proxy_protocol: flags.proxy_protocol,
+            pool_port: flags.pool_port,
+            pool_scrape: flags.pool_scrape,
+            pool_metrics: flags.pool_metric,
             drain: flags.drain,
             log: flags.log,
         })

@@ -27,6 +27,7 @@ pub enum Stage {
 pub struct Gate {
     stage: Cell<Stage>,
     next: Cell<u64>,
+    roll_calls: Cell<u32>,
     wakers: RefCell<HashMap<u64, Option<Waker>>>,
     left: Notify,
 }
@@ -36,6 +37,8 @@ pub struct Gate {
 pub struct Ticket {
     key: u64,
     is_watching: bool,
+    /// Roll calls that it has answered.
+    answered: u32,
 }
 
 impl Gate {
@@ -44,6 +47,7 @@ impl Gate {
         Self {
             stage: Cell::new(Stage::Open),
             next: Cell::new(0),
+            roll_calls: Cell::new(0),
             wakers: RefCell::default(),
             left: Notify::new(),
         }
@@ -57,6 +61,10 @@ impl Gate {
     /// Moves on and wakes all connections.
     pub fn advance(&self, stage: Stage) {
         self.stage.set(stage.max(self.stage.get()));
+        self.wake();
+    }
+
+    fn wake(&self) {
         for waker in self.wakers.borrow().values().flatten() {
             waker.wake_by_ref();
         }
@@ -70,7 +78,21 @@ impl Gate {
         Ticket {
             key,
             is_watching: false,
+            answered: self.roll_calls.get(),
         }
+    }
+
+    /// Wakes all connections, so that each can see whether it has been silent for too long. One clock for all
+    /// takes the place of a timer for each.
+    pub fn call_roll(&self) {
+        self.roll_calls.set(self.roll_calls.get().wrapping_add(1));
+        self.wake();
+    }
+
+    /// Whether there was a roll call that this connection has not answered; this is its answer.
+    pub fn is_roll_call(&self, ticket: &mut Ticket) -> bool {
+        let calls = self.roll_calls.get();
+        std::mem::replace(&mut ticket.answered, calls) != calls
     }
 
     /// The stage; the task is woken when it changes. A ticket must stay with one task.

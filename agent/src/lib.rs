@@ -3,7 +3,8 @@
 //! Read in this order: [`config`] (what it is told), [`run`] (two threads and what is between them);
 //! on the data thread `proxy` (accept and stop), `relay` (bytes), [`observer`] (what they mean),
 //! [`tenant`] (whose they are), [`recorder`] (counts), `sealer` (windows); on the control thread
-//! `session` (the aggregator), [`ring`] (what it does not have yet), [`metrics`] and `admin`.
+//! `session` (the aggregator), [`ring`] (what it does not have yet), `context` (what is known of the pod:
+//! [`pool`], `sockets`, `host`), [`metrics`] and `admin`.
 //!
 //! [`Session`] is public for the simulation (tests/simulation), which gives it other [`Surroundings`].
 
@@ -11,7 +12,6 @@ pub mod config;
 pub mod run;
 
 pub mod gate;
-mod http2;
 pub mod observer;
 mod proxy;
 pub mod recorder;
@@ -23,8 +23,13 @@ pub mod window;
 
 mod admin;
 pub mod backoff;
+mod context;
+pub mod handover;
+mod host;
 pub mod metrics;
+pub mod pool;
 pub mod ring;
 mod session;
+mod sockets;
 
 pub use session::{Dial, Dialling, Session, Surroundings};

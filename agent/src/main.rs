@@ -4,6 +4,7 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use coalmine_agent::{
     config::{Command, LogFormat},
+    handover::Inherited,
     run::Bound,
 };
 use tracing_subscriber::{EnvFilter, fmt};
@@ -27,6 +28,13 @@ fn main() -> ExitCode {
             return ExitCode::from(EX_USAGE);
         }
     };
+    let inherited = match Inherited::take() {
+        Ok(inherited) => inherited,
+        Err(error) => {
+            eprintln!("coalmine-agent: {error}");
+            return ExitCode::from(EX_USAGE);
+        }
+    };
     log_to_stderr(config.log);
     tracing::info!(
         agent = env!("CARGO_PKG_VERSION"),
@@ -36,7 +44,7 @@ fn main() -> ExitCode {
         instance = config.instance,
         "starting"
     );
-    match Bound::new(config).and_then(Bound::run_until_signal) {
+    match Bound::with(config, inherited).and_then(Bound::run_until_signal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("coalmine-agent: {error}");

@@ -9,6 +9,7 @@ use coalmine_proto::{
     exposition::{classic_buckets, classic_text},
     histogram::Histogram,
     names::Outcome,
+    v1,
 };
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet, text},
@@ -16,7 +17,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{config::Config, observer::Opaque, recorder::Sealed, ring::Ring};
+use crate::{config::Config, observer::Opaque, pool::Pools, recorder::Sealed, ring::Ring};
 
 /// All metrics of the agent. Cloning gives another handle to the same ones.
 #[derive(Debug, Clone)]
@@ -24,6 +25,10 @@ pub struct Metrics {
     registry: Arc<Registry>,
     requests: Family<OutcomeLabel, Counter>,
     durations: Durations,
+    first_bytes: Durations,
+    received_bytes: Counter,
+    sent_bytes: Counter,
+    malformed: Counter,
     connections: Gauge,
     connections_total: Counter,
     opaque: Family<ReasonLabel, Counter>,
@@ -31,7 +36,9 @@ pub struct Metrics {
     in_flight: Gauge,
     tenants: Gauge,
     tenant_overflow: Counter,
+    tenant_replaced: Counter,
     tenant_rejected: Counter,
+    refused_rules: Counter,
     windows: Counter,
     ring_bytes: Gauge<u64, AtomicU64>,
     ring_merged: Counter,
@@ -39,6 +46,9 @@ pub struct Metrics {
     connected: Gauge,
     reconnects: Counter,
     durable_seq: Gauge<u64, AtomicU64>,
+    pools: Arc<Pools>,
+    scrapes: Counter,
+    failed_scrapes: Counter,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -57,11 +67,15 @@ struct Durations(Arc<Mutex<Histogram>>);
 
 impl Metrics {
     /// Metrics of an agent with this configuration, all at zero.
-    pub fn new(config: &Config) -> Self {
+    pub fn new(config: &Config, pools: Arc<Pools>) -> Self {
         let mut new = Self {
             registry: Arc::default(),
             requests: Family::default(),
             durations: Durations::default(),
+            first_bytes: Durations::default(),
+            received_bytes: Counter::default(),
+            sent_bytes: Counter::default(),
+            malformed: Counter::default(),
             connections: Gauge::default(),
             connections_total: Counter::default(),
             opaque: Family::default(),
@@ -69,7 +83,9 @@ impl Metrics {
             in_flight: Gauge::default(),
             tenants: Gauge::default(),
             tenant_overflow: Counter::default(),
+            tenant_replaced: Counter::default(),
             tenant_rejected: Counter::default(),
+            refused_rules: Counter::default(),
             windows: Counter::default(),
             ring_bytes: Gauge::default(),
             ring_merged: Counter::default(),
@@ -77,6 +93,9 @@ impl Metrics {
             connected: Gauge::default(),
             reconnects: Counter::default(),
             durable_seq: Gauge::default(),
+            pools,
+            scrapes: Counter::default(),
+            failed_scrapes: Counter::default(),
         };
         for outcome in Outcome::ALL {
             drop(new.requests.get_or_create(&OutcomeLabel {
@@ -99,6 +118,26 @@ impl Metrics {
             "request_duration_seconds",
             "From the first byte of the request to the last of the answer",
             self.durations.clone(),
+        );
+        r.register(
+            "time_to_first_byte_seconds",
+            "From the first byte of the request to the first of the answer",
+            self.first_bytes.clone(),
+        );
+        r.register(
+            "received_bytes",
+            "Bytes passed on to the application",
+            self.received_bytes.clone(),
+        );
+        r.register(
+            "sent_bytes",
+            "Bytes passed on to clients",
+            self.sent_bytes.clone(),
+        );
+        r.register(
+            "malformed_requests",
+            "Requests of HTTP/2 that break the rules for headers; they are nobody's and not counted",
+            self.malformed.clone(),
         );
         r.register(
             "connections",
@@ -130,6 +169,26 @@ impl Metrics {
             "tenant_overflow_requests",
             "Requests counted as __overflow__ because of --max-tenants",
             self.tenant_overflow.clone(),
+        );
+        r.register(
+            "tenant_replaced",
+            "Tenants that lost their place to busier ones",
+            self.tenant_replaced.clone(),
+        );
+        r.register(
+            "tenant_rules_refused",
+            "Lists of tenant rules of the aggregator that cannot be read; the ones before stay in force",
+            self.refused_rules.clone(),
+        );
+        r.register(
+            "pool_scrapes",
+            "Times that the application's pool was asked",
+            self.scrapes.clone(),
+        );
+        r.register(
+            "pool_scrapes_failed",
+            "Of these, how many brought no metrics",
+            self.failed_scrapes.clone(),
         );
         r.register(
             "tenant_rejected",
@@ -192,19 +251,23 @@ impl Metrics {
             });
             raise(&counter, totals.opaque[reason as usize]);
         }
-        let mut durations = self.durations.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for row in &sealed.window.rows {
-            if let Err(error) = durations.merge_wire(&row.latency) {
-                tracing::error!(%error, "a window's latencies cannot be read");
-            }
-        }
+        self.durations
+            .add(sealed.window.rows.iter().map(|row| &row.latency));
+        self.first_bytes.add([&sealed.first_byte]);
         self.connections.set(sealed.window.host.connections.into());
         self.in_flight.set(sealed.window.host.in_flight.into());
         raise(&self.connections_total, totals.connections);
         self.tenants
             .set(i64::try_from(sealed.tenants).unwrap_or(i64::MAX));
         raise(&self.tenant_overflow, totals.overflow_requests);
+        raise(&self.tenant_replaced, totals.replaced_tenants);
         raise(&self.tenant_rejected, totals.rejected_names);
+        raise(&self.refused_rules, totals.refused_rules);
+        raise(&self.malformed, totals.malformed);
+        raise(&self.received_bytes, totals.received_bytes);
+        raise(&self.sent_bytes, totals.sent_bytes);
+        raise(&self.scrapes, self.pools.scrapes());
+        raise(&self.failed_scrapes, self.pools.failed_scrapes());
         raise(&self.dial_exhausted, totals.dial_exhausted);
         raise(&self.windows, totals.windows);
     }
@@ -241,6 +304,17 @@ fn raise(counter: &Counter, sum: u64) {
 }
 
 // === impl Durations ===
+
+impl Durations {
+    fn add<'h>(&self, more: impl IntoIterator<Item = &'h v1::Histogram>) {
+        let mut durations = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for part in more {
+            if let Err(error) = durations.merge_wire(part) {
+                tracing::error!(%error, "a window's latencies cannot be read");
+            }
+        }
+    }
+}
 
 impl EncodeMetric for Durations {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {

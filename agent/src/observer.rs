@@ -9,12 +9,19 @@
 //!
 //! Where it cannot be sure which bytes belong to which message it stops, for good, and says why
 //! ([`Opaque`]). It would rather count nothing than count wrongly.
+//!
+//! Read in this order: [`Observer`] (which protocol), [`Http1`] with `head` and `body`, [`Http2`] with what
+//! is below it.
 
 mod body;
 mod head;
 mod http1;
+mod http2;
+mod protocol;
 
 pub use http1::Http1;
+pub use http2::Http2;
+pub use protocol::Observer;
 
 use coalmine_proto::names::Outcome;
 
@@ -38,11 +45,24 @@ pub trait Sink {
     /// A request's head is complete.
     fn begin(&mut self, head: &dyn Head) -> TenantId;
     /// The request ended.
-    fn end(&mut self, tenant: TenantId, outcome: Outcome, latency_ns: u64);
-    /// The request cannot be followed to its end.
+    fn end(&mut self, tenant: TenantId, outcome: Outcome, times: Times);
+    /// The request cannot be followed to its end: it is not counted.
     fn forget(&mut self, tenant: TenantId);
+    /// A request of an HTTP/2 stream that no correct server would accept: it is nobody's, and not counted.
+    fn malformed(&mut self);
     /// The connection is not followed any more.
     fn opaque(&mut self, why: Opaque);
+}
+
+/// How long a request took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Times {
+    /// From the first byte of the request's head to the last of the answer.
+    pub total_ns: u64,
+    /// From the first byte of the request's head to the first of the final answer's; none if none came.
+    pub first_byte_ns: Option<u64>,
+    /// The answer is a stream of events, whose length says nothing about speed: it has no latency.
+    pub is_stream: bool,
 }
 
 /// Why a connection is not followed (any more).
@@ -68,11 +88,19 @@ pub enum Opaque {
     Upgrade,
     /// The connection is a tunnel.
     Connect,
+    /// The client speaks TLS to the application.
+    Tls,
+    /// A frame of HTTP/2 that breaks the framing.
+    Http2Framing,
+    /// A header block of HTTP/2 that cannot be decompressed.
+    Hpack,
+    /// More streams of HTTP/2 at a time than are followed.
+    TooManyStreams,
 }
 
 impl Opaque {
     /// How many reasons there are.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 14;
 
     /// All reasons, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
@@ -86,6 +114,10 @@ impl Opaque {
         Self::Pipelined,
         Self::Upgrade,
         Self::Connect,
+        Self::Tls,
+        Self::Http2Framing,
+        Self::Hpack,
+        Self::TooManyStreams,
     ];
 
     /// The reason's name in labels.
@@ -101,6 +133,10 @@ impl Opaque {
             Self::Pipelined => "pipeline_too_long",
             Self::Upgrade => "upgrade",
             Self::Connect => "connect",
+            Self::Tls => "tls",
+            Self::Http2Framing => "http2_framing",
+            Self::Hpack => "hpack",
+            Self::TooManyStreams => "too_many_streams",
         }
     }
 }

@@ -16,8 +16,8 @@ use tokio::{
 use crate::{
     config::{Config, Target},
     gate::{Gate, Stage},
-    recorder::{Limits, Recorder, Sealed},
-    relay::{self, Watched},
+    recorder::{Recorder, Sealed, Settings},
+    relay::{self, Pipes, Watched},
     sealer::Sealer,
     system,
 };
@@ -29,10 +29,15 @@ const BUFFER_BYTES: usize = 64 * 1024;
 pub(crate) struct Proxy {
     upstream: Target,
     connect_timeout: Duration,
+    /// Whether the application is told who the client is.
+    announces_client: bool,
+    /// Connections that were silent for longer are ended; zero for none.
+    pub(crate) idle_timeout_ns: u64,
     started: Instant,
     pub(crate) recorder: RefCell<Recorder>,
     pub(crate) buffer: RefCell<Box<[u8]>>,
     pub(crate) gate: Gate,
+    pub(crate) pipes: Pipes,
     /// Whether the last connection failed for want of something on this side.
     is_exhausted: Cell<bool>,
 }
@@ -40,7 +45,7 @@ pub(crate) struct Proxy {
 /// The data thread's ends of the channels to the control thread.
 pub(crate) struct Channels {
     pub(crate) windows: mpsc::Sender<Sealed>,
-    pub(crate) limits: watch::Receiver<Limits>,
+    pub(crate) limits: watch::Receiver<Settings>,
     pub(crate) draining: watch::Sender<bool>,
 }
 
@@ -51,10 +56,13 @@ impl Proxy {
         Self {
             upstream: config.upstream.clone(),
             connect_timeout: config.connect_timeout,
+            announces_client: config.proxy_protocol,
+            idle_timeout_ns: u64::try_from(config.idle_timeout.as_nanos()).unwrap_or(u64::MAX),
             started: Instant::now(),
             recorder: RefCell::new(Recorder::new(config.tenant.clone(), config.max_tenants)),
             buffer: RefCell::new(vec![0; BUFFER_BYTES].into_boxed_slice()),
             gate: Gate::new(),
+            pipes: Pipes::new(config.max_connections),
             is_exhausted: Cell::new(false),
         }
     }
@@ -64,9 +72,16 @@ impl Proxy {
         u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Opens a connection to the application.
-    pub(crate) async fn dial(&self) -> io::Result<TcpStream> {
-        let dialled = timeout(self.connect_timeout, self.upstream.connect()).await;
+    /// Opens a connection to the application, for this client.
+    pub(crate) async fn dial(&self, client: &TcpStream) -> io::Result<TcpStream> {
+        let dialled = timeout(self.connect_timeout, async {
+            let stream = self.upstream.connect().await?;
+            if self.announces_client {
+                announce(&stream, &relay::proxy_header(client)).await?;
+            }
+            Ok(stream)
+        });
+        let dialled = dialled.await;
         let dialled = dialled.unwrap_or_else(|elapsed| Err(elapsed.into()));
         self.note(dialled.as_ref().err());
         let stream = dialled?;
@@ -89,6 +104,16 @@ impl Proxy {
             None if was_exhausted => tracing::info!("connections to the application can be opened again"),
             _ => {}
         }
+    }
+}
+
+/// Writes the first bytes of a connection, which always has room for them.
+async fn announce(stream: &TcpStream, header: &[u8]) -> io::Result<()> {
+    stream.writable().await?;
+    match stream.try_write(header) {
+        Ok(count) if count == header.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(error) => Err(error),
     }
 }
 
@@ -115,6 +140,7 @@ pub(crate) async fn run(
     tokio::select! {
         () = accept(&proxy, &listener, config.max_connections) => {}
         () = close_windows(&proxy, &mut sealer) => {}
+        () = call_roll(&proxy, config.idle_timeout) => {}
         _ = stop.recv() => {}
     }
     drop(listener);
@@ -149,6 +175,17 @@ async fn close_windows(proxy: &Proxy, sealer: &mut Sealer) {
     loop {
         sleep(sealer.wait(now_unix_ms())).await;
         sealer.tick(&mut proxy.recorder.borrow_mut(), now_unix_ms());
+    }
+}
+
+/// Lets all connections look at the clock, often enough that none is silent for much longer than it may be.
+async fn call_roll(proxy: &Proxy, idle_timeout: Duration) {
+    if idle_timeout.is_zero() {
+        return std::future::pending().await;
+    }
+    loop {
+        sleep((idle_timeout / 8).max(Duration::from_millis(10))).await;
+        proxy.gate.call_roll();
     }
 }
 

@@ -1,6 +1,16 @@
 //! Counts requests into the open window, tenant by tenant.
 //!
-//! A request of a known tenant costs a look-up and a few additions, and allocates nothing.
+//! A request of a known tenant costs a look-up and a few additions, and allocates nothing. How many tenants are
+//! known is bounded, whatever names clients send: `room` says who has a place and who loses it, and `sketch`
+//! finds the busiest of those that have none.
+//!
+//! What the aggregator tells ([`Settings`]) takes effect between two windows. A request stays with the tenant that
+//! it had when it began, whatever the rules say later.
+
+mod room;
+mod settings;
+mod sketch;
+mod slot;
 
 use std::collections::HashMap;
 
@@ -10,44 +20,48 @@ use coalmine_proto::{
     v1,
 };
 
+pub use self::settings::{PushedRules, Settings};
+use self::{sketch::Sketch, slot::Slot};
 use crate::{
-    observer::{Opaque, Sink, TenantId},
+    observer::{Opaque, Sink, TenantId, Times},
     tenant::{self, Found, Head, Rule},
     window::{Row, Sums, Window},
 };
 
-/// A tenant without requests for this many windows makes room when the table is full.
-const IDLE_WINDOWS: u64 = 60;
-
 const NONE: TenantId = TenantId(0);
 const OVERFLOW: TenantId = TenantId(1);
+
+/// How many of the slots are not those of tenants: the two above.
+const OWN_SLOTS: usize = 2;
 
 /// Counts requests into the open window.
 #[derive(Debug)]
 pub struct Recorder {
+    /// The rules in force.
     rules: Vec<Rule>,
+    /// Those that the agent was started with.
+    own_rules: Vec<Rule>,
+    /// Why the rules that came last are not in force, if they are not.
+    refused: Option<String>,
     max_tenants: usize,
-    limits: Limits,
+    settings: Settings,
     ids: HashMap<TenantName, TenantId, foldhash::fast::RandomState>,
     slots: Vec<Slot>,
     free: Vec<TenantId>,
     /// Slots that have requests in the open window.
     active: Vec<TenantId>,
+    /// Names without a place, since the last review; none before the first of them.
+    sketch: Option<Sketch>,
+    /// Number of the review that comes next.
+    review: u64,
+    /// The slot that is looked at next for one that can be given away.
+    hand: usize,
     windows: u64,
     in_flight: u32,
     connections: u32,
+    /// Times to the first byte of the answers of the open window.
+    first_byte: Histogram,
     totals: Totals,
-}
-
-/// Latency limits, as the aggregator pushed them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// The version that the aggregator gave them; 0 before the first.
-    pub version: u64,
-    /// For tenants that are not listed, in microseconds; 0 for none.
-    pub default_us: u64,
-    /// For tenants that are listed.
-    pub by_tenant: HashMap<TenantName, u64>,
 }
 
 /// Sums since the start.
@@ -59,10 +73,20 @@ pub struct Totals {
     pub connections: u64,
     /// Connections that could not be followed, by reason.
     pub opaque: [u64; Opaque::COUNT],
+    /// Requests that no correct server would accept; they are nobody's, and not among the outcomes.
+    pub malformed: u64,
+    /// Bytes that were passed on to the application.
+    pub received_bytes: u64,
+    /// Bytes that were passed on to clients.
+    pub sent_bytes: u64,
     /// Requests of tenants beyond the limit of distinct ones.
     pub overflow_requests: u64,
+    /// Tenants that lost their place to busier ones.
+    pub replaced_tenants: u64,
     /// Requests whose tenant had a name that is not allowed.
     pub rejected_names: u64,
+    /// Lists of rules that came from the aggregator and cannot be read.
+    pub refused_rules: u64,
     /// Connections to the application that could not be opened for want of files, ports or memory here.
     pub dial_exhausted: u64,
     /// Windows that were closed.
@@ -74,46 +98,14 @@ pub struct Totals {
 pub struct Sealed {
     /// The window.
     pub window: Window,
+    /// Times from the first byte of a request to the first of its answer, of all answers of the window.
+    pub first_byte: v1::Histogram,
     /// Sums up to its end.
     pub totals: Totals,
     /// Tenants that are known now.
     pub tenants: usize,
-    /// Version of the limits that the next window is recorded under.
+    /// Version of the settings that the next window is recorded under.
     pub next_config_version: u64,
-}
-
-#[derive(Debug)]
-struct Slot {
-    name: TenantName,
-    limit_us: u64,
-    in_flight: u32,
-    /// Number of the window in which its last request ended.
-    last_window: u64,
-    is_active: bool,
-    outcomes: Outcomes,
-    latency: Histogram,
-    over_limit: u64,
-}
-
-// === impl Limits ===
-
-impl Limits {
-    /// Reads the limits from a message; those with names that are not allowed are left out.
-    pub fn from_wire(config: &v1::Config) -> Self {
-        let listed = config.limits.iter().filter_map(|limit| {
-            let name = TenantName::parse_counted(&limit.tenant).ok()?;
-            Some((name, limit.limit_us))
-        });
-        Self {
-            version: config.version,
-            default_us: config.default_limit_us,
-            by_tenant: listed.collect(),
-        }
-    }
-
-    fn of(&self, name: &TenantName) -> u64 {
-        self.by_tenant.get(name).copied().unwrap_or(self.default_us)
-    }
 }
 
 // === impl Recorder ===
@@ -122,16 +114,22 @@ impl Recorder {
     /// A recorder that finds tenants by these rules and knows at most so many at a time.
     pub fn new(rules: Vec<Rule>, max_tenants: usize) -> Self {
         let mut new = Self {
+            own_rules: rules.clone(),
             rules,
+            refused: None,
             max_tenants,
-            limits: Limits::default(),
+            settings: Settings::default(),
             ids: HashMap::default(),
             slots: Vec::new(),
             free: Vec::new(),
             active: Vec::new(),
+            sketch: None,
+            review: 0,
+            hand: 0,
             windows: 0,
             in_flight: 0,
             connections: 0,
+            first_byte: Histogram::new(),
             totals: Totals::default(),
         };
         // These two have the ids NONE and OVERFLOW, and no request can name them.
@@ -156,17 +154,50 @@ impl Recorder {
         self.totals.dial_exhausted += 1;
     }
 
+    /// So many bytes were passed on, up to the application and down to the client.
+    pub fn passed(&mut self, up: u64, down: u64) {
+        self.totals.received_bytes = self.totals.received_bytes.saturating_add(up);
+        self.totals.sent_bytes = self.totals.sent_bytes.saturating_add(down);
+    }
+
     /// Requests that began and have not ended.
     pub fn in_flight(&self) -> u32 {
         self.in_flight
     }
 
-    /// Puts other limits in force. Only between two windows.
-    pub fn set_limits(&mut self, limits: Limits) {
-        debug_assert!(self.active.is_empty(), "limits change at a border only");
-        self.limits = limits;
+    /// Puts other settings in force. Only between two windows.
+    pub fn apply(&mut self, settings: Settings) {
+        debug_assert!(self.active.is_empty(), "settings change at a border only");
+        match &settings.rules {
+            PushedRules::None => self.follow(None),
+            PushedRules::Rules(rules) => self.follow(Some(rules)),
+            PushedRules::Refused(why) => self.refuse(why),
+        }
+        self.settings = settings;
         for slot in &mut self.slots {
-            slot.limit_us = self.limits.of(&slot.name);
+            slot.settle(&self.settings);
+        }
+    }
+
+    /// Puts rules in force; the agent's own if there are no others.
+    fn follow(&mut self, rules: Option<&[Rule]>) {
+        let rules = rules.unwrap_or(&self.own_rules);
+        if self.rules != *rules {
+            tracing::info!(rules = rules.len(), "other rules find the tenants from now on");
+            self.rules = rules.to_vec();
+        }
+        self.refused = None;
+    }
+
+    /// The rules in force stay. Said once, and not at each new session.
+    fn refuse(&mut self, why: &str) {
+        self.totals.refused_rules += 1;
+        if self.refused.as_deref() != Some(why) {
+            tracing::error!(
+                why,
+                "the aggregator's tenant_rules cannot be used; the rules in force stay"
+            );
+            self.refused = Some(why.to_owned());
         }
     }
 
@@ -179,29 +210,32 @@ impl Recorder {
         self.active.clear();
         self.windows += 1;
         self.totals.windows += 1;
-        if self.is_full() {
-            self.make_room();
-        }
+        self.make_room();
         Window {
             start_unix_ms,
             length_ms,
             rows,
-            config_version: self.limits.version,
+            config_version: self.settings.version,
+            pools: Vec::new(),
             host: v1::HostContext {
                 in_flight: self.in_flight,
                 connections: self.connections,
                 opaque_connections: self.totals.opaque.iter().sum(),
+                ..v1::HostContext::default()
             },
         }
     }
 
     /// What goes with a window that was just closed.
-    pub fn sealed(&self, window: Window) -> Sealed {
+    pub fn sealed(&mut self, window: Window) -> Sealed {
+        let first_byte = self.first_byte.to_wire();
+        self.first_byte.clear();
         Sealed {
             window,
+            first_byte,
             totals: self.totals.clone(),
-            tenants: self.ids.len().saturating_sub(2),
-            next_config_version: self.limits.version,
+            tenants: self.ids.len().saturating_sub(OWN_SLOTS),
+            next_config_version: self.settings.version,
         }
     }
 
@@ -217,59 +251,18 @@ impl Recorder {
         self.slots.get_mut(id.0 as usize)
     }
 
-    fn is_full(&self) -> bool {
-        self.ids.len() >= self.max_tenants.saturating_add(2)
-    }
-
     fn id_of(&mut self, name: &str) -> TenantId {
         if let Some(id) = self.ids.get(name) {
             return *id;
         }
-        // Checked by the rules already; a name that is refused after all is nobody's.
-        let Ok(name) = TenantName::parse(name.as_bytes()) else {
-            return NONE;
-        };
         // Tenants that the policy lists are counted however many others there are.
-        if self.is_full() && !self.limits.by_tenant.contains_key(&name) {
+        if self.is_full() && !self.settings.lists(name) {
             self.totals.overflow_requests += 1;
+            self.sketch.get_or_insert_with(Sketch::new).record(name);
             return OVERFLOW;
         }
-        self.admit(name)
-    }
-
-    fn admit(&mut self, name: TenantName) -> TenantId {
-        let slot = Slot::new(name.clone(), self.limits.of(&name), self.windows);
-        let id = match self.free.pop() {
-            Some(id) => {
-                if let Some(free) = self.slot(id) {
-                    *free = slot;
-                }
-                id
-            }
-            None => {
-                self.slots.push(slot);
-                TenantId(u32::try_from(self.slots.len() - 1).unwrap_or(OVERFLOW.0))
-            }
-        };
-        self.ids.insert(name, id);
-        id
-    }
-
-    /// Forgets tenants that have been idle for long.
-    fn make_room(&mut self) {
-        let (slots, windows, free) = (&mut self.slots, self.windows, &mut self.free);
-        self.ids.retain(|_, id| {
-            let Some(slot) = slots.get_mut(id.0 as usize) else {
-                return false;
-            };
-            let is_idle = slot.in_flight == 0 && windows - slot.last_window > IDLE_WINDOWS;
-            if is_idle && *id != NONE && *id != OVERFLOW {
-                slot.latency = Histogram::new();
-                free.push(*id);
-                return false;
-            }
-            true
-        });
+        // Checked by the rules already; a name that is refused after all is nobody's.
+        TenantName::parse(name.as_bytes()).map_or(NONE, |name| self.admit(name))
     }
 }
 
@@ -286,20 +279,26 @@ impl Sink for Recorder {
         };
         self.rules = rules;
         self.in_flight += 1;
+        let review = self.review;
         if let Some(slot) = self.slot(id) {
-            slot.in_flight += 1;
+            slot.begin(review);
         }
         id
     }
 
-    fn end(&mut self, tenant: TenantId, outcome: Outcome, latency_ns: u64) {
+    fn end(&mut self, tenant: TenantId, outcome: Outcome, times: Times) {
         self.forget(tenant);
         self.totals.outcomes.record(outcome);
+        if let Some(first_byte_ns) = times.first_byte_ns
+            && outcome.is_answered()
+        {
+            self.first_byte.record(first_byte_ns);
+        }
         let windows = self.windows;
         let Some(slot) = self.slots.get_mut(tenant.0 as usize) else {
             return;
         };
-        slot.record(outcome, latency_ns);
+        slot.record(outcome, times);
         slot.last_window = windows;
         if !slot.is_active {
             slot.is_active = true;
@@ -314,47 +313,12 @@ impl Sink for Recorder {
         }
     }
 
+    fn malformed(&mut self) {
+        self.totals.malformed += 1;
+    }
+
     fn opaque(&mut self, why: Opaque) {
         self.totals.opaque[why as usize] += 1;
-    }
-}
-
-// === impl Slot ===
-
-impl Slot {
-    fn new(name: TenantName, limit_us: u64, window: u64) -> Self {
-        Self {
-            name,
-            limit_us,
-            in_flight: 0,
-            last_window: window,
-            is_active: false,
-            outcomes: Outcomes::default(),
-            latency: Histogram::new(),
-            over_limit: 0,
-        }
-    }
-
-    fn record(&mut self, outcome: Outcome, latency_ns: u64) {
-        self.outcomes.record(outcome);
-        if outcome.is_answered() {
-            self.latency.record(latency_ns);
-            let limit_ns = self.limit_us.saturating_mul(1000);
-            self.over_limit += u64::from(self.limit_us > 0 && latency_ns > limit_ns);
-        }
-    }
-
-    fn take(&mut self) -> Row {
-        let row = Row {
-            tenant: self.name.clone(),
-            outcomes: std::mem::take(&mut self.outcomes),
-            latency: self.latency.to_wire(),
-            limit_us: self.limit_us,
-            over_limit: std::mem::take(&mut self.over_limit),
-        };
-        self.latency.clear();
-        self.is_active = false;
-        row
     }
 }
 

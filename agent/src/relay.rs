@@ -2,18 +2,20 @@
 //! lets the observer watch.
 //!
 //! Each client connection has its own connection to the application, so nothing of one client ever
-//! reaches another. Bytes are written first and observed after. What the other side cannot take yet is
-//! kept, at most one buffer of it, and nothing more is read: back-pressure is the kernel's.
+//! reaches another. Bytes are written first and observed after, whatever they are: no byte waits for the
+//! observer. What the other side cannot take yet is kept, at most one buffer of it, and nothing more is
+//! read: back-pressure is the kernel's.
 //!
 //! The connection to the application is elastic: when the application closes it between two requests
 //! and accepts another, the client does not notice. Otherwise the client would meet a close that is one
 //! hop older than it need be, and lose the race against it three times as often.
 
+mod announce;
 mod close;
 mod half;
+mod pipes;
 mod refuse;
 mod renew;
-mod sniff;
 mod watched;
 
 use std::{
@@ -23,27 +25,31 @@ use std::{
     time::Duration,
 };
 
+use coalmine_proto::names::Outcome;
 use rustix::{io::Errno, net::RecvFlags};
 use tokio::{
     net::TcpStream,
     time::{Sleep, sleep},
 };
 
-use crate::{
-    gate::Stage,
-    http2::{self, Prefixed, Sniffed},
-    system,
-};
-use half::{Half, Stamp, Stop};
+use crate::{gate::Stage, observer::Observer, proxy::Proxy, system};
+pub(crate) use announce::header as proxy_header;
+use half::{Half, Stop, Watch};
+pub(crate) use pipes::Pipes;
 use renew::Renewed;
-use sniff::Sniff;
 pub(crate) use watched::Watched;
 
 /// After this long without a byte, it is asked whether the application has closed before a request is sent.
 const STALE_NS: u64 = 10_000_000;
 
+/// Read at first of an answer, so that what follows the head of a long one can stay in the kernel.
+const HEAD_ROOM: usize = 16 * 1024;
+
 /// How long a client may keep a connection on which the application has said its last answer.
 const LAST_CLOSE: Duration = Duration::from_secs(60);
+
+/// How long a client that has sent nothing may still send its first request when the agent stops.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// How relaying ended.
 enum End {
@@ -53,8 +59,6 @@ enum End {
     Reset,
     /// The application closed between two requests.
     Idle,
-    /// The client speaks HTTP/2; these bytes were read.
-    Http2(Sniff),
 }
 
 /// Both connections, and what is on its way between them.
@@ -65,18 +69,30 @@ struct Relay<'w> {
     upstream: Option<TcpStream>,
     up: Half,
     down: Half,
-    /// The first bytes, until it is clear which protocol the client speaks.
-    sniffing: Option<Sniff>,
-    active_ns: u64,
     renewed: Renewed,
-    /// Runs once the application has closed after its last answer.
+    /// Runs once the application has closed after its last answer, or the agent stops before the first.
     last_close: Option<Pin<Box<Sleep>>>,
+}
+
+/// What goes from the client to the application.
+struct Up<'w> {
+    observer: &'w mut Observer,
+    proxy: &'w Proxy,
+    active_ns: &'w mut u64,
+    renewed: &'w mut Renewed,
+}
+
+/// What goes from the application to the client.
+struct Down<'w> {
+    observer: &'w mut Observer,
+    proxy: &'w Proxy,
+    active_ns: &'w mut u64,
 }
 
 /// Serves a client until either side is done.
 pub(crate) async fn serve(client: TcpStream, mut watched: Watched) {
     system::tune(&client);
-    let upstream = match watched.proxy.dial().await {
+    let upstream = match watched.proxy.dial(&client).await {
         Ok(upstream) => upstream,
         Err(error) => return Box::pin(refuse::refuse(client, watched, &error)).await,
     };
@@ -92,12 +108,65 @@ pub(crate) async fn serve(client: TcpStream, mut watched: Watched) {
         match end {
             End::Closed | End::Idle => return relay.linger().await,
             End::Reset => return relay.reset(),
-            End::Http2(first) => {
-                let Relay { client, upstream, .. } = relay;
-                let client = Prefixed::new(first.client, client);
-                let upstream = upstream.map(|upstream| Prefixed::new(first.upstream, upstream));
-                return Box::pin(http2::serve(client, upstream, watched)).await;
-            }
+        }
+    }
+}
+
+// === impl Up, impl Down ===
+
+impl Watch for Up<'_> {
+    const STAMPS_READ: bool = true;
+
+    fn seen(&mut self, bytes: &[u8], read_ns: u64) {
+        (*self.active_ns, *self.renewed) = (read_ns, Renewed::No);
+        let mut recorder = self.proxy.recorder.borrow_mut();
+        self.observer.on_request(bytes, read_ns, &mut *recorder);
+        recorder.passed(bytes.len() as u64, 0);
+    }
+
+    fn left(&self) -> u64 {
+        self.observer.request_body_left()
+    }
+
+    fn skipped(&mut self, count: u64) {
+        *self.active_ns = self.proxy.now_ns();
+        self.observer.skip_request(count);
+        self.proxy.recorder.borrow_mut().passed(count, 0);
+    }
+
+    fn room(&self) -> usize {
+        usize::MAX
+    }
+}
+
+impl Watch for Down<'_> {
+    const STAMPS_READ: bool = false;
+
+    fn seen(&mut self, bytes: &[u8], _: u64) {
+        let now_ns = self.proxy.now_ns();
+        *self.active_ns = now_ns;
+        let mut recorder = self.proxy.recorder.borrow_mut();
+        self.observer.on_response(bytes, now_ns, &mut *recorder);
+        recorder.passed(0, bytes.len() as u64);
+    }
+
+    fn left(&self) -> u64 {
+        self.observer.response_body_left()
+    }
+
+    fn skipped(&mut self, count: u64) {
+        let now_ns = self.proxy.now_ns();
+        *self.active_ns = now_ns;
+        let mut recorder = self.proxy.recorder.borrow_mut();
+        self.observer.skip_response(count, now_ns, &mut *recorder);
+        recorder.passed(0, count);
+    }
+
+    fn room(&self) -> usize {
+        if self.observer.awaits_answer() {
+            HEAD_ROOM
+        } else {
+            usize::MAX
         }
     }
 }
@@ -107,13 +176,11 @@ pub(crate) async fn serve(client: TcpStream, mut watched: Watched) {
 impl<'w> Relay<'w> {
     fn new(client: TcpStream, upstream: TcpStream, watched: &'w mut Watched) -> Self {
         Self {
-            active_ns: watched.proxy.now_ns(),
             watched,
             client,
             upstream: Some(upstream),
             up: Half::default(),
             down: Half::default(),
-            sniffing: Some(Sniff::default()),
             renewed: Renewed::No,
             last_close: None,
         }
@@ -131,12 +198,22 @@ impl<'w> Relay<'w> {
         if let Some(end) = self.poll_up(cx) {
             return Poll::Ready(end);
         }
+        if self.is_silent_for_long() {
+            return Poll::Ready(self.timed_out());
+        }
         // Only now: what either side has said already is part of what is under way.
         if stage == Stage::Draining && self.is_quiet() && !self.has_unread() {
-            return Poll::Ready(End::Closed);
+            if !self.watched.observer.is_untouched() {
+                return Poll::Ready(End::Closed);
+            }
+            // A client that was accepted a moment ago is about to ask.
+            self.last_close
+                .get_or_insert_with(|| Box::pin(sleep(FIRST_REQUEST)));
         }
         let last_close = self.last_close.as_mut();
-        if last_close.is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready()) {
+        if last_close.is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready())
+            && (self.down.is_done() || self.is_quiet())
+        {
             return Poll::Ready(End::Closed);
         }
         match (self.up.is_done(), self.down.is_done()) {
@@ -147,8 +224,21 @@ impl<'w> Relay<'w> {
 
     /// Nothing is under way in either direction.
     fn is_quiet(&self) -> bool {
-        let nothing_held = self.sniffing.as_ref().is_none_or(|first| first.client.is_empty());
-        nothing_held && self.watched.observer.is_quiet() && self.up.is_empty() && self.down.is_empty()
+        self.watched.observer.is_quiet() && self.up.is_empty() && self.down.is_empty()
+    }
+
+    /// Whether nothing was passed on for longer than is allowed; asked when the gate wakes all.
+    fn is_silent_for_long(&mut self) -> bool {
+        let Watched {
+            proxy,
+            ticket,
+            active_ns,
+            ..
+        } = &mut *self.watched;
+        let limit_ns = proxy.idle_timeout_ns;
+        limit_ns > 0
+            && proxy.gate.is_roll_call(ticket)
+            && proxy.now_ns().saturating_sub(*active_ns) > limit_ns
     }
 
     /// Whether the client has sent something that is not read yet, because the runtime has not said so.
@@ -160,32 +250,24 @@ impl<'w> Relay<'w> {
         if self.down.is_done() {
             return None;
         }
-        let Watched { proxy, observer, .. } = &mut *self.watched;
-        if let Some(first) = &mut self.sniffing {
-            let upstream = self.upstream.as_mut()?;
-            match first.poll_upstream(cx, proxy, upstream) {
-                Poll::Pending => return None,
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(_)) => return Some(self.upstream_lost()),
-            }
-            if !first.upstream.is_empty() {
-                self.down
-                    .keep(std::mem::take(&mut first.upstream), proxy.now_ns());
-            }
-        }
         // Nothing was asked on it: it says that it will close (408), and the client must not take that
         // for the answer to its next request.
         if self.renewed == Renewed::Idle && matches!(peek(self.upstream.as_ref()?), Ok(count) if count > 0) {
             return Some(End::Idle);
         }
-        let active_ns = &mut self.active_ns;
-        let seen = |bytes: &[u8], now_ns| {
-            *active_ns = now_ns;
-            observer.on_response(bytes, now_ns, &mut *proxy.recorder.borrow_mut());
+        let Watched {
+            proxy,
+            observer,
+            active_ns,
+            ..
+        } = &mut *self.watched;
+        let mut watch = Down {
+            observer,
+            proxy,
+            active_ns,
         };
         let (from, to) = (self.upstream.as_mut()?, &mut self.client);
-        let stop = half::pump(cx, proxy, &mut self.down, from, to, Stamp::Written, seen);
-        match stop {
+        match half::pump(cx, proxy, &mut self.down, from, to, &mut watch) {
             Poll::Pending => None,
             Poll::Ready(Stop::Closed) => self.upstream_closed(cx),
             // Some applications close idle connections with a reset.
@@ -221,39 +303,26 @@ impl<'w> Relay<'w> {
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Option<End> {
-        if let Some(first) = &mut self.sniffing {
-            match first.poll_client(cx, &self.watched.proxy, &mut self.client) {
-                Poll::Pending => return None,
-                Poll::Ready(Ok(Sniffed::Http2)) => {
-                    return Some(End::Http2(std::mem::take(first)));
-                }
-                Poll::Ready(Ok(_)) => {}
-                Poll::Ready(Err(_)) => return Some(self.client_lost()),
-            }
-            let first = std::mem::take(first);
-            let now_ns = self.watched.proxy.now_ns();
-            self.up.keep(first.client, now_ns);
-            if !first.upstream.is_empty() {
-                self.down.keep(first.upstream, now_ns);
-            }
-            self.sniffing = None;
-            // From now on the application's bytes are passed on, those that were held back too.
-            cx.waker().wake_by_ref();
-        }
         if self.up.is_done() {
             return None;
         }
         if self.is_stale() {
             return Some(End::Idle);
         }
-        let Watched { proxy, observer, .. } = &mut *self.watched;
-        let (active_ns, renewed) = (&mut self.active_ns, &mut self.renewed);
-        let seen = |bytes: &[u8], now_ns| {
-            (*active_ns, *renewed) = (now_ns, Renewed::No);
-            observer.on_request(bytes, now_ns, &mut *proxy.recorder.borrow_mut());
+        let Watched {
+            proxy,
+            observer,
+            active_ns,
+            ..
+        } = &mut *self.watched;
+        let mut watch = Up {
+            observer,
+            proxy,
+            active_ns,
+            renewed: &mut self.renewed,
         };
         let (from, to) = (&mut self.client, self.upstream.as_mut()?);
-        match half::pump(cx, proxy, &mut self.up, from, to, Stamp::Read, seen) {
+        match half::pump(cx, proxy, &mut self.up, from, to, &mut watch) {
             Poll::Pending => None,
             Poll::Ready(Stop::Closed) => {
                 self.watched.observer.client_closed();
@@ -276,10 +345,15 @@ impl<'w> Relay<'w> {
 
     /// Whether the application has closed an idle connection without our being told yet.
     fn is_stale(&mut self) -> bool {
-        let Watched { proxy, observer, .. } = &*self.watched;
+        let Watched {
+            proxy,
+            observer,
+            active_ns,
+            ..
+        } = &*self.watched;
         if !observer.is_between_requests()
             || !self.up.is_empty()
-            || proxy.now_ns().saturating_sub(self.active_ns) < STALE_NS
+            || proxy.now_ns().saturating_sub(*active_ns) < STALE_NS
         {
             return false;
         }
@@ -289,6 +363,17 @@ impl<'w> Relay<'w> {
                 Ok(count) => count == 0,
                 Err(error) => !matches!(error, Errno::AGAIN | Errno::INTR),
             })
+    }
+
+    fn timed_out(&mut self) -> End {
+        tracing::debug!("a connection was silent for longer than --idle-timeout");
+        let end = match self.watched.observer.pending() {
+            0 => End::Closed,
+            _ => End::Reset,
+        };
+        self.watched
+            .observe(|o, now_ns, sink| o.end_all(Outcome::Timeout, now_ns, sink));
+        end
     }
 
     fn client_lost(&mut self) -> End {

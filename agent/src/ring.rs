@@ -187,11 +187,8 @@ impl Ring {
         let bytes = window.bytes();
         let fitting = rows_that_fit(&window, max_bytes);
         if fitting < window.rows.len() {
-            let rest = window.rows.split_off(fitting);
-            self.unsent.push_front(Window {
-                rows: rest,
-                ..window.clone()
-            });
+            let rest = window.split_off(fitting);
+            self.unsent.push_front(rest);
             // The remainder is a window of its own, with a frame of its own.
             self.bytes += window.bytes() + self.unsent.front().map_or(0, Window::bytes) - bytes;
         }
@@ -271,8 +268,7 @@ impl Ring {
 
 /// How many of the rows fit into one message; at least one.
 fn rows_that_fit(window: &Window, max_bytes: usize) -> usize {
-    // Gap, totals and host context are below this together.
-    let mut left = max_bytes.saturating_sub(256);
+    let mut left = max_bytes.saturating_sub(window.frame_bytes());
     let fits = window.rows.iter().take_while(|row| {
         let bytes = row.wire_bytes();
         let fits = bytes <= left;

@@ -7,7 +7,7 @@
 //!                                          --draining->  /livez /readyz /metrics
 //! ```
 
-use std::{io, net::SocketAddr, thread};
+use std::{io, net::SocketAddr, sync::Arc, thread};
 
 use tokio::{
     net::TcpListener,
@@ -19,9 +19,12 @@ use tokio::{
 use crate::{
     admin,
     config::Config,
+    context::Context,
+    handover::Inherited,
     metrics::Metrics,
+    pool::{Pools, Scraper},
     proxy::{self, Channels},
-    recorder::Limits,
+    recorder::Settings,
     session::{Session, Surroundings},
     system,
 };
@@ -62,10 +65,19 @@ pub struct Bound {
 
 impl Bound {
     /// Takes both addresses.
-    pub fn new(mut config: Config) -> Result<Self, StartError> {
+    pub fn new(config: Config) -> Result<Self, StartError> {
+        Self::with(config, Inherited::default())
+    }
+
+    /// Takes the addresses that no supervisor has taken for it.
+    pub fn with(mut config: Config, inherited: Inherited) -> Result<Self, StartError> {
         config.max_connections = system::max_connections(config.max_connections);
-        let listener = bind(config.listen, "--listen")?;
-        let admin = bind(config.admin, "--admin")?;
+        let listener = inherited
+            .listen
+            .map_or_else(|| bind(config.listen, "--listen"), Ok)?;
+        let admin = inherited
+            .admin
+            .map_or_else(|| bind(config.admin, "--admin"), Ok)?;
         Ok(Self {
             config,
             listener,
@@ -103,14 +115,15 @@ impl Bound {
             admin,
         } = self;
         let (windows, sealed) = mpsc::channel(WAITING_WINDOWS);
-        let (set_limits, limits) = watch::channel(Limits::default());
+        let (set_limits, limits) = watch::channel(Settings::default());
         let (draining, is_draining) = watch::channel(false);
         let channels = Channels {
             windows,
             limits,
             draining,
         };
-        let metrics = Metrics::new(&config);
+        let pools = Arc::new(Pools::default());
+        let metrics = Metrics::new(&config, pools.clone());
         let control = Builder::new_current_thread().enable_all().build()?;
         let admin = control.block_on(async { TcpListener::from_std(admin) })?;
         let listener = data.block_on(async { TcpListener::from_std(listener) })?;
@@ -118,11 +131,13 @@ impl Bound {
             let config = &config;
             let controlled = thread::Builder::new().name("control".to_owned());
             controlled.spawn_scoped(scope, move || {
-                let process = Surroundings::of_process();
+                let scraper = Scraper::of(config, pools.clone());
+                let process = Surroundings::of_process(Context::new(config, pools));
                 let session = Session::new(config, sealed, set_limits, metrics.clone(), process);
                 control.block_on(async {
                     tokio::select! {
                         () = session.run() => {}
+                        () = scrape(scraper) => {}
                         () = admin::serve(admin, metrics, is_draining) => {}
                     }
                 });
@@ -132,6 +147,14 @@ impl Bound {
             data.block_on(proxy::run(config, listener, channels, stop));
             Ok(())
         })
+    }
+}
+
+/// Scrapes the application's pool, where there is one to scrape.
+async fn scrape(scraper: Option<Scraper>) {
+    match scraper {
+        Some(scraper) => scraper.run().await,
+        None => std::future::pending().await,
     }
 }
 

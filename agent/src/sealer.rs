@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-use crate::recorder::{Limits, Recorder, Sealed};
+use crate::recorder::{Recorder, Sealed, Settings};
 
 /// A window that could not be closed in time, because the machine slept, is not made longer than this.
 const LONGEST_MS: u64 = 60_000;
@@ -16,7 +16,7 @@ pub(crate) struct Sealer {
     /// Start of the open window.
     start_ms: u64,
     windows: mpsc::Sender<Sealed>,
-    limits: watch::Receiver<Limits>,
+    settings: watch::Receiver<Settings>,
 }
 
 impl Sealer {
@@ -24,14 +24,14 @@ impl Sealer {
         window: Duration,
         now_ms: u64,
         windows: mpsc::Sender<Sealed>,
-        limits: watch::Receiver<Limits>,
+        settings: watch::Receiver<Settings>,
     ) -> Self {
         let window_ms = u64::try_from(window.as_millis()).unwrap_or(LONGEST_MS).max(1);
         Self {
             window_ms,
             start_ms: now_ms - now_ms % window_ms,
             windows,
-            limits,
+            settings,
         }
     }
 
@@ -62,8 +62,8 @@ impl Sealer {
         };
         let length = u32::try_from(length_ms).unwrap_or(u32::MAX);
         let window = recorder.seal(start_ms, length);
-        if self.limits.has_changed().unwrap_or(false) {
-            recorder.set_limits(self.limits.borrow_and_update().clone());
+        if self.settings.has_changed().unwrap_or(false) {
+            recorder.apply(self.settings.borrow_and_update().clone());
         }
         self.start_ms = border;
         place.send(recorder.sealed(window));
@@ -87,14 +87,14 @@ mod tests {
     #[test]
     fn windows_end_at_whole_multiples() {
         let (windows, mut sealed) = mpsc::channel(8);
-        let (set_limits, limits) = watch::channel(Limits::default());
-        let mut sealer = Sealer::new(Duration::from_secs(1), 5_300, windows, limits);
+        let (push, settings) = watch::channel(Settings::default());
+        let mut sealer = Sealer::new(Duration::from_secs(1), 5_300, windows, settings);
         let mut recorder = Recorder::new(Vec::new(), 10);
         assert_eq!(sealer.wait(5_300), Duration::from_millis(700));
         sealer.tick(&mut recorder, 5_999);
-        set_limits.send_replace(Limits {
+        push.send_replace(Settings {
             version: 3,
-            ..Limits::default()
+            ..Settings::default()
         });
         for now_ms in [6_000, 6_001, 9_200, 4_000, 5_000, 200_500] {
             sealer.tick(&mut recorder, now_ms);
@@ -116,8 +116,8 @@ mod tests {
     #[test]
     fn a_window_stays_open_while_nobody_takes_windows() {
         let (windows, mut sealed) = mpsc::channel(1);
-        let (_set_limits, limits) = watch::channel(Limits::default());
-        let mut sealer = Sealer::new(Duration::from_secs(1), 0, windows, limits);
+        let (_push, settings) = watch::channel(Settings::default());
+        let mut sealer = Sealer::new(Duration::from_secs(1), 0, windows, settings);
         let mut recorder = Recorder::new(Vec::new(), 10);
         sealer.tick(&mut recorder, 1_000);
         sealer.tick(&mut recorder, 2_000);

@@ -23,11 +23,12 @@ use tonic::transport::{self, Channel, Endpoint};
 use crate::{
     backoff,
     config::Config,
+    context::Context,
     metrics::Metrics,
     proxy::now_unix_ms,
-    recorder::{Limits, Sealed},
+    recorder::{Sealed, Settings},
     ring::Ring,
-    window::Sums,
+    window::{Sums, Window},
 };
 use link::Link;
 
@@ -48,6 +49,8 @@ pub struct Surroundings {
     pub clock: fn() -> u64,
     /// How the aggregator is reached.
     pub dial: Dial,
+    /// Adds to a closed window what is known of the pod.
+    pub context: Box<dyn FnMut(&mut Window)>,
 }
 
 /// The owner of everything that is on its way to the aggregator.
@@ -58,7 +61,7 @@ pub struct Session<'c> {
     /// Sums of all windows that were taken: the ring must conserve them.
     taken: Sums,
     windows: mpsc::Receiver<Sealed>,
-    limits: watch::Sender<Limits>,
+    limits: watch::Sender<Settings>,
     /// Version of the limits under which the open window is recorded.
     config_version: u64,
     metrics: Metrics,
@@ -89,7 +92,7 @@ enum Ended {
 
 impl Surroundings {
     /// Those of a process: a random epoch, the system's clock and network.
-    pub fn of_process() -> Self {
+    pub(crate) fn of_process(mut context: Context) -> Self {
         Self {
             // The standard library's hash keys are random: that is all the randomness needed here.
             epoch: RandomState::new().build_hasher().finish().max(1),
@@ -97,6 +100,7 @@ impl Surroundings {
             dial: Box::new(|endpoint: Endpoint| -> Dialling {
                 Box::pin(async move { endpoint.connect().await })
             }),
+            context: Box::new(move |window| context.add_to(window)),
         }
     }
 }
@@ -109,7 +113,7 @@ impl<'c> Session<'c> {
     pub fn new(
         config: &'c Config,
         windows: mpsc::Receiver<Sealed>,
-        limits: watch::Sender<Limits>,
+        limits: watch::Sender<Settings>,
         metrics: Metrics,
         surroundings: Surroundings,
     ) -> Self {
@@ -196,10 +200,11 @@ impl<'c> Session<'c> {
 
     /// A window was closed; none when that was the last.
     fn take(&mut self, sealed: Option<Sealed>) {
-        let Some(sealed) = sealed else {
+        let Some(mut sealed) = sealed else {
             self.deadline = Some(Instant::now() + FLUSH);
             return;
         };
+        (self.surroundings.context)(&mut sealed.window);
         self.metrics.sealed(&sealed);
         self.config_version = sealed.next_config_version;
         self.taken = self.taken.plus(sealed.window.sums());

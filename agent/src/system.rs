@@ -45,7 +45,7 @@ pub(crate) fn is_exhausted(error: &io::Error) -> bool {
 }
 
 /// Raises the limit of open files as far as it may be raised, and gives the most connections that can
-/// be relayed under it: each takes two files.
+/// be relayed under it: each takes two files, and one in eight a pipe.
 pub(crate) fn max_connections(wanted: usize) -> usize {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let mut limit = current;
@@ -71,7 +71,7 @@ pub(crate) fn max_connections(wanted: usize) -> usize {
 }
 
 fn connections_within(open_files: u64) -> usize {
-    let possible = open_files.saturating_sub(OTHER_FILES) / 2;
+    let possible = open_files.saturating_sub(OTHER_FILES).saturating_mul(4) / 9;
     usize::try_from(possible).unwrap_or(usize::MAX).max(1)
 }
 
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn connections_fit_into_the_open_files() {
-        assert_eq!(connections_within(1024), 480);
+        assert_eq!(connections_within(1024), 426);
         assert_eq!(connections_within(10), 1);
         assert_eq!(max_connections(1), 1);
         let now = getrlimit(Resource::Nofile);

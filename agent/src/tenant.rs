@@ -1,20 +1,47 @@
 //! Finds the tenant of a request by an ordered list of rules.
 //!
 //! The first rule that applies decides. A rule applies when the request has what it looks at: the
-//! header, a host or a path of the shape. A name that is found but not allowed makes the request
-//! [`Found::Invalid`]; it is then counted for nobody and never tried with the next rule, because what
-//! a client sends must not choose the rule.
+//! header, a host or a path of the shape, the parameter, the claim. What is found but is not allowed makes the
+//! request [`Found::Invalid`]; it is then counted for nobody and never tried with the next rule, because what
+//! a client sends must not choose the rule. For the same reason a value that does not fit the pattern of its
+//! rule is invalid, and not missing.
+//!
+//! | place | does not apply (the next rule is asked) | is invalid (counted for nobody) |
+//! |---|---|---|
+//! | `header` | there is no such header, or it is empty | there are several with different values |
+//! | `host` | no host, or one of another shape | an empty label |
+//! | `path` | a path of another shape | an empty segment, `.` and `..`, a bad `%`, a slash as `%2F` |
+//! | `query` | there is no such parameter, or it is empty | different values, a bad `%` |
+//! | `jwt` | no token, or one without the claim, or with an empty one or `null` | several headers, what is no token, a claim twice, one that is neither text nor a whole number |
+//! | `fixed` | never | never |
+//!
+//! Then the rule's options work, and the name is checked: 1 to 128 bytes of the allowed characters, and no name
+//! that Coalmine gives itself. Finding a name in a header, in a host without capital letters, or in a path or a
+//! query without `%` and `+`, allocates nothing unless the rule has a pattern.
+//!
+//! Paths and queries are decoded (RFC 3986, section 2.1), since the application decodes them too: `/t/%61cme/`
+//! is the tenant `acme`. Only a slash stays invalid, because programs differ in whether `%2F` divides segments.
 
-use std::{borrow::Cow, str::FromStr};
+mod jwt;
+mod target;
 
-use coalmine_proto::names::check_name;
+use std::borrow::Cow;
+
+pub use coalmine_proto::rule::{Rule, RuleError};
+use coalmine_proto::{
+    names::check_name,
+    rule::{Place, Shape},
+};
+
+/// Longest value that is compared with a pattern, in bytes: the time that it takes grows with both.
+const MAX_SHAPED_BYTES: usize = 1024;
 
 /// What a rule may look at in a request, whatever the protocol.
 pub trait Head {
     /// The values of the header with this name (in lower case).
     fn header(&self, name: &str) -> Header<'_>;
     /// The host that the request is for, with its port if it was given.
-    fn host(&self) -> Option<&[u8]>;
+    fn host(&self) -> Header<'_>;
     /// The request target: a path with its query, or an absolute URI.
     fn target(&self) -> &[u8];
 }
@@ -31,6 +58,15 @@ pub enum Header<'a> {
 }
 
 impl<'a> Header<'a> {
+    /// A host as it was given; with user information in it, as in `a@b`, it is not one host for all readers.
+    pub fn of_host(host: &'a [u8]) -> Self {
+        if host.contains(&b'@') {
+            Self::Differing
+        } else {
+            Self::Value(host)
+        }
+    }
+
     /// Folds the values of all headers of one name.
     pub fn of(values: impl Iterator<Item = &'a [u8]>) -> Self {
         values.fold(Self::Missing, |so_far, value| match so_far {
@@ -44,7 +80,7 @@ impl<'a> Header<'a> {
 /// What the rules found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found<'a> {
-    /// A name that may be used; borrowed unless the host had capital letters.
+    /// A name that may be used; borrowed where it stands in the request as it is.
     Name(Cow<'a, str>),
     /// No rule applied.
     Missing,
@@ -52,292 +88,76 @@ pub enum Found<'a> {
     Invalid,
 }
 
-/// One rule: where the tenant's name stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Rule {
-    /// `header:NAME`
-    Header(String),
-    /// `host:{tenant}.api.example.com`: one label of the host.
-    Host(Pattern),
-    /// `path:/t/{tenant}/`: one segment of the path.
-    Path(Pattern),
-    /// `fixed:NAME`
-    Fixed(String),
-}
-
-/// Text before and after `{tenant}`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pattern {
-    before: String,
-    after: String,
-}
-
-/// Why a rule is refused.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RuleError {
-    /// No such kind of rule.
-    #[error(
-        "{0:?} is not a rule; say header:NAME, host:{{tenant}}.example.com, path:/t/{{tenant}}/ or fixed:NAME"
-    )]
-    Kind(String),
-    /// The pattern does not have `{tenant}` exactly once.
-    #[error("{0:?} must have {{tenant}} exactly once")]
-    Placeholder(String),
-    /// `{tenant}` is not a whole segment of the path.
-    #[error("{0:?} must begin with / and {{tenant}} must be a whole segment, as in path:/t/{{tenant}}/")]
-    Segment(String),
-    /// `{tenant}` is not a whole label of the host.
-    #[error("{{tenant}} in {0:?} must be a whole label, as in host:{{tenant}}.example.com")]
-    Label(String),
-    /// Not the name of a header.
-    #[error("{0:?} is not the name of a header")]
-    HeaderName(String),
-    /// Not the name of a tenant.
-    #[error("the fixed tenant {0:?} {1}")]
-    Name(String, coalmine_proto::names::NameError),
-}
-
-// === impl Rule ===
-
-impl FromStr for Rule {
-    type Err = RuleError;
-
-    fn from_str(text: &str) -> Result<Self, RuleError> {
-        let Some((kind, value)) = text.split_once(':') else {
-            return Err(RuleError::Kind(text.to_owned()));
-        };
-        match kind {
-            "header" => http::HeaderName::from_bytes(value.as_bytes())
-                .map(|name| Self::Header(name.as_str().to_owned()))
-                .map_err(|_| RuleError::HeaderName(value.to_owned())),
-            "host" => {
-                let pattern = Pattern::parse(&value.to_ascii_lowercase())?;
-                let whole = (pattern.before.is_empty() || pattern.before.ends_with('.'))
-                    && (pattern.after.is_empty() || pattern.after.starts_with('.'));
-                whole
-                    .then_some(Self::Host(pattern))
-                    .ok_or_else(|| RuleError::Label(value.to_owned()))
-            }
-            "path" => {
-                let pattern = Pattern::parse(value)?;
-                let whole = pattern.before.starts_with('/')
-                    && pattern.before.ends_with('/')
-                    && (pattern.after.is_empty() || pattern.after.starts_with('/'));
-                whole
-                    .then_some(Self::Path(pattern))
-                    .ok_or_else(|| RuleError::Segment(value.to_owned()))
-            }
-            "fixed" => coalmine_proto::names::TenantName::parse(value.as_bytes())
-                .map(|name| Self::Fixed(name.as_str().to_owned()))
-                .map_err(|why| RuleError::Name(value.to_owned(), why)),
-            _ => Err(RuleError::Kind(text.to_owned())),
-        }
-    }
-}
-
-impl Rule {
-    fn find<'a>(&'a self, head: &'a dyn Head) -> Found<'a> {
-        match self {
-            Self::Fixed(name) => Found::Name(Cow::Borrowed(name)),
-            Self::Header(name) => match head.header(name) {
-                Header::Missing | Header::Value([]) => Found::Missing,
-                Header::Value(value) => checked(value),
-                Header::Differing => Found::Invalid,
-            },
-            Self::Host(pattern) => head
-                .host()
-                .and_then(|host| pattern.label_of(without_port(host)))
-                .map_or(Found::Missing, lower_case),
-            Self::Path(pattern) => pattern
-                .segment_of(path_of(head.target()))
-                .map_or(Found::Missing, checked),
-        }
-    }
+/// What stands in a place, before the rule's options and the checks.
+#[derive(Debug, PartialEq, Eq)]
+enum Seen<'a> {
+    Value(Cow<'a, [u8]>),
+    Missing,
+    Invalid,
 }
 
 /// Asks the rules in turn.
 pub fn find<'a>(rules: &'a [Rule], head: &'a dyn Head) -> Found<'a> {
     rules
         .iter()
-        .map(|rule| rule.find(head))
+        .map(|rule| apply(rule, head))
         .find(|found| *found != Found::Missing)
         .unwrap_or(Found::Missing)
 }
 
-fn checked(name: &[u8]) -> Found<'_> {
-    match check_name(name) {
-        Ok(text) if !text.starts_with("__") => Found::Name(Cow::Borrowed(text)),
-        _ => Found::Invalid,
+fn apply<'a>(rule: &'a Rule, head: &'a dyn Head) -> Found<'a> {
+    match look(&rule.place, head) {
+        Seen::Value(value) => named(rule, value),
+        Seen::Missing => Found::Missing,
+        Seen::Invalid => Found::Invalid,
     }
 }
 
-/// Hosts are equal whatever their case; names are not.
-fn lower_case(label: &[u8]) -> Found<'_> {
-    match checked(label) {
-        Found::Name(name) if name.bytes().any(|b| b.is_ascii_uppercase()) => {
-            Found::Name(Cow::Owned(name.to_ascii_lowercase()))
-        }
-        found => found,
+fn look<'a>(place: &'a Place, head: &'a dyn Head) -> Seen<'a> {
+    match place {
+        Place::Header(name) => match head.header(name) {
+            Header::Missing | Header::Value([]) => Seen::Missing,
+            Header::Value(value) => Seen::Value(Cow::Borrowed(value)),
+            Header::Differing => Seen::Invalid,
+        },
+        Place::Host(template) => match head.host() {
+            Header::Missing => Seen::Missing,
+            Header::Value(host) => target::label_of(template, host)
+                .map_or(Seen::Missing, |label| Seen::Value(Cow::Borrowed(label))),
+            Header::Differing => Seen::Invalid,
+        },
+        Place::Path(template) => target::segment(template, head.target()),
+        Place::Query(name) => target::parameter(name, head.target()),
+        Place::Jwt { claim, header } => jwt::claim(claim, header, head.header(header)),
+        Place::Fixed(name) => Seen::Value(Cow::Borrowed(name.as_str().as_bytes())),
     }
 }
 
-fn without_port(host: &[u8]) -> &[u8] {
-    match host.iter().rposition(|b| *b == b':') {
-        Some(colon) if host[colon + 1..].iter().all(u8::is_ascii_digit) => &host[..colon],
-        _ => host,
-    }
+/// The name that is in a value.
+fn named<'a>(rule: &Rule, value: Cow<'a, [u8]>) -> Found<'a> {
+    // Hosts are equal whatever their case; other names are not.
+    let lower = rule.lower || matches!(rule.place, Place::Host(_));
+    let value = if lower && value.iter().any(u8::is_ascii_uppercase) {
+        Cow::Owned(value.to_ascii_lowercase())
+    } else {
+        value
+    };
+    let shape = rule.shape.as_ref();
+    let name = match value {
+        Cow::Borrowed(value) => name_in(value, shape).map(Cow::Borrowed),
+        Cow::Owned(value) => name_in(&value, shape).map(|name| Cow::Owned(name.to_owned())),
+    };
+    name.map_or(Found::Invalid, Found::Name)
 }
 
-/// The path of a request target, which may be an absolute URI.
-fn path_of(target: &[u8]) -> &[u8] {
-    if target.starts_with(b"/") {
-        return target;
-    }
-    let scheme = target.windows(3).position(|w| w == b"://");
-    let rest = scheme.map_or(&[][..], |at| &target[at + 3..]);
-    let slash = rest.iter().position(|b| *b == b'/');
-    slash.map_or(&[][..], |at| &rest[at..])
-}
-
-// === impl Pattern ===
-
-impl Pattern {
-    fn parse(text: &str) -> Result<Self, RuleError> {
-        let mut parts = text.split("{tenant}");
-        match (parts.next(), parts.next(), parts.next()) {
-            (Some(before), Some(after), None) => Ok(Self {
-                before: before.to_owned(),
-                after: after.to_owned(),
-            }),
-            _ => Err(RuleError::Placeholder(text.to_owned())),
-        }
-    }
-
-    fn label_of<'h>(&self, host: &'h [u8]) -> Option<&'h [u8]> {
-        let end = host.len().checked_sub(self.after.len())?;
-        let label = host.get(self.before.len()..end)?;
-        let fits = host[..self.before.len()].eq_ignore_ascii_case(self.before.as_bytes())
-            && host[end..].eq_ignore_ascii_case(self.after.as_bytes())
-            && !label.contains(&b'.');
-        fits.then_some(label)
-    }
-
-    /// The slash that ends the pattern may be missing in the path: `/t/acme` fits `/t/{tenant}/`.
-    fn segment_of<'p>(&self, path: &'p [u8]) -> Option<&'p [u8]> {
-        let query = path.iter().position(|b| matches!(b, b'?' | b'#'));
-        let path = &path[..query.unwrap_or(path.len())];
-        let rest = path.strip_prefix(self.before.as_bytes())?;
-        let end = rest.iter().position(|b| *b == b'/').unwrap_or(rest.len());
-        let (segment, rest) = rest.split_at(end);
-        let after = self.after.as_bytes();
-        (rest.starts_with(after) || (rest.is_empty() && after == b"/")).then_some(segment)
-    }
+fn name_in<'v>(value: &'v [u8], shape: Option<&Shape>) -> Option<&'v str> {
+    let part = match shape {
+        None => value,
+        Some(_) if value.len() > MAX_SHAPED_BYTES => return None,
+        Some(shape) => shape.part_of(std::str::from_utf8(value).ok()?)?.as_bytes(),
+    };
+    check_name(part).ok().filter(|name| !name.starts_with("__"))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct Fake<'a> {
-        headers: &'a [(&'a str, &'a str)],
-        target: &'a str,
-    }
-
-    impl Head for Fake<'_> {
-        fn header(&self, name: &str) -> Header<'_> {
-            let named = self.headers.iter().filter(|(n, _)| *n == name);
-            Header::of(named.map(|(_, value)| value.as_bytes()))
-        }
-
-        fn host(&self) -> Option<&[u8]> {
-            match self.header("host") {
-                Header::Value(value) => Some(value),
-                _ => None,
-            }
-        }
-
-        fn target(&self) -> &[u8] {
-            self.target.as_bytes()
-        }
-    }
-
-    #[track_caller]
-    fn check(rules: &[&str], headers: &[(&str, &str)], target: &str, expected: Result<&str, bool>) {
-        let rules: Vec<Rule> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-        let head = Fake { headers, target };
-        let found = find(&rules, &head);
-        let expected = match expected {
-            Ok(name) => Found::Name(Cow::Borrowed(name)),
-            Err(true) => Found::Invalid,
-            Err(false) => Found::Missing,
-        };
-        assert_eq!(found, expected);
-    }
-
-    #[test]
-    fn rules_find_tenants() {
-        let header = &["header:X-Tenant-Id"][..];
-        check(header, &[("x-tenant-id", "acme")], "/", Ok("acme"));
-        check(header, &[], "/", Err(false));
-        check(header, &[("x-tenant-id", "")], "/", Err(false));
-        check(header, &[("x-tenant-id", "a b")], "/", Err(true));
-        check(header, &[("x-tenant-id", "__none__")], "/", Err(true));
-        check(header, &[("x-tenant-id", &"a".repeat(200))], "/", Err(true));
-        check(
-            header,
-            &[("x-tenant-id", "a"), ("x-tenant-id", "a")],
-            "/",
-            Ok("a"),
-        );
-        check(
-            header,
-            &[("x-tenant-id", "a"), ("x-tenant-id", "b")],
-            "/",
-            Err(true),
-        );
-
-        let host = &["host:{tenant}.api.example.com"][..];
-        check(host, &[("host", "acme.api.example.com:8080")], "/", Ok("acme"));
-        check(host, &[("host", "ACME.Api.example.com")], "/", Ok("acme"));
-        check(host, &[("host", "a.b.api.example.com")], "/", Err(false));
-        check(host, &[("host", ".api.example.com")], "/", Err(true));
-        check(host, &[("host", "example.com")], "/", Err(false));
-
-        let path = &["path:/t/{tenant}/"][..];
-        check(path, &[], "/t/acme/x?y=/t/z/", Ok("acme"));
-        check(path, &[], "/t/acme?x", Ok("acme"));
-        check(path, &[], "http://h/t/acme/x", Ok("acme"));
-        check(path, &[], "/t/", Err(true));
-        check(path, &[], "/u/acme/", Err(false));
-        check(path, &[], "/t/ac%20me/", Err(true));
-        check(path, &[], "*", Err(false));
-        check(&["path:/t/{tenant}/v1"], &[], "/t/acme/v2", Err(false));
-    }
-
-    #[test]
-    fn the_first_rule_that_applies_decides() {
-        let rules = &["header:x-tenant", "path:/t/{tenant}/", "fixed:rest"][..];
-        check(rules, &[("x-tenant", "a")], "/t/b/", Ok("a"));
-        check(rules, &[], "/t/b/", Ok("b"));
-        check(rules, &[], "/", Ok("rest"));
-        check(rules, &[("x-tenant", "a b")], "/t/b/", Err(true));
-    }
-
-    #[test]
-    fn bad_rules_are_refused() {
-        for (text, part) in [
-            ("acme", "is not a rule"),
-            ("cookie:x", "is not a rule"),
-            ("header:a b", "is not the name of a header"),
-            ("host:example.com", "exactly once"),
-            ("host:x{tenant}.example.com", "whole label"),
-            ("path:t/{tenant}/", "must begin with /"),
-            ("path:/t/{tenant}x", "whole segment"),
-            ("path:/{tenant}/{tenant}", "exactly once"),
-            ("fixed:__none__", "begins with"),
-        ] {
-            let error = text.parse::<Rule>().unwrap_err().to_string();
-            assert!(error.contains(part), "{text}: {error}");
-        }
-    }
-}
+mod tests;

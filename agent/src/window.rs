@@ -9,6 +9,8 @@ use coalmine_proto::{
 };
 use prost::Message as _;
 
+use crate::pool::PoolRow;
+
 /// One closed window.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Window {
@@ -18,8 +20,10 @@ pub struct Window {
     pub length_ms: u32,
     /// The tenants that had requests.
     pub rows: Vec<Row>,
-    /// Version of the limits that it was recorded under; 0 before the first.
+    /// Version of the settings that it was recorded under; 0 before the first.
     pub config_version: u64,
+    /// What the application's connection pools did; those that could be read.
+    pub pools: Vec<PoolRow>,
     /// The state of the pod when it was closed.
     pub host: v1::HostContext,
 }
@@ -64,7 +68,38 @@ impl Window {
     /// What the window takes of the ring, in bytes.
     pub fn bytes(&self) -> usize {
         let rows: usize = self.rows.iter().map(Row::bytes).sum();
-        size_of::<Self>() + rows
+        let pools: usize = self.pools.iter().map(PoolRow::bytes).sum();
+        size_of::<Self>() + rows + pools
+    }
+
+    /// Upper bound of what the window takes of a message beside its rows.
+    pub fn frame_bytes(&self) -> usize {
+        // Each number has ten bytes at most: those of the window, its totals, a gap, and the pod's state.
+        const FRAME: usize = 512;
+        // Eight numbers with their tags, and two lengths.
+        const POOL: usize = 100;
+        let pools = self.pools.iter().map(|pool| POOL + pool.name.len());
+        FRAME + pools.sum::<usize>()
+    }
+
+    /// Splits off the rows from this one on, as a window of the same time. What is no row goes with them, so that
+    /// it is sent once.
+    pub fn split_off(&mut self, at: usize) -> Self {
+        let requests = self.sums().requests;
+        let mut pools = std::mem::take(&mut self.pools);
+        for pool in &mut pools {
+            pool.acquires = Some(pool.to_wire(requests).acquires);
+        }
+        let rest = Self {
+            rows: self.rows.split_off(at.min(self.rows.len())),
+            pools,
+            ..*self
+        };
+        self.host.cpu_us = 0;
+        if let Some(database) = &mut self.host.database {
+            database.retransmits = 0;
+        }
+        rest
     }
 
     /// Adds the window that follows. Nothing is lost but the border between the two.
@@ -74,7 +109,8 @@ impl Window {
         self.length_ms = self.length_ms.saturating_add(next.length_ms);
         self.start_unix_ms = start.min(next.start_unix_ms);
         self.config_version = self.config_version.min(next.config_version);
-        self.host = next.host;
+        self.host = merged_host(&self.host, next.host);
+        merge_pools(&mut self.pools, next.pools);
         let mut mine: BTreeMap<TenantName, Row> = std::mem::take(&mut self.rows)
             .into_iter()
             .map(|row| (row.tenant.clone(), row))
@@ -151,6 +187,36 @@ fn merged(one: &v1::Histogram, other: &v1::Histogram) -> v1::Histogram {
     sum.to_wire()
 }
 
+/// What the kernel counted in both windows is added; the rest is as it was at the end of the later.
+fn merged_host(earlier: &v1::HostContext, later: v1::HostContext) -> v1::HostContext {
+    let database = match (earlier.database, later.database) {
+        (Some(before), Some(after)) => Some(v1::Sockets {
+            retransmits: before.retransmits.saturating_add(after.retransmits),
+            ..after
+        }),
+        (before, after) => after.or(before),
+    };
+    v1::HostContext {
+        cpu_us: earlier.cpu_us.saturating_add(later.cpu_us),
+        database,
+        ..later
+    }
+}
+
+/// Adds the pools of the window that follows to those of the same names.
+fn merge_pools(mine: &mut Vec<PoolRow>, next: Vec<PoolRow>) {
+    for pool in next {
+        let Some(same) = mine.iter_mut().find(|same| same.name == pool.name) else {
+            mine.push(pool);
+            continue;
+        };
+        // A sum of which one part is not known is not known.
+        let is_known = same.acquires.is_some() && pool.acquires.is_some();
+        same.add(&pool);
+        same.acquires = same.acquires.filter(|_| is_known);
+    }
+}
+
 // === impl Sums ===
 
 impl Sums {
@@ -169,6 +235,192 @@ impl Sums {
         Self {
             requests: self.requests.saturating_add(other.requests),
             errors: self.errors.saturating_add(other.errors),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(name: &str, acquires: Option<u64>, counts: u64, gauges: u64) -> PoolRow {
+        PoolRow {
+            name: name.to_owned(),
+            acquires,
+            waits: counts + 1,
+            timeouts: counts,
+            wait_ns: counts + 2,
+            used: gauges,
+            idle: gauges + 1,
+            max: gauges + 2,
+            waiters: gauges + 3,
+        }
+    }
+
+    fn window(pools: Vec<PoolRow>, host: v1::HostContext) -> Window {
+        Window {
+            start_unix_ms: 0,
+            length_ms: 1000,
+            rows: Vec::new(),
+            config_version: 1,
+            pools,
+            host,
+        }
+    }
+
+    #[test]
+    fn pools_add_up_by_name() {
+        let mut one = window(
+            vec![
+                pool("a", Some(10), 1, 5),
+                pool("b", Some(10), 1, 5),
+                pool("c", None, 1, 5),
+            ],
+            v1::HostContext::default(),
+        );
+        let next = window(
+            vec![
+                pool("d", Some(30), 7, 7),
+                pool("b", None, 2, 6),
+                pool("a", Some(4), 2, 6),
+                pool("c", Some(4), 2, 6),
+            ],
+            v1::HostContext::default(),
+        );
+        one.merge(next);
+        let merged = |name: &str, acquires| PoolRow {
+            waits: 2 + 3,
+            timeouts: 1 + 2,
+            wait_ns: 3 + 4,
+            ..pool(name, acquires, 0, 6)
+        };
+        let expected = [
+            merged("a", Some(14)),
+            merged("b", None),
+            merged("c", None),
+            pool("d", Some(30), 7, 7),
+        ];
+        assert_eq!(one.pools, expected);
+        assert!(one.bytes() >= size_of::<Window>() + 4 * size_of::<PoolRow>() + 4);
+    }
+
+    #[test]
+    fn what_is_no_row_goes_with_the_rest_of_a_window() {
+        let row = |tenant: &[u8]| {
+            let mut outcomes = Outcomes::default();
+            outcomes.0[0] = 2;
+            Row {
+                tenant: TenantName::parse(tenant).unwrap(),
+                outcomes,
+                latency: v1::Histogram::default(),
+                limit_us: 0,
+                over_limit: 0,
+            }
+        };
+        let host = v1::HostContext {
+            in_flight: 3,
+            cpu_us: 9,
+            database: Some(v1::Sockets {
+                established: 4,
+                retransmits: 5,
+                ..v1::Sockets::default()
+            }),
+            ..v1::HostContext::default()
+        };
+        let mut whole = window(vec![pool("a", None, 1, 1)], host);
+        whole.rows = vec![row(b"a"), row(b"b"), row(b"c")];
+        let rest = whole.split_off(1);
+        assert_eq!((whole.rows.len(), rest.rows.len()), (1, 2));
+        assert_eq!(
+            (rest.start_unix_ms, rest.length_ms, rest.config_version),
+            (0, 1000, 1)
+        );
+        assert!(whole.pools.is_empty());
+        // The requests of both parts.
+        assert_eq!(rest.pools, [pool("a", Some(6), 1, 1)]);
+        assert_eq!(rest.host, host);
+        let database = whole.host.database.unwrap();
+        assert_eq!((whole.host.in_flight, whole.host.cpu_us), (3, 0));
+        assert_eq!((database.established, database.retransmits), (4, 0));
+    }
+
+    #[test]
+    fn a_window_without_rows_is_no_larger_in_a_message_than_is_said() {
+        let most = u64::MAX;
+        let row = PoolRow {
+            acquires: Some(most),
+            ..pool(&"n".repeat(200), None, most - 2, most - 3)
+        };
+        let sockets = v1::Sockets {
+            established: u32::MAX,
+            awaiting: u32::MAX,
+            other: u32::MAX,
+            rtt_us: u32::MAX,
+            retransmits: most,
+        };
+        let host = v1::HostContext {
+            in_flight: u32::MAX,
+            connections: u32::MAX,
+            opaque_connections: most,
+            cpu_us: most,
+            cpu_limit_milli: most,
+            memory_bytes: most,
+            memory_limit_bytes: most,
+            open_files: most,
+            database: Some(sockets),
+        };
+        let totals = v1::Totals {
+            requests: most,
+            errors: most,
+            gap_requests: most,
+        };
+        let gap = v1::Gap {
+            windows: most,
+            requests: most,
+            errors: most,
+            start_unix_ms: most,
+            end_unix_ms: most,
+        };
+        for pools in [0, 1, 64] {
+            let window = window(vec![row.clone(); pools], host);
+            let batch = v1::WindowBatch {
+                seq: most,
+                start_unix_ms: most,
+                length_ms: u32::MAX,
+                names: Vec::new(),
+                rows: Vec::new(),
+                cumulative: Some(totals),
+                gap: Some(gap),
+                config_version: most,
+                host: Some(window.host),
+                pools: window.pools.iter().map(|pool| pool.to_wire(most)).collect(),
+            };
+            assert!(batch.encoded_len() <= window.frame_bytes(), "{pools} pools");
+        }
+    }
+
+    #[test]
+    fn the_host_is_as_the_later_window_saw_it() {
+        let sockets = |established, retransmits| v1::Sockets {
+            established,
+            retransmits,
+            ..v1::Sockets::default()
+        };
+        let host = |in_flight, cpu_us, database| v1::HostContext {
+            in_flight,
+            cpu_us,
+            database,
+            ..v1::HostContext::default()
+        };
+        for (earlier, later, merged) in [
+            (Some(sockets(9, 2)), Some(sockets(5, 3)), Some(sockets(5, 5))),
+            (Some(sockets(9, 2)), None, Some(sockets(9, 2))),
+            (None, Some(sockets(5, 3)), Some(sockets(5, 3))),
+            (None, None, None),
+        ] {
+            let mut window = window(Vec::new(), host(1, 10, earlier));
+            window.merge(self::window(Vec::new(), host(2, 30, later)));
+            assert_eq!(window.host, host(2, 40, merged));
         }
     }
 }

@@ -6,7 +6,9 @@
 
 mod agent;
 mod cell;
+mod context;
 mod image;
+mod pool;
 mod service;
 #[cfg(test)]
 mod tests;
@@ -19,14 +21,16 @@ use std::{
 use coalmine_judge::evidence::Window;
 use coalmine_proto::{
     names::{Arm, Outcomes, TenantName},
-    v1::{Gap, Histogram as WireHistogram, Totals},
+    v1::{Gap, Histogram as WireHistogram, HostContext, Pool, Totals},
 };
 
 use foldhash::HashMap;
 
 pub use self::{
     agent::Agent,
+    context::{ArmContext, DatabaseConnections, Hosts, Pools},
     image::{Changes, Piece},
+    pool::{MAX_POOLS, PoolEvents},
     service::Service,
 };
 
@@ -40,6 +44,9 @@ const KEEP_SLOTS_MS: u64 = 60_000;
 /// it has counted since.
 const REMEMBER_GONE_MS: u64 = 3_600_000;
 const REMEMBER_SILENT_MS: u64 = 7 * 24 * 3_600_000;
+
+/// After this long without a sign a connected agent counts as silent.
+pub const SILENT_MS: u64 = 10_000;
 
 /// Most tenants of a service; agents fold beyond their own, lower limit.
 pub const MAX_TENANTS: usize = 200_000;
@@ -132,6 +139,10 @@ pub struct Batch<'a> {
     pub cumulative: Totals,
     /// Windows that the agent dropped.
     pub gap: Option<Gap>,
+    /// The application's connection pools.
+    pub pools: &'a [Pool],
+    /// The pod, as it is at the end of the window.
+    pub host: Option<HostContext>,
 }
 
 /// A row of a batch.
@@ -206,6 +217,17 @@ pub enum BookError {
         /// Why.
         problem: &'static str,
     },
+    /// What is said of a connection pool contradicts itself.
+    #[error("the connection pool {name:?} is refused: {problem}")]
+    Pool {
+        /// The pool; the beginning of a long name.
+        name: String,
+        /// Why.
+        problem: &'static str,
+    },
+    /// More pools than one application has.
+    #[error("{0} connection pools in one window; at most {MAX_POOLS} are taken")]
+    TooManyPools(usize),
     /// The service is not known; an introduction is missing.
     #[error("nothing is known of this agent")]
     Unknown,
@@ -426,6 +448,15 @@ impl Book {
         let patience = self.patience;
         let service = self.service(&comparison.service);
         service.freeze(comparison, start_ms, number, now_ms, patience.forget_ms)
+    }
+
+    /// What the agents of both arms say of their pods and pools at present, canary first.
+    pub fn contexts(&self, comparison: &Comparison, now_ms: u64) -> [ArmContext; 2] {
+        let service = self.services.get(&comparison.service);
+        Arm::ALL.map(|arm| {
+            let covers = |build: &Build| build.arm == arm && comparison.covers(build);
+            service.map_or_else(ArmContext::default, |service| service.context(covers, now_ms))
+        })
     }
 
     /// Before stored windows are read again: slots that nobody waits for get no place.

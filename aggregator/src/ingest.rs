@@ -195,6 +195,8 @@ fn apply_of(
         rows,
         cumulative: batch.cumulative.unwrap_or_default(),
         gap: batch.gap,
+        pools: &batch.pools,
+        host: batch.host,
     };
     Ok(book.apply(&who.service, &who.instance, session, &batch, now_ms)?)
 }
@@ -433,6 +435,8 @@ impl Ingest {
             // The counts are stored already. What is stored now are the names, which are needed to read what follows
             // in this session, and that the counts before it are on disk.
             batch.rows.clear();
+            batch.pools.clear();
+            batch.host = None;
         }
         let (acks, shared, news) = (Arc::clone(acks), Arc::clone(&self.book), Arc::clone(&self.news));
         let who = who.clone();
@@ -481,6 +485,7 @@ impl SessionError {
             Self::Book(BookError::Latency { .. }) => "histogram",
             Self::Book(BookError::Totals { .. }) => "totals",
             Self::Book(BookError::Row { .. }) => "row",
+            Self::Book(BookError::Pool { .. } | BookError::TooManyPools(_)) => "pool",
             Self::Book(BookError::Unknown) => "unknown",
         }
     }
@@ -508,5 +513,72 @@ impl Telemetry for Ingest {
         let (out, messages) = mpsc::channel(16);
         tokio::spawn(self.clone().run(request.into_inner(), out));
         Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use coalmine_proto::v1::{Pool, Totals};
+
+    use super::*;
+    use crate::book::{Comparison, Patience};
+
+    #[test]
+    fn what_was_stored_of_a_pool_counts_once_after_a_restart() {
+        let hello = Hello {
+            protocol: PROTOCOL,
+            instance: "a".to_owned(),
+            epoch: 7,
+            service: "checkout".to_owned(),
+            version: "v2".to_owned(),
+            arm: Arm::Canary.to_wire().into(),
+            next_seq: 1,
+            window_ms: 1_000,
+            ..Hello::default()
+        };
+        let pool = Pool {
+            name: "orders".to_owned(),
+            acquires: 10,
+            waits: 3,
+            timeouts: 1,
+            used: 4,
+            max: 5,
+            ..Pool::default()
+        };
+        let batch = WindowBatch {
+            seq: 1,
+            start_unix_ms: 10_000,
+            length_ms: 1_000,
+            cumulative: Some(Totals::default()),
+            pools: vec![pool],
+            ..WindowBatch::default()
+        };
+        // The agent connected anew and sent it again, and so it was stored without its counts.
+        let again = WindowBatch {
+            pools: Vec::new(),
+            ..batch.clone()
+        };
+        let mut book = Book::new(Patience::default(), 0);
+        let mut rebuild = Rebuild::default();
+        for entry in [
+            Entry::Hello(1, hello.clone()),
+            Entry::Batch(1, batch),
+            Entry::Hello(2, hello),
+            Entry::Batch(2, again),
+        ] {
+            rebuild.take(&mut book, entry, 12_000);
+        }
+        assert_eq!(rebuild.refused, 0);
+        let comparison = Comparison {
+            service: "checkout".to_owned(),
+            canary_version: "v2".to_owned(),
+            baseline_version: None,
+        };
+        let window = book.freeze(&comparison, 10_000, 1, 30_000);
+        let [pool] = window.pool.as_slice() else {
+            panic!("{:?}", window.pool);
+        };
+        assert_eq!((pool.acquires, pool.waits, pool.timeouts), (10, 3, 1));
+        assert_eq!((pool.used, pool.max), (4, 5));
     }
 }

@@ -26,12 +26,9 @@ use prometheus_client::{
 };
 
 use crate::{
-    book::{Book, locked},
+    book::{Book, Pools, SILENT_MS, locked},
     clock, ledger,
 };
-
-/// After this long without a sign a connected agent counts as silent.
-const SILENT_MS: u64 = 10_000;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ServiceVerdict {
@@ -480,10 +477,10 @@ impl Collector for BookCollector {
             "Windows received again after a reconnection",
             &duplicates,
         )?;
+        encode_pools(&mut encoder, &book, now_ms)?;
         let mut family = encoder.encode_descriptor("agents", "Agents, by state", None, MetricType::Gauge)?;
         for (labels, count) in agents {
-            let gauge = ConstGauge::<i64>::new(i64::try_from(count).unwrap_or(i64::MAX));
-            encode_gauge(&mut family, &labels, &gauge)?;
+            encode_gauge(&mut family, &labels, count)?;
         }
         let mut family = encoder.encode_descriptor(
             "request_duration_seconds",
@@ -510,6 +507,60 @@ impl Collector for BookCollector {
     }
 }
 
+/// The connection pools of the applications: one series for each arm of a service, zeros where there are none.
+fn encode_pools(encoder: &mut DescriptorEncoder<'_>, book: &Book, now_ms: u64) -> Result<(), fmt::Error> {
+    let pools: Vec<(Labels<'_>, Pools)> = book
+        .services()
+        .flat_map(|(name, service)| {
+            Arm::ALL.map(|arm| {
+                let context = service.context(|build| build.arm == arm, now_ms);
+                let labels = vec![("service", name), ("arm", arm.as_str())];
+                (labels, context.pool.unwrap_or_default())
+            })
+        })
+        .collect();
+    let of = |value: fn(&Pools) -> u64| {
+        let values = pools.iter().map(|(labels, pools)| (labels.clone(), value(pools)));
+        values.collect::<Vec<_>>()
+    };
+    counter(
+        encoder,
+        "pool_acquires",
+        "Connections that applications asked their pools for",
+        &of(|pools| pools.acquires),
+    )?;
+    counter(
+        encoder,
+        "pool_waits",
+        "Connections that applications had to wait for",
+        &of(|pools| pools.waits),
+    )?;
+    counter(
+        encoder,
+        "pool_timeouts",
+        "Connections that applications waited for in vain",
+        &of(|pools| pools.timeouts),
+    )?;
+    for (name, help, values) in [
+        (
+            "pool_used_connections",
+            "Connections of the applications' pools that are in use",
+            of(|pools| pools.used),
+        ),
+        (
+            "pool_max_connections",
+            "Most connections that the applications' pools may open; 0 where that is not known",
+            of(|pools| pools.max),
+        ),
+    ] {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in values {
+            encode_gauge(&mut family, &labels, value)?;
+        }
+    }
+    Ok(())
+}
+
 fn counter(
     encoder: &mut DescriptorEncoder<'_>,
     name: &str,
@@ -527,8 +578,9 @@ fn counter(
 fn encode_gauge(
     family: &mut prometheus_client::encoding::MetricEncoder<'_>,
     labels: &Labels<'_>,
-    gauge: &ConstGauge<i64>,
+    value: u64,
 ) -> Result<(), fmt::Error> {
     use prometheus_client::encoding::EncodeMetric as _;
+    let gauge = ConstGauge::<i64>::new(i64::try_from(value).unwrap_or(i64::MAX));
     gauge.encode(family.encode_family(labels)?)
 }

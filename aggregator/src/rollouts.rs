@@ -587,7 +587,9 @@ fn comparison(start: &RolloutStart) -> Comparison {
     }
 }
 
-/// The latency limits that agents shall count against: those that are judged, from the policies and the histories.
+/// What agents shall count, and against what: the rules of the policies, and the limits that are judged, from the
+/// policies and the histories. A tenant that a policy names is listed whatever its limit, because what is listed is
+/// never counted as `__overflow__`.
 pub fn configs(policies: &BTreeMap<String, Policy>, histories: &Histories) -> Configs {
     let config = |policy: &Policy, history: Option<&history::History>| {
         let default_limit_us = Thresholds::default_of(policy, history).p99_us.unwrap_or(0);
@@ -604,9 +606,11 @@ pub fn configs(policies: &BTreeMap<String, Policy>, histories: &Histories) -> Co
             default_limit_us,
             limits: tenants
                 .iter()
-                .map(limit)
-                .filter(|limit| limit.limit_us != default_limit_us)
+                .map(|tenant| (policy.tenants.contains_key(tenant), limit(tenant)))
+                .filter(|(is_named, limit)| *is_named || limit.limit_us != default_limit_us)
+                .map(|(_, limit)| limit)
                 .collect(),
+            tenant_rules: policy.tenant_rules.iter().map(ToString::to_string).collect(),
         }
     };
     policies
@@ -625,7 +629,8 @@ mod tests {
     const POLICY: &str = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
         defaults: { errors: { max_rate: 1% }, latency: { p99: 350ms } },
         tenants: { acme: { latency: { p99: 250ms } }, same: {} },
-        adjust: { from_history: true, floor: 0.5x, ceiling: 2x } }";
+        adjust: { from_history: true, floor: 0.5x, ceiling: 2x },
+        tenant_rules: [ 'header:X-Tenant', 'fixed:rest' ] }";
 
     const HISTORY: &str = r#"{"v":1,"service":"checkout","rollouts":1,"windows":9,"first_ms":0,"last_ms":1,"sources":[],
         "arm_difference_tenants":0,"tenants":{
@@ -646,9 +651,20 @@ mod tests {
             (config.default_limit_us, limits)
         };
         let acme = ("acme".to_owned(), 250_000);
-        assert_eq!(limits(&Histories::new()), (350_000, vec![acme.clone()]));
+        let same = ("same".to_owned(), 350_000);
+        assert_eq!(
+            limits(&Histories::new()),
+            (350_000, vec![acme.clone(), same.clone()])
+        );
         let histories = Histories::from([("checkout".to_owned(), history)]);
         let fast = ("fast".to_owned(), 250_000);
-        assert_eq!(limits(&histories), (350_000, vec![acme, fast]));
+        assert_eq!(limits(&histories), (350_000, vec![acme, fast, same]));
+    }
+
+    #[test]
+    fn agents_follow_the_rules_of_the_policy() {
+        let policies = BTreeMap::from([("checkout".to_owned(), Policy::parse(POLICY).unwrap())]);
+        let config = configs(&policies, &Histories::new()).remove("checkout").unwrap();
+        assert_eq!(config.tenant_rules, ["header:x-tenant", "fixed:rest"]);
     }
 }

@@ -158,7 +158,7 @@ struct Jobs {
 }
 
 enum Job {
-    Append(Entry, Done),
+    Append(Box<Entry>, Done),
     RollUp(Vec<Piece>),
 }
 
@@ -218,7 +218,7 @@ impl Store {
         let done: Done = Box::new(done);
         match &self.sink {
             // The writer ends only with the process.
-            Sink::Thread(queue) => drop(queue.send(Job::Append(entry, done))),
+            Sink::Thread(queue) => drop(queue.send(Job::Append(Box::new(entry), done))),
             Sink::Given(log) => {
                 let mut frame = Vec::new();
                 entry.encode(&mut frame);
@@ -249,7 +249,7 @@ fn next_group(queue: &mpsc::Receiver<Job>) -> Option<Jobs> {
     let mut next = Some(queue.recv().ok()?);
     while let Some(job) = next {
         match job {
-            Job::Append(entry, done) => group.push((entry, done)),
+            Job::Append(entry, done) => group.push((*entry, done)),
             Job::RollUp(pieces) => {
                 return Some(Jobs {
                     group,

@@ -1,11 +1,13 @@
 //! The contract between agents and the aggregator.
 //!
-//! Read in this order: [`names`] (what things are called and which names are allowed), [`histogram`]
-//! (how latency is counted), [`exposition`] (how it is shown to Prometheus), [`v1`] (the messages, generated from `proto/coalmine/v1/telemetry.proto`).
+//! Read in this order: [`names`] (what things are called and which names are allowed), [`rule`] (where a
+//! request's tenant stands), [`histogram`] (how latency is counted), [`exposition`] (how it is shown to
+//! Prometheus), [`v1`] (the messages, generated from `proto/coalmine/v1/telemetry.proto`).
 
 pub mod exposition;
 pub mod histogram;
 pub mod names;
+pub mod rule;
 
 /// Messages and services of protocol version 1, generated and committed.
 #[allow(

@@ -9,6 +9,7 @@ mod demo;
 mod house;
 mod judging;
 mod monitoring;
+mod pool;
 mod postgres;
 mod rollout;
 mod witness;

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use coalmine_agent::metrics::Metrics;
+use coalmine_agent::{metrics::Metrics, ring::MAX_MERGED_MS};
 use coalmine_aggregator::store::{self, Entry};
 use coalmine_proto::{
     names::{Arm, Outcomes},
@@ -27,6 +27,10 @@ pub(crate) struct Life {
     pub(crate) metrics: Metrics,
     /// Tells it what to do.
     pub(crate) stage: watch::Sender<Stage>,
+    /// Limit of its ring, in bytes.
+    pub(crate) ring_bytes: usize,
+    /// When each of its windows ended, and what it takes of the ring.
+    pub(crate) windows: Vec<(u64, usize)>,
     /// The requests that ended in it, by burst. A burst has a tenant of its own, which is its name.
     pub(crate) made: BTreeMap<String, Burst>,
     /// Whether it ended by itself, after it was told to.
@@ -91,6 +95,20 @@ impl Life {
         });
         let value = value.unwrap_or_else(|| panic!("the agent has no metric {name}"));
         value.trim().parse().unwrap()
+    }
+
+    /// What the ring may take at most: its limit, and one window of windows that were merged into it.
+    pub(crate) fn ring_bound(&self) -> usize {
+        let (mut widest, mut together, mut first) = (0, 0, 0);
+        for (end_ms, bytes) in &self.windows {
+            together += bytes;
+            while self.windows[first].0 + u64::from(MAX_MERGED_MS) < *end_ms {
+                together -= self.windows[first].1;
+                first += 1;
+            }
+            widest = widest.max(together);
+        }
+        self.ring_bytes + widest
     }
 
     /// Whether everything was delivered: it ended in order, and nothing was left.

@@ -6,9 +6,9 @@ use coalmine_agent::{
     Session, Surroundings,
     config::{Command, Config},
     metrics::Metrics,
-    observer::Sink,
-    recorder::{Limits, Recorder, Sealed},
-    tenant::{Head, Header, Rule},
+    observer::{Sink, Times},
+    recorder::{Recorder, Sealed, Settings},
+    tenant::{Head, Header},
 };
 use coalmine_proto::names::{Arm, Outcome};
 use tokio::{
@@ -73,21 +73,23 @@ pub(crate) fn version(arm: Arm) -> &'static str {
 /// One life of an agent's process.
 pub(crate) async fn live(agent: Arc<Agent>) -> turmoil::Result {
     let config = config(&agent);
-    let metrics = Metrics::new(&config);
+    let metrics = Metrics::new(&config, Arc::default());
     let (stage, told) = watch::channel(Stage::Busy);
     let (life, epoch, mut rng) = begin(&agent, metrics.clone(), stage);
     agent
         .trace
         .note(&format!("{}: begins life {epoch:016x}", config.instance));
     let (windows, sealed) = mpsc::channel(WAITING_WINDOWS);
-    let (set_limits, limits) = watch::channel(Limits::default());
+    let (set_settings, settings) = watch::channel(Settings::default());
     let surroundings = Surroundings {
         epoch,
         clock,
         dial: Box::new(dial),
+        context: Box::new(|_| {}),
     };
-    let session = Session::new(&config, sealed, set_limits, metrics, surroundings);
+    let session = Session::new(&config, sealed, set_settings, metrics, surroundings);
     let window_ms = agent.setting.window_ms;
+    let rule = format!("header:{TENANT_HEADER}");
     let clients = Clients {
         life,
         name: format!("{}.{life}", agent.number),
@@ -95,11 +97,11 @@ pub(crate) async fn live(agent: Arc<Agent>) -> turmoil::Result {
         pause_ms: rng.between(300, agent.setting.pause_ms),
         rng,
         lives: Arc::clone(&agent.lives),
-        recorder: Recorder::new(vec![Rule::Header(TENANT_HEADER.to_owned())], 10_000),
+        recorder: Recorder::new(vec![rule.parse().unwrap()], 10_000),
         window_ms,
         start_ms: clock() / window_ms * window_ms,
         windows,
-        limits,
+        settings,
     };
     tokio::join!(clients.run(told), session.run());
     agent.lives.lock().unwrap()[life].has_ended = true;
@@ -119,6 +121,8 @@ fn begin(agent: &Agent, metrics: Metrics, stage: watch::Sender<Stage>) -> (usize
         epoch,
         metrics,
         stage,
+        ring_bytes: agent.setting.ring_bytes,
+        windows: Vec::new(),
         made: BTreeMap::new(),
         has_ended: false,
     });
@@ -157,7 +161,7 @@ struct Clients {
     window_ms: u64,
     start_ms: u64,
     windows: mpsc::Sender<Sealed>,
-    limits: watch::Receiver<Limits>,
+    settings: watch::Receiver<Settings>,
 }
 
 impl Clients {
@@ -203,7 +207,12 @@ impl Clients {
         let outcome = self.rng.pick(&Outcome::ALL);
         let latency_ns = self.rng.between(1_000_000, 400_000_000);
         let id = self.recorder.begin(&Request(tenant));
-        self.recorder.end(id, outcome, latency_ns);
+        let times = Times {
+            total_ns: latency_ns,
+            first_byte_ns: Some(latency_ns / 2),
+            is_stream: false,
+        };
+        self.recorder.end(id, outcome, times);
         outcome
     }
 
@@ -215,8 +224,11 @@ impl Clients {
         let now_ms = clock();
         let length_ms = u32::try_from(now_ms - self.start_ms).unwrap();
         let window = self.recorder.seal(self.start_ms, length_ms);
-        if self.limits.has_changed().unwrap_or(false) {
-            self.recorder.set_limits(self.limits.borrow_and_update().clone());
+        self.lives.lock().unwrap()[self.life]
+            .windows
+            .push((now_ms, window.bytes()));
+        if self.settings.has_changed().unwrap_or(false) {
+            self.recorder.apply(self.settings.borrow_and_update().clone());
         }
         self.start_ms = now_ms;
         place.send(self.recorder.sealed(window));
@@ -235,8 +247,8 @@ impl Head for Request<'_> {
         }
     }
 
-    fn host(&self) -> Option<&[u8]> {
-        None
+    fn host(&self) -> Header<'_> {
+        Header::Missing
     }
 
     fn target(&self) -> &[u8] {

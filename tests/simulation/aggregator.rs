@@ -20,7 +20,8 @@ use turmoil::net::TcpListener;
 use crate::{
     account::Account,
     disk::{Disk, Done},
-    network::{PORT, clock, incoming},
+    faults::Clock,
+    network::{PORT, clock, clock_ahead, incoming},
     random::Trace,
 };
 
@@ -38,6 +39,8 @@ pub(crate) struct Place {
     pub(crate) account: Arc<Mutex<Account>>,
     /// The process that runs.
     pub(crate) running: Arc<Mutex<Option<Running>>>,
+    /// What its clock says.
+    pub(crate) clock: Arc<Mutex<Clock>>,
     /// What happens.
     pub(crate) trace: Trace,
 }
@@ -103,7 +106,10 @@ pub(crate) async fn serve(place: Place) -> turmoil::Result {
         Arc::new(Metrics::new()),
         draining,
     );
-    let ingest = ingest.with_clock(clock);
+    let ingest = ingest.with_clock(match *place.clock.lock().unwrap() {
+        Clock::Right => clock,
+        Clock::Ahead => clock_ahead,
+    });
     *place.running.lock().unwrap() = Some(Running {
         book: Arc::clone(&book),
         drain,

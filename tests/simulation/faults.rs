@@ -1,11 +1,11 @@
-//! What goes wrong, and when: a plan that follows from the seed.
+//! What goes wrong, and when: a plan that follows from the seed, or from a scenario.
 
 use coalmine_proto::names::Arm;
 
 use crate::{disk::Mood, random::Rng};
 
-/// Faults begin until then.
-pub(crate) const FAULTS_MS: u64 = 100_000;
+/// Faults begin until then, where the seed decides.
+const FAULTS_MS: u64 = 100_000;
 
 /// The longest delay of a link, one way.
 const SLOWEST_MS: u64 = 400;
@@ -51,6 +51,16 @@ pub(crate) enum Down {
     Stop,
 }
 
+/// What a machine's clock says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// The time.
+    #[default]
+    Right,
+    /// A minute more.
+    Ahead,
+}
+
 /// Something that is done to the system.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Action {
@@ -60,6 +70,9 @@ pub(crate) enum Action {
     AggregatorUp,
     /// The aggregator, which was told to stop, has ended.
     AggregatorEnds(u64),
+    /// The clock of the aggregator's machine goes wrong, or right: it begins anew, and refuses all agents until its
+    /// clock is right again.
+    AggregatorClock(Clock),
     /// An agent goes down, for so many milliseconds.
     AgentDown(usize, Down, u64),
     /// It starts again.
@@ -86,6 +99,11 @@ pub(crate) struct Plan {
     pub(crate) place: usize,
     /// When and what, in order.
     pub(crate) faults: Vec<(u64, Action)>,
+    /// Faults end then, whether they would or not.
+    pub(crate) faults_ms: u64,
+    /// Whether the agents' rings are looked at until then. While an aggregator comes back they may hold the one
+    /// window more that is on its way.
+    pub(crate) watches_rings: bool,
     /// The log is rolled up once more so many milliseconds after all agents were told to end.
     pub(crate) last_roll_up_ms: u64,
 }
@@ -156,6 +174,8 @@ impl Plan {
             agents,
             place,
             faults,
+            faults_ms: FAULTS_MS,
+            watches_rings: false,
             last_roll_up_ms: rng.between(0, 400),
         }
     }

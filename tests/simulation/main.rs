@@ -19,6 +19,8 @@
 //! into a header, h2 forgets reset streams by the system's clock, and tokio wakes several receivers of a watch
 //! channel in a random order, all at the same moment. A test holds two runs of a seed against each other.
 //!
+//! What seeds seldom reach has plans of its own ([`scenarios`]): ten minutes without an aggregator, for example.
+//!
 //! `COALMINE_SEED=7` runs one seed and shows its events; `COALMINE_SEEDS=1000` runs more than the usual number.
 
 #![allow(
@@ -45,6 +47,8 @@ mod agent;
 mod run;
 
 mod oracle;
+
+mod scenarios;
 
 use oracle::Reached;
 

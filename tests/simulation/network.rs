@@ -32,6 +32,11 @@ pub(crate) fn clock() -> u64 {
     u64::try_from(since.as_millis()).unwrap()
 }
 
+/// The wall clock of a host that is a minute ahead, in milliseconds.
+pub(crate) fn clock_ahead() -> u64 {
+    clock() + 60_000
+}
+
 /// Connects an agent.
 pub(crate) fn dial(endpoint: Endpoint) -> Dialling {
     Box::pin(async move { endpoint.connect_with_connector(Connector).await })

@@ -14,7 +14,7 @@ use crate::{
     agent::{self, Agent, Stage},
     aggregator::{self, Place},
     disk::{Disk, Mood},
-    faults::{Action, Cut, Down, FAULTS_MS, Plan},
+    faults::{Action, Clock, Cut, Down, Plan},
     network::{AGGREGATOR, START_SECONDS},
     oracle::{self, Reached},
     random::{Rng, Trace},
@@ -43,13 +43,20 @@ pub(crate) struct Outcome {
     pub(crate) trace: Vec<String>,
     /// What it has reached, or what is wrong.
     pub(crate) judged: Result<Reached, String>,
+    /// The most that any ring was seen to hold, in bytes, if rings were looked at.
+    pub(crate) most_ring_bytes: u64,
 }
 
 /// Runs the simulation of a seed.
 pub(crate) fn run(seed: u64) -> Outcome {
+    carry_out(seed, Plan::of(seed))
+}
+
+/// Runs the simulation of a plan; the seed decides what the plan does not.
+pub(crate) fn carry_out(seed: u64, plan: Plan) -> Outcome {
     count_panics();
     PANICS.set(0);
-    let mut run = Run::new(seed);
+    let mut run = Run::new(seed, plan);
     let mut judged = run.carry_out();
     let panics = PANICS.get();
     if panics > 0 && judged.is_ok() {
@@ -58,6 +65,7 @@ pub(crate) fn run(seed: u64) -> Outcome {
     Outcome {
         trace: run.trace.lines(),
         judged,
+        most_ring_bytes: run.most_ring_bytes,
     }
 }
 
@@ -86,20 +94,24 @@ struct Run {
     /// What is to happen, by time and then by the order in which it was decided.
     due: BTreeMap<(u64, usize), Action>,
     decided: usize,
+    /// Faults end then.
+    faults_ms: u64,
+    watches_rings: bool,
+    most_ring_bytes: u64,
     last_roll_up_ms: u64,
     /// How often each kind of fault happened.
     reached: Reached,
 }
 
 impl Run {
-    fn new(seed: u64) -> Self {
-        let plan = Plan::of(seed);
+    fn new(seed: u64, plan: Plan) -> Self {
         let trace = Trace::default();
         let lives = Lives::default();
         let place = Place {
             disk: Disk::new(Rng::of(seed, 2)),
             account: Arc::new(Mutex::new(Account::default())),
             running: Arc::default(),
+            clock: Arc::default(),
             trace: trace.clone(),
         };
         let mut sim = Builder::new()
@@ -144,6 +156,9 @@ impl Run {
             cuts: vec![None; agents],
             due: BTreeMap::new(),
             decided: 0,
+            faults_ms: plan.faults_ms,
+            watches_rings: plan.watches_rings,
+            most_ring_bytes: 0,
             last_roll_up_ms: plan.last_roll_up_ms,
             reached: Reached::default(),
         };
@@ -154,7 +169,7 @@ impl Run {
     }
 
     fn carry_out(&mut self) -> Result<Reached, String> {
-        self.step_until(FAULTS_MS)?;
+        self.fail_until(self.faults_ms)?;
         self.end_faults();
         // The last lives have something to count too.
         self.step_until(self.now_ms() + 5_000)?;
@@ -178,6 +193,29 @@ impl Run {
         let judged = oracle::judge(&lives, &account, &book.lock().unwrap(), &self.place.disk, now_ms)?;
         self.reached.add(&judged);
         Ok(self.reached.clone())
+    }
+
+    /// Lets things go wrong, and looks at the rings each second.
+    fn fail_until(&mut self, ms: u64) -> Result<(), String> {
+        while self.watches_rings && self.now_ms() < ms {
+            self.step_until(ms.min(self.now_ms() + 1_000))?;
+            self.look_at_rings()?;
+        }
+        self.step_until(ms)
+    }
+
+    fn look_at_rings(&mut self) -> Result<(), String> {
+        for life in self.lives.lock().unwrap().iter() {
+            let (bytes, bound) = (life.metric("ring_bytes"), life.ring_bound());
+            if bytes > bound as u64 {
+                let name = agent::name(life.agent);
+                return Err(format!(
+                    "{name}'s ring holds {bytes} bytes; at most {bound} are allowed"
+                ));
+            }
+            self.most_ring_bytes = self.most_ring_bytes.max(bytes);
+        }
+        Ok(())
     }
 
     fn now_ms(&self) -> u64 {
@@ -264,6 +302,9 @@ impl Run {
                 self.apply(Action::AgentUp(agent));
             }
         }
+        if *self.place.clock.lock().unwrap() != Clock::Right {
+            self.apply(Action::AggregatorClock(Clock::Right));
+        }
         if !self.is_aggregator_up {
             self.apply(Action::AggregatorUp);
         }
@@ -283,6 +324,10 @@ impl Run {
         match action {
             Action::AggregatorDown(down, ms) => self.aggregator_down(down, ms),
             Action::AggregatorEnds(ms) => self.crash_aggregator(ms),
+            Action::AggregatorClock(clock) => {
+                *self.place.clock.lock().unwrap() = clock;
+                self.apply(Action::AggregatorUp);
+            }
             Action::AggregatorUp => {
                 // One that was told to stop may run still.
                 self.kill_aggregator();

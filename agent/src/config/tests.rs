@@ -41,7 +41,7 @@ fn defaults_are_those_of_the_design() {
 #[test]
 fn tenant_rules_keep_their_order() {
     let rules = config(&[
-        "--tenant=header:x-tenant,path:/t/{tenant}/",
+        "--tenant=header:x-tenant path:/t/{tenant}/",
         "--tenant",
         "fixed:rest",
     ]);
@@ -95,7 +95,7 @@ fn errors_are_one_line_that_says_what_to_do() {
         (
             "",
             &["--tenant=fixed:a", "--tenant=header:x"],
-            "no --tenant rule can follow",
+            "no rule can follow",
         ),
         ("", &["--listen=here"], "give an IP address and a port"),
         ("", &["--upstream=8080"], "is not HOST:PORT"),

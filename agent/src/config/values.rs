@@ -70,16 +70,17 @@ impl fmt::Display for Target {
     }
 }
 
-/// `500ms`, `30s` or `5m`; at most an hour.
+/// `500ms`, `30s`, `5m` or `1h`; at most an hour.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
-    let bad = || format!("{text:?} is not a duration, as in 500ms, 30s or 5m");
+    let bad = || format!("{text:?} is not a duration, as in 500ms, 30s, 5m or 1h");
     let number: u64 = number.parse().map_err(|_| bad())?;
     let ms = match unit {
         "ms" => Some(number),
         "s" => number.checked_mul(1000),
         "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
         _ => return Err(bad()),
     };
     ms.filter(|ms| *ms <= 3_600_000)

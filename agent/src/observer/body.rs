@@ -53,6 +53,34 @@ impl Body {
         *self == Self::Length(0)
     }
 
+    /// How many of the next bytes surely belong to the body, and are not looked at.
+    pub(super) fn left(&self) -> u64 {
+        match self {
+            Self::Length(left) => *left,
+            Self::Chunked(chunked) if chunked.at == At::Data => chunked.size,
+            Self::Chunked(_) => 0,
+            Self::UntilClose => u64::MAX,
+        }
+    }
+
+    /// This many bytes, at most [`left`](Self::left), have gone by; true if the body ended with them.
+    pub(super) fn skip(&mut self, count: u64) -> bool {
+        match self {
+            Self::Length(left) => {
+                *left = left.saturating_sub(count);
+                *left == 0
+            }
+            Self::Chunked(chunked) => {
+                chunked.size = chunked.size.saturating_sub(count);
+                if chunked.size == 0 {
+                    chunked.at = At::DataCr;
+                }
+                false
+            }
+            Self::UntilClose => false,
+        }
+    }
+
     /// Looks at the next bytes of the connection.
     pub(super) fn advance(&mut self, bytes: &[u8]) -> Result<Progress, Opaque> {
         match self {

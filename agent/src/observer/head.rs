@@ -37,6 +37,8 @@ pub(super) struct Request<'h, 'b> {
 pub(super) struct Response {
     pub(super) status: u16,
     pub(super) persistent: bool,
+    /// A stream of events, which lasts as long as both sides like.
+    pub(super) is_stream: bool,
     body: Option<Body>,
 }
 
@@ -112,6 +114,9 @@ impl<'h, 'b> Request<'h, 'b> {
         else {
             return Err(Opaque::NotHttp);
         };
+        if has_bare_line_feed(bytes, length) {
+            return Err(Opaque::NotHttp);
+        }
         let read = Self {
             method,
             target,
@@ -150,20 +155,36 @@ impl Head for Request<'_, '_> {
         Header::of(named(self.headers, name))
     }
 
-    fn host(&self) -> Option<&[u8]> {
-        let absolute = self.target.split_once("://").map(|(_, rest)| rest);
-        if let Some(rest) = absolute.filter(|_| !self.target.starts_with('/')) {
-            return rest.split('/').next().map(str::as_bytes);
+    fn host(&self) -> Header<'_> {
+        let header = self.header("host");
+        if self.target.starts_with('/') || self.target == "*" || self.method == "CONNECT" {
+            return match header {
+                Header::Value(host) => Header::of_host(host),
+                other => other,
+            };
         }
-        match self.header("host") {
-            Header::Value(host) => Some(host),
-            _ => None,
+        // An absolute URI names the host itself; another in the header is another reading.
+        let Some(authority) = authority_of(self.target) else {
+            return Header::Differing;
+        };
+        match header {
+            Header::Missing => Header::of_host(authority),
+            Header::Value(host) if host.eq_ignore_ascii_case(authority) => Header::of_host(authority),
+            Header::Value(_) | Header::Differing => Header::Differing,
         }
     }
 
     fn target(&self) -> &[u8] {
         self.target.as_bytes()
     }
+}
+
+/// The authority of an absolute URI (RFC 9112, section 3.2.2); none of what is no such target.
+fn authority_of(target: &str) -> Option<&[u8]> {
+    let (scheme, rest) = target.split_once("://")?;
+    let is_scheme = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.');
+    let authority = rest.split(['/', '?', '#']).next()?;
+    (!scheme.is_empty() && scheme.bytes().all(is_scheme)).then_some(authority.as_bytes())
 }
 
 // === impl Response ===
@@ -182,18 +203,22 @@ impl Response {
             Err(httparse::Error::TooManyHeaders) => return Err(Opaque::TooManyHeaders),
             Err(_) => return Err(Opaque::BadResponse),
         };
-        let (Some(status), Some(version)) = (response.code, response.version) else {
+        let (Some(status @ 100..), Some(version)) = (response.code, response.version) else {
             return Err(Opaque::BadResponse);
         };
+        if has_bare_line_feed(bytes, length) {
+            return Err(Opaque::BadResponse);
+        }
         let body = if status < 200 {
             None
         } else {
             body_of_response(version, response.headers)?
         };
-        let persistent = is_persistent(version, response.headers);
+        let content_type = named(response.headers, "content-type").next();
         let read = Self {
             status,
-            persistent,
+            persistent: is_persistent(version, response.headers),
+            is_stream: content_type.is_some_and(is_event_stream),
             body,
         };
         Ok(Some((read, length)))
@@ -218,6 +243,17 @@ fn body_of_response(version: u8, headers: &[httparse::Header<'_>]) -> Result<Opt
         (Codings::Chunked, None) => Err(Opaque::Framing),
         (Codings::Other, None) => Ok(None),
     }
+}
+
+/// Whether a line of the head ends without a carriage return. Some readers take that for an end and some
+/// do not (RFC 9112, section 2.2), so that one header may hide in another.
+fn has_bare_line_feed(bytes: &[u8], length: usize) -> bool {
+    let head = bytes.get(..length).unwrap_or_default();
+    let pairs = head.iter().zip(head.get(1..).unwrap_or_default());
+    // Without leaving the loop early, so that many bytes are looked at with one instruction.
+    pairs.fold(false, |bare, (before, byte)| {
+        bare | (*byte == b'\n' && *before != b'\r')
+    })
 }
 
 // === headers ===
@@ -296,6 +332,13 @@ fn is_persistent(version: u8, headers: &[httparse::Header<'_>]) -> bool {
         }
     }
     persistent
+}
+
+/// Whether a Content-Type is that of server-sent events.
+pub(super) fn is_event_stream(content_type: &[u8]) -> bool {
+    const NAME: &[u8] = b"text/event-stream";
+    let name = content_type.get(..NAME.len());
+    name.is_some_and(|name| name.eq_ignore_ascii_case(NAME))
 }
 
 fn named<'a>(headers: &'a [httparse::Header<'a>], name: &str) -> impl Iterator<Item = &'a [u8]> {

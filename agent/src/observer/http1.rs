@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use coalmine_proto::names::Outcome;
 
 use super::{
-    MAX_PIPELINED, Opaque, Sink, TenantId,
+    MAX_PIPELINED, Opaque, Sink, TenantId, Times,
     body::{Body, Progress},
     head::{Incomplete, Method, Request, Response, no_headers},
 };
@@ -20,6 +20,8 @@ pub struct Http1 {
     pending: VecDeque<Pending>,
     /// When the first byte of the request that is being read came.
     started_ns: u64,
+    /// When the first byte of the answer that is being read went.
+    answered_ns: u64,
     /// Whether the last whole exchange left the connection open for another.
     reusable: bool,
     /// Whether at least one answer was complete.
@@ -47,6 +49,9 @@ struct Pending {
     persistent: bool,
     /// Status of the answer, once its head is complete.
     status: u16,
+    /// When the first byte of its final answer went; 0 before.
+    first_byte_ns: u64,
+    is_stream: bool,
 }
 
 impl Default for Http1 {
@@ -58,6 +63,7 @@ impl Default for Http1 {
             response_head: Incomplete::default(),
             pending: VecDeque::new(),
             started_ns: 0,
+            answered_ns: 0,
             reusable: false,
             has_answered: false,
             client_gone: false,
@@ -69,6 +75,15 @@ impl Http1 {
     /// An observer of a connection on which nothing was sent.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An observer of a connection that is not followed.
+    pub(super) fn opaque() -> Self {
+        Self {
+            request: Side::Opaque,
+            response: Side::Opaque,
+            ..Self::default()
+        }
     }
 
     /// Whether at least one exchange is complete, none has begun, and another may follow.
@@ -98,6 +113,35 @@ impl Http1 {
     /// Requests whose answers are not complete.
     pub fn pending(&self) -> usize {
         self.pending.len()
+    }
+
+    /// Whether the application's next byte may begin the head of an answer.
+    pub(super) fn awaits_answer(&self) -> bool {
+        matches!(self.response, Side::Idle | Side::Head)
+    }
+
+    pub(super) fn request_body_left(&self) -> u64 {
+        self.request.body_left()
+    }
+
+    pub(super) fn response_body_left(&self) -> u64 {
+        self.response.body_left()
+    }
+
+    pub(super) fn skip_request(&mut self, count: u64) {
+        if let Side::Body(body) = &mut self.request
+            && body.skip(count)
+        {
+            self.request = Side::Idle;
+        }
+    }
+
+    pub(super) fn skip_response(&mut self, count: u64, now_ns: u64, sink: &mut impl Sink) {
+        if let Side::Body(body) = &mut self.response
+            && body.skip(count)
+        {
+            self.answered(now_ns, sink);
+        }
     }
 
     /// Bytes of the client that were passed on.
@@ -144,8 +188,11 @@ impl Http1 {
                     }
                     Err(Opaque::Unsolicited)
                 }
+                // Nothing else begins an answer, empty lines included.
+                Side::Idle if bytes.first() != Some(&b'H') => Err(Opaque::BadResponse),
                 Side::Idle => {
                     self.response = Side::Head;
+                    self.answered_ns = now_ns;
                     Ok(0)
                 }
                 Side::Head => self.on_response_head(bytes, now_ns, sink),
@@ -198,7 +245,7 @@ impl Http1 {
     /// All requests that are pending end in this way, and no more will come.
     pub fn end_all(&mut self, outcome: Outcome, now_ns: u64, sink: &mut impl Sink) {
         for request in std::mem::take(&mut self.pending) {
-            sink.end(request.tenant, outcome, now_ns.saturating_sub(request.started_ns));
+            sink.end(request.tenant, outcome, request.times(now_ns));
         }
         self.reusable = false;
         self.request = Side::Opaque;
@@ -265,6 +312,7 @@ impl Http1 {
             return Ok(());
         }
         request.persistent &= head.persistent;
+        (request.first_byte_ns, request.is_stream) = (self.answered_ns, head.is_stream);
         if method == Method::Connect && status < 300 {
             self.answered(now_ns, sink);
             return Err(Opaque::Connect);
@@ -285,7 +333,7 @@ impl Http1 {
         if let Some(request) = self.pending.pop_front() {
             self.reusable = request.persistent;
             let outcome = Outcome::of_http_status(request.status);
-            sink.end(request.tenant, outcome, now_ns.saturating_sub(request.started_ns));
+            sink.end(request.tenant, outcome, request.times(now_ns));
         }
     }
 
@@ -309,6 +357,26 @@ impl Http1 {
     }
 }
 
+impl Side {
+    fn body_left(&self) -> u64 {
+        match self {
+            Self::Body(body) => body.left(),
+            Self::Idle | Self::Head | Self::Opaque => 0,
+        }
+    }
+}
+
+impl Pending {
+    fn times(&self, now_ns: u64) -> Times {
+        let since = |moment: u64| moment.saturating_sub(self.started_ns);
+        Times {
+            total_ns: since(now_ns),
+            first_byte_ns: (self.first_byte_ns > 0).then(|| since(self.first_byte_ns)),
+            is_stream: self.is_stream,
+        }
+    }
+}
+
 /// Notes the request; gives what follows its head.
 fn begin(
     head: &Request<'_, '_>,
@@ -326,6 +394,8 @@ fn begin(
         method: head.method(),
         persistent: head.is_persistent(),
         status: 0,
+        first_byte_ns: 0,
+        is_stream: false,
     });
     Ok(if body.is_empty() {
         Side::Idle

@@ -1,20 +1,42 @@
 //! One direction of a relayed connection.
+//!
+//! Bytes that must be observed are copied through the thread's buffer. Those that need not be, of a long
+//! body, go from one socket to the other inside the kernel (splice), through a pipe that is borrowed.
 
 use std::{
+    io,
     pin::{Pin, pin},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
     task::yield_now,
 };
 
+use super::pipes::Pipe;
 use crate::proxy::Proxy;
 
 /// After so many bytes the other connections get their turn.
 const TURN_BYTES: usize = 256 * 1024;
+
+/// What is left of a body is spliced from this length on; below, copying is cheaper.
+pub(super) const SPLICE_BYTES: u64 = 16 * 1024;
+
+/// What a direction tells about the bytes that it passes on.
+pub(super) trait Watch {
+    /// Whether the time of bytes is when they were read, and not when they were written.
+    const STAMPS_READ: bool;
+    /// These bytes were written; they were read at this time if that counts.
+    fn seen(&mut self, bytes: &[u8], read_ns: u64);
+    /// How many of the next bytes need not be seen.
+    fn left(&self) -> u64;
+    /// So many of them were written.
+    fn skipped(&mut self, count: u64);
+    /// How much is read at most while what comes next is not known.
+    fn room(&self) -> usize;
+}
 
 /// One direction: what was read and could not be written yet, and how far closing has come.
 #[derive(Debug, Default)]
@@ -23,6 +45,8 @@ pub(super) struct Half {
     written: usize,
     /// When the waiting bytes were read.
     read_ns: u64,
+    /// Holds what was spliced in and could not be spliced out yet.
+    pipe: Option<Pipe>,
     state: State,
 }
 
@@ -49,15 +73,6 @@ pub(super) enum Stop {
     DestinationLost,
 }
 
-/// Which moment counts as the time of some bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stamp {
-    /// When they were read.
-    Read,
-    /// When they were written.
-    Written,
-}
-
 impl Half {
     pub(super) fn is_open(&self) -> bool {
         self.state == State::Open
@@ -77,11 +92,10 @@ impl Half {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+        self.waiting.is_empty() && self.pipe.is_none()
     }
 
-    /// Bytes that were read elsewhere and are the next to be written.
-    pub(super) fn keep(&mut self, bytes: Vec<u8>, read_ns: u64) {
+    fn keep(&mut self, bytes: Vec<u8>, read_ns: u64) {
         (self.waiting, self.written, self.read_ns) = (bytes, 0, read_ns);
     }
 
@@ -109,9 +123,10 @@ impl Half {
         }
     }
 
-    /// Nothing more can be written; gives what could not.
+    /// Nothing more can be written; gives what could not, but for what only the kernel has.
     pub(super) fn break_off(&mut self) -> Vec<u8> {
         self.state = State::Broken;
+        self.pipe = None;
         self.take()
     }
 
@@ -126,30 +141,35 @@ impl Half {
 
 /// Passes on what can be read and written now, but not so much that the others wait for long. What the
 /// destination refuses is kept.
-pub(super) fn pump(
+pub(super) fn pump<W: Watch>(
     cx: &mut Context<'_>,
     proxy: &Proxy,
     half: &mut Half,
     from: &mut TcpStream,
     to: &mut TcpStream,
-    stamp: Stamp,
-    mut seen: impl FnMut(&[u8], u64),
+    watch: &mut W,
 ) -> Poll<Stop> {
-    let time = |read_ns| match stamp {
-        Stamp::Read => read_ns,
-        Stamp::Written => proxy.now_ns(),
-    };
     let mut shared = proxy.buffer.borrow_mut();
     let mut passed = 0;
     loop {
         if passed >= TURN_BYTES {
             return give_way(cx);
         }
+        if half.pipe.is_some() {
+            match ready!(splice_out(cx, proxy, half, to)) {
+                Ok(count) => {
+                    watch.skipped(count as u64);
+                    passed += count;
+                    continue;
+                }
+                Err(_) => return Poll::Ready(Stop::DestinationLost),
+            }
+        }
         if let Some(rest) = half.waiting.get(half.written..).filter(|rest| !rest.is_empty()) {
             match Pin::new(&mut *to).poll_write(cx, rest) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(count)) if count > 0 => {
-                    seen(&rest[..count], time(half.read_ns));
+                    watch.seen(&rest[..count], half.read_ns);
                     half.wrote(count);
                     passed += count;
                     continue;
@@ -160,7 +180,21 @@ pub(super) fn pump(
         if half.state == State::Ended {
             return Poll::Ready(Stop::Closed);
         }
-        let mut buffer = ReadBuf::new(&mut shared);
+        let left = watch.left();
+        if left >= SPLICE_BYTES
+            && let Some(pipe) = proxy.pipes.take()
+        {
+            match splice_in(cx, proxy, half, from, pipe, left) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(0)) => half.state = State::Ended,
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(error)) if proxy.pipes.is_refusal(&error) => {}
+                Poll::Ready(Err(_)) => return Poll::Ready(Stop::SourceLost),
+            }
+            continue;
+        }
+        let room = watch.room().min(shared.len());
+        let mut buffer = ReadBuf::new(&mut shared[..room]);
         match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(Ok(())) => {}
@@ -171,7 +205,7 @@ pub(super) fn pump(
             half.state = State::Ended;
             continue;
         }
-        let read_ns = if stamp == Stamp::Read { proxy.now_ns() } else { 0 };
+        let read_ns = if W::STAMPS_READ { proxy.now_ns() } else { 0 };
         let count = match Pin::new(&mut *to).poll_write(cx, bytes) {
             Poll::Pending => 0,
             Poll::Ready(Ok(count)) if count > 0 => count,
@@ -182,10 +216,69 @@ pub(super) fn pump(
         };
         passed += count;
         if count > 0 {
-            seen(&bytes[..count], time(read_ns));
+            watch.seen(&bytes[..count], read_ns);
         }
         if count < bytes.len() {
             half.keep(bytes[count..].to_vec(), read_ns);
+        }
+    }
+}
+
+/// Moves bytes of the source into the pipe, which the direction keeps if it took any; zero at the end.
+fn splice_in(
+    cx: &mut Context<'_>,
+    proxy: &Proxy,
+    half: &mut Half,
+    from: &TcpStream,
+    mut pipe: Pipe,
+    left: u64,
+) -> Poll<io::Result<usize>> {
+    let read = loop {
+        match from.poll_read_ready(cx) {
+            Poll::Pending => break None,
+            Poll::Ready(Err(error)) => break Some(Err(error)),
+            Poll::Ready(Ok(())) => {}
+        }
+        match from.try_io(Interest::READABLE, || pipe.fill(from, left)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            read => break Some(read),
+        }
+    };
+    match read {
+        Some(Ok(count)) if count > 0 => {
+            half.pipe = Some(pipe);
+            Poll::Ready(Ok(count))
+        }
+        nothing => {
+            proxy.pipes.give_back(pipe);
+            nothing.map_or(Poll::Pending, Poll::Ready)
+        }
+    }
+}
+
+/// Moves bytes of the pipe to the destination, and gives the pipe back when it is empty.
+fn splice_out(
+    cx: &mut Context<'_>,
+    proxy: &Proxy,
+    half: &mut Half,
+    to: &TcpStream,
+) -> Poll<io::Result<usize>> {
+    let Some(pipe) = &mut half.pipe else {
+        return Poll::Ready(Ok(0));
+    };
+    loop {
+        ready!(to.poll_write_ready(cx))?;
+        match to.try_io(Interest::WRITABLE, || pipe.drain(to)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            written => {
+                let count = written?;
+                if pipe.is_empty()
+                    && let Some(pipe) = half.pipe.take()
+                {
+                    proxy.pipes.give_back(pipe);
+                }
+                return Poll::Ready(Ok(count));
+            }
         }
     }
 }
@@ -212,37 +305,89 @@ mod tests {
     use super::*;
     use crate::proxy::tests::proxy;
 
+    /// Adds up what it is told; wants to see all but the bytes of a body of this length.
+    #[derive(Default)]
+    struct Sums {
+        seen: usize,
+        skipped: u64,
+        body: u64,
+    }
+
+    impl Watch for Sums {
+        const STAMPS_READ: bool = true;
+
+        fn seen(&mut self, bytes: &[u8], _: u64) {
+            self.seen += bytes.len();
+        }
+
+        fn left(&self) -> u64 {
+            self.body - self.skipped
+        }
+
+        fn skipped(&mut self, count: u64) {
+            self.skipped += count;
+        }
+
+        fn room(&self) -> usize {
+            usize::MAX
+        }
+    }
+
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let connected = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         (connected, listener.accept().await.unwrap().0)
     }
 
-    #[tokio::test]
-    async fn a_bulk_transfer_gives_way() {
+    /// Passes 32 MiB on, of which this many are spliced at first.
+    async fn pass_on(body: u64) {
         const TOTAL: usize = 32 << 20;
         let (mut source, mut from) = pair().await;
         let (mut to, mut destination) = pair().await;
         let (proxy, mut half) = (proxy(), Half::default());
+        let bytes: Vec<u8> = (0..TOTAL).map(|at| (at % 251) as u8).collect();
+        let sent = bytes.clone();
         let writing = tokio::spawn(async move {
-            source.write_all(&vec![7; TOTAL]).await.unwrap();
+            source.write_all(&sent).await.unwrap();
         });
         let reading = tokio::spawn(async move {
             let mut bytes = Vec::new();
             destination.read_to_end(&mut bytes).await.unwrap();
             bytes
         });
+        let mut sums = Sums {
+            body,
+            ..Sums::default()
+        };
         let stop = poll_fn(|cx| {
-            let mut turn = 0;
-            let seen = |bytes: &[u8], _| turn += bytes.len();
-            let stop = pump(cx, &proxy, &mut half, &mut from, &mut to, Stamp::Read, seen);
-            assert!(turn < TURN_BYTES + (64 << 10), "{turn} bytes in one turn");
+            let before = sums.seen as u64 + sums.skipped;
+            let stop = pump(cx, &proxy, &mut half, &mut from, &mut to, &mut sums);
+            let turn = sums.seen as u64 + sums.skipped - before;
+            assert!(
+                turn < (TURN_BYTES + (64 << 10)) as u64,
+                "{turn} bytes in one turn"
+            );
             stop
         });
         assert_eq!(stop.await, Stop::Closed);
         drop(to);
         writing.await.unwrap();
-        assert_eq!(reading.await.unwrap(), vec![7; TOTAL]);
+        assert!(reading.await.unwrap() == bytes, "the bytes are others");
+        assert_eq!(
+            (sums.seen as u64 + sums.skipped, sums.skipped > 0),
+            (TOTAL as u64, body > 0)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_bulk_transfer_gives_way() {
+        pass_on(0).await;
+    }
+
+    #[tokio::test]
+    async fn a_long_body_stays_in_the_kernel() {
+        pass_on(20 << 20).await;
+        pass_on(u64::MAX).await;
     }
 
     #[tokio::test]
@@ -253,11 +398,9 @@ mod tests {
         drop(destination);
         source.write_all(b"hello").await.unwrap();
         let (proxy, mut half) = (proxy(), Half::default());
-        let stop = poll_fn(|cx| {
-            let seen = |_: &[u8], _| panic!("nothing is written");
-            pump(cx, &proxy, &mut half, &mut from, &mut to, Stamp::Read, seen)
-        });
-        assert_eq!(stop.await, Stop::DestinationLost);
+        let mut sums = Sums::default();
+        let stop = poll_fn(|cx| pump(cx, &proxy, &mut half, &mut from, &mut to, &mut sums)).await;
+        assert_eq!((stop, sums.seen), (Stop::DestinationLost, 0));
         half.append(b" again", 0);
         assert_eq!(half.take(), b"hello again");
     }

@@ -47,7 +47,7 @@ impl Relay<'_> {
             (Renewed::ForRequest, _) => return Some(self.upstream_lost()),
             _ => {}
         }
-        match self.watched.proxy.dial().await {
+        match self.watched.proxy.dial(&self.client).await {
             Ok(upstream) => {
                 self.upstream = Some(upstream);
                 self.renewed = if has_request {
@@ -55,7 +55,7 @@ impl Relay<'_> {
                 } else {
                     Renewed::Idle
                 };
-                self.active_ns = self.watched.proxy.now_ns();
+                self.watched.active_ns = self.watched.proxy.now_ns();
                 None
             }
             Err(error) => {
@@ -74,11 +74,13 @@ impl Relay<'_> {
 
     /// The application broke off. What the client has sent by then was meant for it, and counts.
     pub(super) fn upstream_lost(&mut self) -> End {
-        self.take_unread();
-        let mut sent = self.sniffing.take().map_or_else(Vec::new, |first| first.client);
-        sent.extend(self.up.take());
+        let is_client_gone = self.take_unread() == Unread::Reset;
+        let sent = self.up.take();
         self.watched.observe(|observer, now_ns, recorder| {
             observer.on_request(&sent, now_ns, recorder);
+            if is_client_gone {
+                observer.client_reset(now_ns, recorder);
+            }
             observer.upstream_reset(now_ns, recorder);
         });
         End::Reset

@@ -4,13 +4,15 @@ use std::rc::Rc;
 
 use coalmine_proto::names::Outcome;
 
-use crate::{gate::Ticket, observer::Http1, proxy::Proxy, recorder::Recorder};
+use crate::{gate::Ticket, observer::Observer, proxy::Proxy, recorder::Recorder};
 
 /// A client connection, counted and observed until it is dropped.
 pub(crate) struct Watched {
     pub(crate) proxy: Rc<Proxy>,
     pub(crate) ticket: Ticket,
-    pub(super) observer: Http1,
+    pub(super) observer: Observer,
+    /// When a byte was last passed on in either direction.
+    pub(super) active_ns: u64,
 }
 
 impl Watched {
@@ -19,12 +21,13 @@ impl Watched {
         proxy.recorder.borrow_mut().connection_opened();
         Self {
             ticket: proxy.gate.enter(),
-            observer: Http1::new(),
+            observer: Observer::new(),
+            active_ns: proxy.now_ns(),
             proxy,
         }
     }
 
-    pub(super) fn observe(&mut self, tell: impl FnOnce(&mut Http1, u64, &mut Recorder)) {
+    pub(super) fn observe(&mut self, tell: impl FnOnce(&mut Observer, u64, &mut Recorder)) {
         let now_ns = self.proxy.now_ns();
         let mut recorder = self.proxy.recorder.borrow_mut();
         tell(&mut self.observer, now_ns, &mut recorder);

@@ -31,6 +31,7 @@ fn window(second: u64, rows: Vec<Row>) -> Window {
         rows,
         config_version: 1,
         host: v1::HostContext::default(),
+        pools: Vec::new(),
     }
 }
 
@@ -124,8 +125,9 @@ fn what_is_dropped_is_declared_by_the_next_batch() {
 fn large_windows_are_sent_in_parts() {
     let rows: Vec<Row> = (0..20).map(|n| row(&format!("t{n}"), 1, 0, 0)).collect();
     let mut ring = Ring::new(1 << 20);
-    ring.push(window(0, rows));
-    let max_bytes = 256 + 3 * row("t19", 1, 0, 0).wire_bytes();
+    let window = window(0, rows);
+    let max_bytes = window.frame_bytes() + 3 * row("t19", 1, 0, 0).wire_bytes();
+    ring.push(window);
     let batches: Vec<Batch> = std::iter::from_fn(|| ring.next(max_bytes).cloned()).collect();
     assert_eq!(batches.len(), 7);
     conserves(&batches);

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
 use super::{Ended, Session};
-use crate::{recorder::Limits, ring::Batch};
+use crate::{recorder::Settings, ring::Batch};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -220,7 +220,7 @@ impl Session<'_> {
                     "new limits"
                 );
                 state.wanted = Some(config.version);
-                self.limits.send_replace(Limits::from_wire(&config));
+                self.limits.send_replace(Settings::from_wire(&config));
             }
             Some(aggregator_message::Kind::Drain(drain)) => {
                 let within = Duration::from_millis(drain.within_ms.into());
@@ -265,6 +265,7 @@ fn say(outbound: &mpsc::Sender<AgentMessage>, kind: agent_message::Kind) -> Resu
 /// The batch as it is sent, with the names that this session has not had.
 fn to_wire(batch: &Batch, names: &mut HashMap<TenantName, u32>) -> v1::WindowBatch {
     let window = &batch.window;
+    let requests = window.sums().requests;
     let mut new_names = Vec::new();
     let rows = window.rows.iter().map(|row| {
         let known = names.get(&row.tenant).copied();
@@ -291,6 +292,7 @@ fn to_wire(batch: &Batch, names: &mut HashMap<TenantName, u32>) -> v1::WindowBat
         gap: batch.gap,
         config_version: window.config_version,
         host: Some(window.host),
+        pools: window.pools.iter().map(|pool| pool.to_wire(requests)).collect(),
     }
 }
 

@@ -47,7 +47,7 @@ fn connections_are_limited_by_open_files() {
         .unwrap();
     let text = stderr(&output);
     assert!(
-        text.contains("--max-connections is lowered") && text.contains("18"),
+        text.contains("--max-connections is lowered") && text.contains("max_connections=16"),
         "{text}"
     );
 }

@@ -8,6 +8,7 @@ mod support;
 
 mod cli;
 mod closing;
+mod handover;
 mod http2;
 mod relay;
 mod session;

@@ -170,6 +170,7 @@ fn limits_are_applied_at_a_border_and_answered() {
             tenant: "a".to_owned(),
             limit_us: 1,
         }],
+        tenant_rules: Vec::new(),
     });
     let agent = agent(&upstream, aggregator.url());
     eventually("applied", || aggregator.told().config_applied == [7]);
@@ -258,5 +259,6 @@ fn limits_of(names: &[String]) -> v1::Config {
         version: 7,
         default_limit_us: 0,
         limits: limits.collect(),
+        tenant_rules: Vec::new(),
     }
 }

@@ -24,9 +24,13 @@
 //!   cohorts: [tier, region, tail]
 //!   critical: [acme-corp]
 //! adjust: { from_history: true, floor: 0.5x, ceiling: 2x }
+//! tenant_rules: ["header:x-tenant-id", "path:/t/{tenant}/"]
 //! ```
 //!
 //! Unknown fields are refused; an error names line, column and what to write instead.
+//!
+//! `tenant_rules` says where the agents find a request's tenant, instead of what they were started with; nothing
+//! that is judged depends on it. A rule with braces is quoted, because YAML has a use for them.
 //!
 //! `limits` has what is said of tenants, `rollout` how a rollout is judged; this file reads both and checks what
 //! concerns more than one field.
@@ -37,7 +41,10 @@ mod rollout;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use coalmine_proto::names::{TenantName, check_name};
+use coalmine_proto::{
+    names::{TenantName, check_name},
+    rule::{Rule, RuleError},
+};
 use serde::Deserialize;
 
 pub use self::limits::{Defaults, ErrorLimits, LatencyLimits, Limits, OnDeadline, PoolLimits, TenantPolicy};
@@ -78,6 +85,8 @@ pub struct Policy {
     pub rollout: Rollout,
     /// How thresholds may follow history.
     pub adjust: Option<Adjust>,
+    /// Where agents find a request's tenant; empty where they follow rules of their own.
+    pub tenant_rules: Vec<Rule>,
 }
 
 /// Why a policy is refused: one sentence, with its place.
@@ -131,6 +140,8 @@ struct Document {
     #[serde(default)]
     rollout: Rollout,
     adjust: Option<Adjust>,
+    #[serde(default)]
+    tenant_rules: Vec<TenantRule>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -171,6 +182,20 @@ impl TryFrom<String> for Tenant {
         TenantName::parse(text.as_bytes())
             .map(Self)
             .map_err(|error| format!("the tenant's name {:?} {error}", shorten(&text)))
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct TenantRule(Rule);
+
+impl TryFrom<String> for TenantRule {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+            .map(Self)
+            .map_err(|error: RuleError| error.to_string())
     }
 }
 
@@ -220,6 +245,7 @@ impl Policy {
                 .collect(),
             rollout: document.rollout,
             adjust: document.adjust,
+            tenant_rules: document.tenant_rules.into_iter().map(|rule| rule.0).collect(),
         };
         policy.check()?;
         Ok(policy)

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, hash::BuildHasher as _};
 
 use coalmine_proto::v1::Totals;
 
-use super::{Batch, BookError, Build, Introduction};
+use super::{Batch, BookError, Build, Introduction, context::Said};
 
 /// So many batches of an agent are known well enough to notice that one comes again with another content.
 const RECENT: usize = 64;
@@ -39,6 +39,8 @@ pub struct Agent {
     pub(super) gap_errors: u64,
     /// The last batches: number and a hash of the content.
     pub(super) recent: VecDeque<(u64, u64)>,
+    /// What it said last of its pod and its pools.
+    pub(super) said: Said,
 }
 
 impl Agent {
@@ -60,6 +62,7 @@ impl Agent {
             gap_requests: 0,
             gap_errors: 0,
             recent: VecDeque::new(),
+            said: Said::default(),
         }
     }
 
@@ -73,7 +76,7 @@ impl Agent {
 
     /// Refuses a batch that was applied before with another content, as far as that is known.
     pub(super) fn recognise(&self, batch: &Batch<'_>) -> Result<(), BookError> {
-        if batch.rows.is_empty() {
+        if batch.rows.is_empty() && batch.pools.is_empty() {
             // As it is stored again, for the names that it brings.
             return Ok(());
         }
@@ -115,5 +118,5 @@ fn content_hash(batch: &Batch<'_>) -> u64 {
         (row.tenant, row.outcomes.0, latency, row.limit_us, row.over)
     });
     let rows: Vec<_> = rows.collect();
-    foldhash::fast::FixedState::default().hash_one((batch.start_ms, batch.length_ms, rows))
+    foldhash::fast::FixedState::default().hash_one((batch.start_ms, batch.length_ms, rows, batch.pools))
 }

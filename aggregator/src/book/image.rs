@@ -4,9 +4,12 @@
 //! ```text
 //! key                                what
 //! agents                             who reported, how far, and their running totals
-//! counts                             windows received, late and missing requests, latency of all that is in no slot
+//! counts                             windows received, late and missing requests, latency of all that is in no slot, and
+//!                                    what happened at the pools since the beginning
 //! names/S                            names of the tenants S*4096 and following, in the order of their numbers
 //! slot/START/ARM/S/VERSION           what these tenants did in a slot that may still be judged
+//! pools/START/ARM/S/VERSION          what agents reported of their pools in such a slot; S is the CRC-32 of the agent's
+//!                                    instance, modulo 64
 //! totals/ARM/S/VERSION               what these tenants did since the beginning
 //! ```
 //!
@@ -22,7 +25,12 @@ use coalmine_proto::{
 };
 use prost::Message;
 
-use super::{Agent, Book, Build, Introduction, Service, Speaker, cell::Cell};
+use super::{
+    Agent, Book, Build, Introduction, PoolEvents, Service, Speaker,
+    cell::Cell,
+    context::Said,
+    pool::{PoolEventsImage, PoolsImage, SlotPools},
+};
 
 /// Tenants in one piece.
 const SHARD: usize = 4_096;
@@ -64,6 +72,7 @@ pub(super) enum Part {
     Counts,
     Names(usize),
     Slot(u64, Build, usize),
+    Pools(u64, Build, u32),
     Totals(Build, usize),
 }
 
@@ -75,6 +84,9 @@ impl Part {
             Self::Names(shard) => format!("names/{shard}"),
             Self::Slot(start, build, shard) => {
                 format!("slot/{start}/{}/{shard}/{}", build.arm, build.version)
+            }
+            Self::Pools(start, build, shard) => {
+                format!("pools/{start}/{}/{shard}/{}", build.arm, build.version)
             }
             Self::Totals(build, shard) => format!("totals/{}/{shard}/{}", build.arm, build.version),
         }
@@ -112,9 +124,20 @@ impl Journal {
     pub(super) fn forget_slot(&mut self, slot: u64, build: &Build, tenants: usize) {
         for shard in 0..tenants.div_ceil(SHARD) {
             let part = Part::Slot(slot, build.clone(), shard);
-            self.changed.remove(&part);
-            self.removed.insert(part.key());
+            self.forget(&part);
         }
+    }
+
+    /// The same for the pools in it.
+    pub(super) fn forget_pools(&mut self, slot: u64, build: &Build, pools: &SlotPools) {
+        for shard in pools.shards() {
+            self.forget(&Part::Pools(slot, build.clone(), shard));
+        }
+    }
+
+    fn forget(&mut self, part: &Part) {
+        self.changed.remove(part);
+        self.removed.insert(part.key());
     }
 }
 
@@ -177,6 +200,8 @@ struct CountsImage {
     tenant_windows: u64,
     #[prost(uint64, tag = "5")]
     duplicates: u64,
+    #[prost(message, repeated, tag = "6")]
+    pools: Vec<PoolEventsImage>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -304,6 +329,9 @@ impl Book {
             "slot" | "totals" => RowsImage::decode(payload)
                 .map_err(wrong)
                 .and_then(|image| self.service(&piece.service).load_rows(&image)),
+            "pools" => PoolsImage::decode(payload)
+                .map_err(wrong)
+                .and_then(|image| self.service(&piece.service).load_pools(image)),
             "speaker" => SpeakerImage::decode(payload)
                 .map_err(wrong)
                 .and_then(|image| self.load_speaker(&piece.service, image)),
@@ -347,6 +375,12 @@ impl Service {
                 parts.extend(shards(cells.len()).map(|shard| Part::Slot(*slot, build.clone(), shard)));
             }
         }
+        for (slot, builds) in &self.pools {
+            for (build, pools) in builds {
+                let shards = pools.shards().into_iter();
+                parts.extend(shards.map(|shard| Part::Pools(*slot, build.clone(), shard)));
+            }
+        }
         for (build, totals) in &self.totals {
             parts.extend(shards(totals.len()).map(|shard| Part::Totals(build.clone(), shard)));
         }
@@ -374,6 +408,10 @@ impl Service {
                 let cells = self.slots.get(slot)?.get(build)?;
                 rows_image(build, Some(*slot), *shard, cells.iter().map(Cell::image)).encode_to_vec()
             }
+            Part::Pools(slot, build, shard) => {
+                let pools = self.pools.get(slot)?.get(build)?;
+                pools.image(build, *slot, *shard).encode_to_vec()
+            }
             Part::Totals(build, shard) => {
                 let totals = self.totals.get(build)?.iter();
                 rows_image(build, None, *shard, totals.map(outcomes_image)).encode_to_vec()
@@ -399,6 +437,11 @@ impl Service {
             windows: self.windows,
             tenant_windows: self.tenant_windows,
             duplicates: self.duplicates,
+            pools: self
+                .pool_events
+                .iter()
+                .map(|(build, events)| events.image(build))
+                .collect(),
         }
     }
 
@@ -421,6 +464,13 @@ impl Service {
                 self.latency.insert(name, latency);
             }
         }
+        for events in &image.pools {
+            let build = Build {
+                arm: arm_of(events.arm)?,
+                version: events.version.clone(),
+            };
+            self.pool_events.insert(build, PoolEvents::of_image(events));
+        }
         self.judged_until_ms = self.judged_until_ms.max(image.judged_until_ms);
         self.windows = image.windows;
         self.tenant_windows = image.tenant_windows;
@@ -441,6 +491,16 @@ impl Service {
                 TenantName::parse_counted(name).map_err(|error| format!("has a name that {error}"))?;
             self.add_tenant(&tenant);
         }
+        Ok(())
+    }
+
+    fn load_pools(&mut self, image: PoolsImage) -> Result<(), String> {
+        let build = Build {
+            arm: arm_of(image.arm)?,
+            version: image.version.clone(),
+        };
+        let builds = self.pools.entry(image.slot_ms).or_default();
+        builds.entry(build).or_default().load(image);
         Ok(())
     }
 
@@ -550,6 +610,7 @@ impl Agent {
             gap_requests: image.gap_requests,
             gap_errors: image.gap_errors,
             recent: std::collections::VecDeque::new(),
+            said: Said::default(),
         })
     }
 }

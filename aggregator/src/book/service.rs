@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use coalmine_judge::evidence::{Coverage, TenantWindow, Window};
+use coalmine_judge::evidence::{Coverage, Pool, TenantWindow, Window};
 use coalmine_proto::{
     histogram::Histogram,
     names::{Arm, OVERFLOW_TENANT, Outcomes, TenantName},
@@ -11,10 +11,11 @@ use coalmine_proto::{
 use foldhash::HashMap;
 
 use super::{
-    Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS, REMEMBER_GONE_MS,
-    REMEMBER_SILENT_MS,
+    Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS, PoolEvents,
+    REMEMBER_GONE_MS, REMEMBER_SILENT_MS,
     cell::{Cell, latency_of},
     image::{Journal, Part},
+    pool::{self, SlotPools},
 };
 
 /// What is known of one service.
@@ -26,6 +27,10 @@ pub struct Service {
     /// Tenants in the order of their names; rebuilt when there are new ones.
     pub(super) sorted: Vec<u32>,
     pub(super) slots: BTreeMap<u64, BTreeMap<Build, Vec<Cell>>>,
+    /// What agents reported of their pools in the same slots.
+    pub(super) pools: BTreeMap<u64, BTreeMap<Build, SlotPools>>,
+    /// Per build, what happened at the pools since the beginning.
+    pub(super) pool_events: BTreeMap<Build, PoolEvents>,
     /// Per build, what was counted since the beginning, by tenant.
     pub(super) totals: BTreeMap<Build, Vec<Outcomes>>,
     /// Per arm, the latency of all requests since the beginning that are in no slot any more.
@@ -53,6 +58,8 @@ impl Service {
             tenants: Vec::new(),
             sorted: Vec::new(),
             slots: BTreeMap::new(),
+            pools: BTreeMap::new(),
+            pool_events: BTreeMap::new(),
             totals: BTreeMap::new(),
             latency: BTreeMap::new(),
             agents: BTreeMap::new(),
@@ -107,6 +114,14 @@ impl Service {
                 if let Some(journal) = &mut self.journal {
                     journal.forget_slot(slot, &build, cells.len());
                     journal.note(Part::Counts);
+                }
+            }
+        }
+        let kept = self.pools.split_off(&self.keep_from_ms);
+        for (slot, builds) in std::mem::replace(&mut self.pools, kept) {
+            for (build, pools) in builds {
+                if let Some(journal) = &mut self.journal {
+                    journal.forget_pools(slot, &build, &pools);
                 }
             }
         }
@@ -222,6 +237,7 @@ impl Service {
             errors = errors.saturating_add(row.outcomes.errors());
             latencies.push(latency_of(row, &self.tenants)?);
         }
+        pool::check(batch.pools)?;
         let gap = batch.gap.unwrap_or_default();
         let said = batch.cumulative;
         let (mut gap_requests, mut gap_errors) = (agent.gap_requests, agent.gap_errors);
@@ -256,6 +272,7 @@ impl Service {
         }
         let declared = applied.gap_requests.saturating_sub(agent.gap_requests);
         agent.remember(batch);
+        agent.said.hear(batch);
         agent.based = true;
         agent.applied_seq = batch.seq;
         agent.applied = applied;
@@ -271,7 +288,36 @@ impl Service {
         agent.sealed_until_ms = agent.sealed_until_ms.max(end_ms);
         let build = agent.build.clone();
         self.count(&build, batch, latencies, declared);
+        self.count_pools(instance, &build, batch);
         Ok(Applied::Now)
+    }
+
+    /// The slot of a batch, if it is kept: it is neither judged nor let go.
+    fn kept_slot(&self, batch: &Batch<'_>) -> Option<u64> {
+        let slot = batch.start_ms / self.slot_ms * self.slot_ms;
+        (slot >= self.judged_until_ms && slot >= self.keep_from_ms).then_some(slot)
+    }
+
+    fn count_pools(&mut self, instance: &str, build: &Build, batch: &Batch<'_>) {
+        if batch.pools.is_empty() {
+            return;
+        }
+        // That the counts have changed is noted already.
+        self.pool_events
+            .entry(build.clone())
+            .or_default()
+            .take(batch.pools);
+        let Some(slot) = self.kept_slot(batch) else {
+            return;
+        };
+        let builds = self.pools.entry(slot).or_default();
+        builds
+            .entry(build.clone())
+            .or_default()
+            .take(instance, batch.pools);
+        if let Some(journal) = &mut self.journal {
+            journal.note(Part::Pools(slot, build.clone(), pool::shard_of(instance)));
+        }
     }
 
     pub(super) fn count(
@@ -310,14 +356,14 @@ impl Service {
         }
         let slot = batch.start_ms / self.slot_ms * self.slot_ms;
         let late = slot < self.judged_until_ms;
+        let kept = self.kept_slot(batch);
         if let Some(journal) = &mut self.journal {
-            let kept = (!late && slot >= self.keep_from_ms).then_some(slot);
             journal.note_rows(build, kept, batch.rows.iter().map(|row| row.tenant));
         }
         if late {
             raise(&mut self.late, seen);
         }
-        if late || slot < self.keep_from_ms {
+        if kept.is_none() {
             let merged = self.latency.entry(build.arm).or_default();
             latencies
                 .iter()
@@ -358,6 +404,17 @@ impl Service {
             let forgotten = !agent.connected && agent.last_seen_ms.saturating_add(forget_ms) < now_ms;
             comparison.covers(&agent.build) && begun && !ended && !forgotten
         })
+    }
+
+    /// What the pools did in a slot: a sum for each arm that has any.
+    fn pool_evidence(&self, comparison: &Comparison, start_ms: u64) -> Vec<Pool> {
+        let builds = self.pools.get(&start_ms);
+        let of_arm = |arm: Arm| {
+            let builds = builds.into_iter().flatten();
+            let chosen = builds.filter(move |(build, _)| build.arm == arm && comparison.covers(build));
+            pool::evidence_of(arm, chosen.map(|(_, pools)| pools))
+        };
+        Arm::ALL.into_iter().filter_map(of_arm).collect()
     }
 
     pub(super) fn freeze(
@@ -420,7 +477,7 @@ impl Service {
             canary,
             baseline,
             rows,
-            pool: Vec::new(),
+            pool: self.pool_evidence(comparison, start_ms),
         }
     }
 }

@@ -1,9 +1,11 @@
 //! Tests of the book: exactly once, whatever comes twice, late, out of order or not at all.
 
+mod pools;
+
 use coalmine_proto::{
     histogram::Histogram,
     names::{Arm, Outcome, Outcomes, TenantName},
-    v1::{Gap, Totals},
+    v1::{Gap, Pool, Totals},
 };
 
 use super::{Applied, Batch, Book, BookError, Build, Comparison, Introduction, Patience, Row};
@@ -106,6 +108,8 @@ impl Sender {
                 requests: gap,
                 ..Gap::default()
             }),
+            pools: &[],
+            host: None,
         };
         book.apply(
             SERVICE,
@@ -233,6 +237,8 @@ fn a_row_that_contradicts_itself_is_refused() {
             rows: vec![row],
             cumulative,
             gap: None,
+            pools: &[],
+            host: None,
         };
         book.apply(SERVICE, "a", agent.session, &batch, 0)
     };
@@ -405,11 +411,33 @@ fn mixed(mut number: u64) -> u64 {
     number ^ (number >> 31)
 }
 
+/// What one of so many agents sees of the pools of its arm in a window. They have 42 connections, which 1, 2, 3 and 7
+/// agents can share.
+fn pools_of(arm: Arm, window: u64, (agent, agents): (u64, u64), seed: u64) -> [Pool; 1] {
+    let mut pool = Pool {
+        name: "orders".to_owned(),
+        max: 42 / agents,
+        ..Pool::default()
+    };
+    for acquire in 0..200 {
+        let lot = mixed(acquire << 32 | window << 16 | 0xff << 8 | arm as u64);
+        if mixed(lot ^ seed) % agents == agent {
+            pool.acquires += 1;
+            pool.waits += u64::from(lot % 100 < if arm == Arm::Canary { 12 } else { 1 });
+        }
+    }
+    if window.is_multiple_of(3) {
+        pool.used = pool.max;
+    }
+    [pool]
+}
+
 /// The judge's lines on thirty windows of the same requests, shared between so many agents of each arm, whose batches
 /// arrive in an order that `seed` decides.
 fn judged(agents: u64, seed: u64) -> Vec<String> {
     const POLICY: &str = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
-        defaults: { errors: { max_rate: 1% }, latency: { p99: 350ms }, judge_window: 1s } }";
+        defaults: { errors: { max_rate: 1% }, latency: { p99: 350ms }, pool: { max_wait_rate: 2% },
+            judge_window: 1s } }";
     let policy = coalmine_judge::policy::Policy::parse(POLICY).unwrap();
     let mut judge = coalmine_judge::v1::Judge::new(policy, None, None).unwrap();
     let mut book = book();
@@ -474,6 +502,7 @@ fn judged(agents: u64, seed: u64) -> Vec<String> {
             limit_us: 350_000,
             over: *over,
         });
+        let pools = pools_of(arm, window, (agent, agents), seed);
         let batch = Batch {
             seq: sender.seq,
             start_ms: window * 1_000,
@@ -485,6 +514,8 @@ fn judged(agents: u64, seed: u64) -> Vec<String> {
                 gap_requests: 0,
             },
             gap: None,
+            pools: &pools,
+            host: None,
         };
         let (instance, session) = (sender.who.instance.clone(), sender.session);
         book.apply(SERVICE, &instance, session, &batch, 31_000).unwrap();
@@ -493,8 +524,12 @@ fn judged(agents: u64, seed: u64) -> Vec<String> {
         .map(|window| {
             let frozen = book.freeze(&comparison(), window * 1_000, window, 40_000);
             assert_eq!(
-                (u64::from(frozen.canary.reported), frozen.rows.len()),
-                (agents, 6)
+                (
+                    u64::from(frozen.canary.reported),
+                    frozen.rows.len(),
+                    frozen.pool.len()
+                ),
+                (agents, 6, 2)
             );
             judge.step(&frozen).unwrap().to_json()
         })
@@ -506,6 +541,10 @@ fn however_requests_are_shared_between_agents_and_whenever_they_arrive_the_judge
     let alone = judged(1, 1);
     assert!(
         alone.last().unwrap().contains("\"verdict\":\"ROLLBACK\""),
+        "{alone:?}"
+    );
+    assert!(
+        alone.iter().any(|line| line.contains("\"metric\":\"pool\"")),
         "{alone:?}"
     );
     for (agents, seed) in [(1, 2), (2, 3), (3, 4), (7, 5), (7, 6)] {

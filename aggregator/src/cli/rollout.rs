@@ -6,7 +6,10 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{Exit, Failure, Output, say, tell};
-use crate::client::{Client, segment};
+use crate::{
+    book::ArmContext,
+    client::{Client, segment},
+};
 
 /// How often `gate --wait` and `status --watch` ask.
 const POLL: Duration = Duration::from_millis(500);
@@ -200,6 +203,7 @@ fn show(view: &Value, brief: bool, output: Output) {
         number(view, "agents_ppm") / 10_000,
         number(view, "traffic_ppm") / 10_000
     ));
+    show_arms(view);
     for anomaly in view
         .get("anomalies")
         .and_then(Value::as_array)
@@ -227,6 +231,17 @@ fn show(view: &Value, brief: bool, output: Output) {
     if let Some(decision) = view.get("decision_id").and_then(Value::as_str) {
         say(&format_args!("decision   {decision}"));
         say(&format_args!("record     {}", text(view, "decision_hash")));
+    }
+}
+
+/// What the pods and pools of both arms do at present, as far as the server says.
+fn show_arms(view: &Value) {
+    for arm in ["canary", "baseline"] {
+        let context = view.get("arms").and_then(|arms| arms.get(arm)).cloned();
+        let context = context.and_then(|context| serde_json::from_value::<ArmContext>(context).ok());
+        if let Some(context) = context {
+            say(&format_args!("{arm:<10} {context}"));
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use super::{Faces, problem::Problem};
 use crate::{
-    book::locked,
+    book::{Comparison, locked},
     clock,
     ledger::Appended,
     rollouts::{StartRequest, View},
@@ -142,6 +142,7 @@ async fn rollout(State(faces): State<Faces>, Path(id): Path<String>) -> Result<J
     let mut body = to_value(&*view)?;
     if let Value::Object(fields) = &mut body {
         fields.insert("agents".to_owned(), agents(&faces, &view));
+        fields.insert("arms".to_owned(), arms(&faces, &view));
     }
     Ok(Json(body))
 }
@@ -163,6 +164,17 @@ fn agents(faces: &Faces, view: &View) -> Value {
         })
     });
     agents.collect()
+}
+
+/// The pods and pools of both arms at present: context that is not judged.
+fn arms(faces: &Faces, view: &View) -> Value {
+    let comparison = Comparison {
+        service: view.service.clone(),
+        canary_version: view.canary_version.clone(),
+        baseline_version: view.baseline_version.clone(),
+    };
+    let [canary, baseline] = locked(&faces.ingest.book).contexts(&comparison, clock::now_ms());
+    json!({ "canary": canary, "baseline": baseline })
 }
 
 /// What deploy tools poll.

@@ -13,6 +13,7 @@ use coalmine_judge::{
     replay::Judged,
     v1::{Outcome, Verdict},
 };
+use coalmine_proto::names::Arm;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     BUILD,
-    book::{Comparison, locked},
+    book::{ArmContext, Comparison, locked},
     clock,
     ledger::{AppendError, Appended, Blob},
 };
@@ -109,6 +110,30 @@ fn pack(window: &Window) -> Result<Blob, AppendError> {
     // What could not be read back must not be written.
     Window::from_json(&line).map_err(|error| AppendError::Refused(format!("the evidence: {error}")))?;
     Blob::pack(line.as_bytes())
+}
+
+/// Who reported a window, and what is known of their pods and pools beside it. It is told and not judged, so it may be
+/// other when the decision is judged again.
+fn connectivity(window: &Window, contexts: &[ArmContext; 2]) -> String {
+    let mut text = format!(
+        "{} of {} canary agents and {} of {} baseline agents reported",
+        window.canary.reported, window.canary.expected, window.baseline.reported, window.baseline.expected
+    );
+    for pool in &window.pool {
+        text += &format!(
+            "; pool of the {}: {} of {} acquires had to wait and {} timed out",
+            pool.arm, pool.waits, pool.acquires, pool.timeouts
+        );
+        if pool.max > 0 {
+            text += &format!(", {} of {} connections in use", pool.used, pool.max);
+        }
+    }
+    for (arm, context) in Arm::ALL.into_iter().zip(contexts) {
+        if let Some(host) = &context.host {
+            text += &format!("; pods of the {arm}: {host}");
+        }
+    }
+    text
 }
 
 /// A rollout and its state.
@@ -243,12 +268,13 @@ impl Owner {
     /// Freezes the next slot, judges it, and puts the decision in line for the log.
     fn judge_next(&mut self) -> Result<(), String> {
         let begun = Instant::now();
-        let window = locked(&self.shared.book).freeze(
-            &self.comparison,
-            self.next_slot_ms(),
-            self.next_window(),
-            clock::now_ms(),
-        );
+        let (window, contexts) = {
+            let now_ms = clock::now_ms();
+            let (slot_ms, number) = (self.next_slot_ms(), self.next_window());
+            let mut book = locked(&self.shared.book);
+            let window = book.freeze(&self.comparison, slot_ms, number, now_ms);
+            (window, book.contexts(&self.comparison, now_ms))
+        };
         let frozen = begun.elapsed();
         let refused = |error: AppendError| error.to_string();
         let mut blobs = Vec::new();
@@ -270,7 +296,9 @@ impl Owner {
         let evidence = pack(&window).map_err(refused)?;
         self.judged.manifest.windows.push(evidence.digest);
         let manifest = Blob::pack(self.judged.manifest.to_json().as_bytes()).map_err(refused)?;
-        let decision = self.decide(&window, &outcome, (&evidence, &manifest), frozen, judged);
+        let connectivity = connectivity(&window, &contexts);
+        let times = (frozen, judged);
+        let decision = self.decide(&window, &outcome, (&evidence, &manifest), connectivity, times);
         blobs.extend([evidence, manifest]);
         self.pending
             .push_back(Pending::new(Entry::Decision(Box::new(decision)), blobs));
@@ -395,8 +423,8 @@ impl Owner {
         window: &Window,
         outcome: &Outcome,
         (evidence, manifest): (&Blob, &Blob),
-        frozen: Duration,
-        judged: Duration,
+        connectivity: String,
+        times: (Duration, Duration),
     ) -> Decision {
         let finding = Finding::of(outcome);
         let now_ms = clock::now_ms();
@@ -411,7 +439,7 @@ impl Owner {
             rollout: self.judged.start.rollout.clone(),
             service: self.judged.start.service.clone(),
             canary_version: self.judged.start.canary_version.clone(),
-            steps: self.steps(window, outcome, frozen, judged, finding.anomalies_detected),
+            steps: self.steps(window, outcome, connectivity, times, finding.anomalies_detected),
             finding,
             evidence: evidence.digest,
             manifest: manifest.digest,
@@ -428,8 +456,8 @@ impl Owner {
         &self,
         window: &Window,
         outcome: &Outcome,
-        frozen: Duration,
-        judged: Duration,
+        connectivity: String,
+        (frozen, judged): (Duration, Duration),
         anomalies: u64,
     ) -> Vec<Step> {
         let policy = self.judged.judge.policy();
@@ -451,13 +479,7 @@ impl Owner {
                 } else {
                     "failed"
                 },
-                format!(
-                    "{} of {} canary agents and {} of {} baseline agents reported",
-                    window.canary.reported,
-                    window.canary.expected,
-                    window.baseline.reported,
-                    window.baseline.expected
-                ),
+                connectivity,
                 frozen,
             ),
             (

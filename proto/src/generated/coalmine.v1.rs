@@ -116,6 +116,9 @@ pub struct WindowBatch {
     pub config_version: u64,
     #[prost(message, optional, tag = "9")]
     pub host: ::core::option::Option<HostContext>,
+    /// The application's connection pools that could be read in the window.
+    #[prost(message, repeated, tag = "10")]
+    pub pools: ::prost::alloc::vec::Vec<Pool>,
 }
 /// Gives a tenant's name a small number, valid for the session.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -198,6 +201,38 @@ pub struct Gap {
     #[prost(uint64, tag = "5")]
     pub end_unix_ms: u64,
 }
+/// A connection pool of the application in one window. The first four numbers are counts of events in the window,
+/// the last four are gauges at its end.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pool {
+    /// As the application calls it; empty where it has no name.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Connections that were asked for.
+    #[prost(uint64, tag = "2")]
+    pub acquires: u64,
+    /// Of these, how many had to wait.
+    #[prost(uint64, tag = "3")]
+    pub waits: u64,
+    /// Of these, how many gave up.
+    #[prost(uint64, tag = "4")]
+    pub timeouts: u64,
+    /// Nanoseconds that were waited.
+    #[prost(uint64, tag = "5")]
+    pub wait_ns: u64,
+    /// Connections in use.
+    #[prost(uint64, tag = "6")]
+    pub used: u64,
+    /// Connections that are open and not in use.
+    #[prost(uint64, tag = "7")]
+    pub idle: u64,
+    /// Most connections that the pool may open; 0 where it is not known.
+    #[prost(uint64, tag = "8")]
+    pub max: u64,
+    /// Callers that wait for a connection.
+    #[prost(uint64, tag = "9")]
+    pub waiters: u64,
+}
 /// Context of the pod, shown beside a decision and never judged.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HostContext {
@@ -208,6 +243,39 @@ pub struct HostContext {
     /// Connections that could not be followed as a known protocol, since the start of the epoch.
     #[prost(uint64, tag = "3")]
     pub opaque_connections: u64,
+    /// CPU that the pod has used in the window, in microseconds; with its limit, in thousandths of a core, 0 for none.
+    #[prost(uint64, tag = "4")]
+    pub cpu_us: u64,
+    #[prost(uint64, tag = "5")]
+    pub cpu_limit_milli: u64,
+    /// Memory that the pod uses, without what the kernel can take back; with its limit, 0 for none.
+    #[prost(uint64, tag = "6")]
+    pub memory_bytes: u64,
+    #[prost(uint64, tag = "7")]
+    pub memory_limit_bytes: u64,
+    /// Open files of the processes that the agent can see.
+    #[prost(uint64, tag = "8")]
+    pub open_files: u64,
+    #[prost(message, optional, tag = "9")]
+    pub database: ::core::option::Option<Sockets>,
+}
+/// The pod's TCP connections to the port of its database, as the kernel knows them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Sockets {
+    #[prost(uint32, tag = "1")]
+    pub established: u32,
+    /// Of these, those that have sent something after they last received something: an answer is awaited.
+    #[prost(uint32, tag = "2")]
+    pub awaiting: u32,
+    /// In another state than established, such as SYN_SENT or CLOSE_WAIT; not TIME_WAIT.
+    #[prost(uint32, tag = "3")]
+    pub other: u32,
+    /// Round trip of the slowest, in microseconds, as the kernel smooths it.
+    #[prost(uint32, tag = "4")]
+    pub rtt_us: u32,
+    /// Segments sent again in the window.
+    #[prost(uint64, tag = "5")]
+    pub retransmits: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Ack {
@@ -218,7 +286,7 @@ pub struct Ack {
     #[prost(uint64, tag = "2")]
     pub durable_seq: u64,
 }
-/// Limits to count against. Takes effect at a window's border.
+/// What to count, and against what. Takes effect at a window's border.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Config {
     #[prost(uint64, tag = "1")]
@@ -228,6 +296,10 @@ pub struct Config {
     pub default_limit_us: u64,
     #[prost(message, repeated, tag = "3")]
     pub limits: ::prost::alloc::vec::Vec<TenantLimit>,
+    /// Where a request's tenant stands, in the order in which the rules are asked; instead of those that the agent was
+    /// started with, which hold where this is empty.
+    #[prost(string, repeated, tag = "4")]
+    pub tenant_rules: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TenantLimit {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use coalmine_proto::rule;
+
 use super::{
     MAX_COHORTS, MAX_LATENCY_US, Policy, PolicyError, Requirement,
     rollout::{TAIL, TIER},
@@ -80,6 +82,9 @@ impl Policy {
                 "adjust",
                 "adjust.floor must be at most 1x and adjust.ceiling at least 1x".into(),
             );
+        }
+        if let Err(error) = rule::check_list(&self.tenant_rules) {
+            return fail("tenant_rules", format!("in tenant_rules, {error}"));
         }
         self.check_rollout()?;
         for (name, tenant) in &self.tenants {

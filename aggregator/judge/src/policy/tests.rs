@@ -27,6 +27,7 @@ rollout:
   cohorts: [tier, region, tail]
   critical: [acme-corp]
 adjust: { from_history: true, floor: 0.5x, ceiling: 2x }
+tenant_rules: [\"header:x-tenant-id\", \"path:/t/{tenant}/\"]
 ";
 
 /// The shortest policy that is valid.
@@ -219,6 +220,19 @@ fn a_mistake_is_named_with_its_place() {
             "a label cannot be named \"tail\"",
         ),
         ("  gold:", "  \"go ld\":", (13, 3), "character ' '"),
+        (
+            "header:x-tenant-id",
+            "cookie:x-tenant-id",
+            (24, 16),
+            "\"cookie:x-tenant-id\" is not a rule; say header:NAME",
+        ),
+        ("/{tenant}/", "/{tenant}x/", (24, 38), "must be a whole segment"),
+        (
+            "header:x-tenant-id",
+            "fixed:acme",
+            (24, 1),
+            "in tenant_rules, no rule can follow fixed:acme",
+        ),
     ] {
         let text = EXAMPLE.replacen(from, to, 1);
         assert_ne!(text, EXAMPLE, "{from}");
@@ -236,6 +250,27 @@ fn a_mistake_is_named_with_its_place() {
         error.message.contains("200 bytes long") && error.line == 15,
         "{error}"
     );
+}
+
+#[test]
+fn rules_for_tenants_are_read_and_change_nothing_that_is_judged() {
+    let shown = |text: &str| -> Vec<String> {
+        let rules = Policy::parse(text).unwrap().tenant_rules;
+        rules.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(shown(EXAMPLE), ["header:x-tenant-id", "path:/t/{tenant}/"]);
+    assert!(shown(SHORT).is_empty());
+    let block = format!("{SHORT}tenant_rules:\n  - header:X-Tenant|lower\n  - 'jwt:org.id|regex=(a|b).*'\n");
+    assert_eq!(
+        shown(&block),
+        ["header:x-tenant|lower", "jwt:org.id|regex=(a|b).*"]
+    );
+    let [with, without] = [block.as_str(), SHORT].map(|text| Policy::parse(text).unwrap());
+    assert_eq!(
+        Thresholds::default_of(&with, None),
+        Thresholds::default_of(&without, None)
+    );
+    assert_eq!(with.notes(None), without.notes(None));
 }
 
 #[test]

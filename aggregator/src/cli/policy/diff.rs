@@ -83,7 +83,9 @@ impl Side {
             )
         });
         let required = defaults.required.iter().map(|required| required.as_str());
+        let rules: Vec<String> = self.policy.tenant_rules.iter().map(ToString::to_string).collect();
         vec![
+            ("tenant_rules", list(rules.iter().map(String::as_str).collect())),
             ("pool", pool.unwrap_or_else(|| "not limited".to_owned())),
             ("hold_deadline", span(defaults.hold_deadline.micros)),
             ("on_deadline", defaults.on_deadline.as_str().to_owned()),

@@ -1,0 +1,308 @@
+//! Streams whose requests or answers are not complete.
+
+use coalmine_proto::names::Outcome;
+
+use super::{
+    super::{Sink, TenantId, Times},
+    response::{Answer, GRPC_UNKNOWN},
+};
+
+/// A table without streams keeps this many places: enough for a connection that is in use.
+const KEPT_PLACES: usize = 32;
+
+const FIRST_PLACES: usize = 4;
+
+/// One stream of the client.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) id: u32,
+    /// None if nothing is to be counted (any more).
+    pub(super) tenant: Option<TenantId>,
+    pub(super) kind: Kind,
+    pub(super) has_request_ended: bool,
+    pub(super) has_answer_ended: bool,
+    /// Bytes of the body that are to come, if the request says how many there are.
+    pub(super) body_left: Option<u64>,
+    started_ns: u64,
+    /// When the head of the answer began, once it is complete.
+    answered_ns: Option<u64>,
+    /// 0 until the head of the answer is complete, and if it has no status.
+    status: u16,
+    is_event_stream: bool,
+}
+
+/// Where a request's outcome stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// In the status.
+    Http,
+    /// In `grpc-status`, which is a trailer, or a header of an answer without a body.
+    Grpc,
+    /// In the status, and where it is good the stream is a tunnel from then on.
+    Tunnel,
+}
+
+/// Streams by their number: a table of places, a power of two, of which at most three quarters are taken.
+/// A stream stands in the place that its number says, or the next that was free.
+#[derive(Debug, Default)]
+pub(super) struct Streams {
+    places: Vec<Option<Stream>>,
+    count: usize,
+}
+
+// === impl Stream ===
+
+impl Stream {
+    /// A stream that was just opened, with nothing to count.
+    pub(super) fn new(id: u32, started_ns: u64) -> Self {
+        Self {
+            id,
+            tenant: None,
+            kind: Kind::Http,
+            has_request_ended: false,
+            has_answer_ended: false,
+            body_left: None,
+            started_ns,
+            answered_ns: None,
+            status: 0,
+            is_event_stream: false,
+        }
+    }
+
+    /// Whether the head of the answer is complete.
+    pub(super) fn is_answering(&self) -> bool {
+        self.answered_ns.is_some()
+    }
+
+    /// The head of the answer is complete.
+    pub(super) fn answer(&mut self, answer: &Answer, started_ns: u64) {
+        self.answered_ns = Some(started_ns);
+        self.status = answer.status.filter(|_| !answer.is_interim()).unwrap_or(0);
+        self.is_event_stream = answer.is_event_stream;
+    }
+
+    /// Whether the answer opened a tunnel: nothing that follows is part of it.
+    pub(super) fn is_tunnel(&self) -> bool {
+        self.kind == Kind::Tunnel && matches!(self.status, 200..300)
+    }
+
+    /// The outcome of an answer that is complete, with the gRPC status that stood at its end.
+    pub(super) fn outcome(&self, grpc_status: Option<u32>) -> Outcome {
+        match (self.kind, self.status) {
+            // No client accepts an answer without a status.
+            (_, 0) => Outcome::ServerError,
+            (Kind::Grpc, 200) => Outcome::of_grpc_status(grpc_status.unwrap_or(GRPC_UNKNOWN)),
+            (_, status) => Outcome::of_http_status(status),
+        }
+    }
+
+    /// The request ended, if it was not counted before.
+    pub(super) fn end(&mut self, outcome: Outcome, now_ns: u64, sink: &mut impl Sink) {
+        if let Some(tenant) = self.tenant.take() {
+            let first_byte_ns = self.answered_ns.map(|at| at.saturating_sub(self.started_ns));
+            let times = Times {
+                total_ns: now_ns.saturating_sub(self.started_ns),
+                first_byte_ns,
+                is_stream: self.is_event_stream,
+            };
+            sink.end(tenant, outcome, times);
+        }
+    }
+
+    /// The request is not counted, if it was not before.
+    pub(super) fn forget(&mut self, sink: &mut impl Sink) {
+        if let Some(tenant) = self.tenant.take() {
+            sink.forget(tenant);
+        }
+    }
+
+    /// The request turned out to be one that no correct server accepts.
+    pub(super) fn spoil(&mut self, sink: &mut impl Sink) {
+        if let Some(tenant) = self.tenant.take() {
+            sink.forget(tenant);
+            sink.malformed();
+        }
+    }
+
+    /// Takes bytes of the request's body; false if it said that there would be fewer.
+    pub(super) fn take_body(&mut self, length: u64) -> bool {
+        let Some(left) = &mut self.body_left else {
+            return true;
+        };
+        match left.checked_sub(length) {
+            Some(rest) => {
+                *left = rest;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Whether the body may end here.
+    pub(super) fn has_body(&self) -> bool {
+        self.body_left.is_none_or(|left| left == 0)
+    }
+}
+
+// === impl Streams ===
+
+impl Streams {
+    pub(super) fn len(&self) -> usize {
+        self.count
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// How many have a request that is to be counted.
+    pub(super) fn pending(&self) -> usize {
+        let streams = self.places.iter().flatten();
+        streams.filter(|stream| stream.tenant.is_some()).count()
+    }
+
+    pub(super) fn get_mut(&mut self, id: u32) -> Option<&mut Stream> {
+        let place = self.find(id)?;
+        self.places.get_mut(place)?.as_mut()
+    }
+
+    /// Adds a stream whose number is not in the table.
+    pub(super) fn insert(&mut self, stream: Stream) {
+        if self.count.saturating_add(1).saturating_mul(4) > self.places.len().saturating_mul(3) {
+            self.grow();
+        }
+        self.put(stream);
+    }
+
+    pub(super) fn remove(&mut self, id: u32) -> Option<Stream> {
+        let mut hole = self.find(id)?;
+        let removed = self.places.get_mut(hole)?.take();
+        self.count = self.count.saturating_sub(1);
+        let mask = self.mask()?;
+        // Those after it may stand where they do because it stood here.
+        let mut place = hole.wrapping_add(1) & mask;
+        while let Some(Some(stream)) = self.places.get(place) {
+            let from_home = place.wrapping_sub(home_of(stream.id)) & mask;
+            let from_hole = place.wrapping_sub(hole) & mask;
+            if from_home >= from_hole {
+                self.places.swap(hole, place);
+                hole = place;
+            }
+            place = place.wrapping_add(1) & mask;
+        }
+        if self.count == 0 && self.places.len() > KEPT_PLACES {
+            self.places = Vec::new();
+        }
+        removed
+    }
+
+    /// Takes all streams out.
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = Stream> + use<> {
+        self.count = 0;
+        std::mem::take(&mut self.places).into_iter().flatten()
+    }
+
+    /// Bytes of memory.
+    pub(super) fn footprint(&self) -> usize {
+        let place = size_of::<Option<Stream>>();
+        self.places.capacity().saturating_mul(place)
+    }
+
+    fn mask(&self) -> Option<usize> {
+        self.places.len().checked_sub(1)
+    }
+
+    fn find(&self, id: u32) -> Option<usize> {
+        let mask = self.mask()?;
+        let mut place = home_of(id) & mask;
+        // There is always a free place.
+        while let Some(Some(stream)) = self.places.get(place) {
+            if stream.id == id {
+                return Some(place);
+            }
+            place = place.wrapping_add(1) & mask;
+        }
+        None
+    }
+
+    fn put(&mut self, stream: Stream) {
+        let Some(mask) = self.mask() else { return };
+        let mut place = home_of(stream.id) & mask;
+        while let Some(Some(_)) = self.places.get(place) {
+            place = place.wrapping_add(1) & mask;
+        }
+        if let Some(free) = self.places.get_mut(place) {
+            *free = Some(stream);
+            self.count = self.count.saturating_add(1);
+        }
+    }
+
+    fn grow(&mut self) {
+        let places = self.places.len().saturating_mul(2).max(FIRST_PLACES);
+        let before = self.take_all();
+        self.places.resize_with(places, || None);
+        for stream in before {
+            self.put(stream);
+        }
+    }
+}
+
+/// The client's streams have odd numbers.
+fn home_of(id: u32) -> usize {
+    usize::try_from(id >> 1).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever is opened and closed, exactly the open streams are found.
+        #[test]
+        fn open_streams_are_found(
+            steps in prop::collection::vec((0_u32..64, any::<bool>(), 0_u32..3), 0..400),
+        ) {
+            let (mut streams, mut open) = (Streams::default(), BTreeSet::new());
+            for (number, opens, spread) in steps {
+                let id = ((number << (spread * 4)) << 1) | 1;
+                if !opens {
+                    let removed = streams.remove(id).map(|stream| stream.id);
+                    prop_assert_eq!(removed, open.remove(&id).then_some(id));
+                } else if open.insert(id) {
+                    streams.insert(Stream::new(id, 0));
+                }
+                prop_assert_eq!(streams.len(), open.len());
+                for id in &open {
+                    prop_assert_eq!(streams.get_mut(*id).map(|stream| stream.id), Some(*id));
+                }
+            }
+            let taken: BTreeSet<u32> = streams.take_all().map(|stream| stream.id).collect();
+            prop_assert_eq!(taken, open);
+            prop_assert!(streams.is_empty());
+        }
+    }
+
+    #[test]
+    fn an_empty_table_is_small() {
+        let mut streams = Streams::default();
+        assert_eq!(streams.footprint(), 0);
+        for id in 0..1000 {
+            streams.insert(Stream::new(id * 2 + 1, 0));
+        }
+        for id in 0..1000 {
+            assert!(streams.remove(id * 2 + 1).is_some());
+        }
+        assert_eq!(streams.footprint(), 0);
+        for id in 0..20 {
+            streams.insert(Stream::new(id * 2 + 1, 0));
+        }
+        for id in 0..20 {
+            streams.remove(id * 2 + 1);
+        }
+        assert!((1..=2048).contains(&streams.footprint()));
+    }
+}

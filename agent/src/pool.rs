@@ -1,0 +1,197 @@
+//! The application's connection pools, by scraping the metrics that it exposes.
+//!
+//! No change of the application is needed where one of the libraries of `pool/sources.rs` speaks for its
+//! pools; for others, `--pool-metric` names the metrics. Waits and timeouts are events, which the judge can
+//! use like errors; the rest is the state at the time of the scrape.
+//!
+//! The way of a number: `scraper` (asks, with all limits), `exposition` (lines to samples), `mapping` with
+//! `sources` (which samples say what), `reading` (numbers of one scrape), `counters` (what happened since the
+//! scrape before), [`Pools`] (what happened since the window before).
+//!
+//! It is never the cause of trouble: one request at a time, over one connection that is kept; an application
+//! that is slow is asked less often, and whatever it answers, memory is bounded.
+
+mod counters;
+mod exposition;
+mod mapping;
+mod reading;
+mod scraper;
+mod sources;
+mod url;
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use coalmine_proto::v1;
+
+pub use mapping::{CustomMetric, Quantity, Source};
+pub use reading::Reading;
+pub use scraper::Scraper;
+pub use url::ScrapeUrl;
+
+use counters::Counters;
+use mapping::Mapping;
+use reading::{Collector, MAX_POOLS};
+
+/// The largest number of events or connections that is given, which is as many as the aggregator takes.
+const MOST: u64 = 1 << 32;
+
+/// What one pool did in one window, and its state at the end of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolRow {
+    /// As the application calls it; empty where it has no name.
+    pub name: String,
+    /// Connections that were asked for; none where the application does not count them.
+    pub acquires: Option<u64>,
+    /// Of these, how many had to wait; where that is not counted, no more than that.
+    pub waits: u64,
+    /// Of these, how many gave up.
+    pub timeouts: u64,
+    /// Nanoseconds that were waited.
+    pub wait_ns: u64,
+    /// Connections in use.
+    pub used: u64,
+    /// Connections that are open and not in use.
+    pub idle: u64,
+    /// Most connections that the pool may open; 0 where it is not known.
+    pub max: u64,
+    /// Callers that wait for a connection.
+    pub waiters: u64,
+}
+
+/// What was scraped since the window before, between the one who scrapes and the one who closes windows.
+#[derive(Debug, Default)]
+pub struct Pools {
+    state: Mutex<State>,
+    scrapes: AtomicU64,
+    failed_scrapes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    counters: Counters,
+    rows: BTreeMap<String, PoolRow>,
+}
+
+/// What an exposition says about pools.
+pub fn read(bytes: &[u8], custom: &[CustomMetric]) -> Vec<Reading> {
+    let mapping = Mapping::new(custom);
+    let mut collector = Collector::new(&mapping);
+    let mut reader = exposition::Reader::default();
+    reader.feed(bytes, &mut collector);
+    reader.finish();
+    collector.finish()
+}
+
+// === impl PoolRow ===
+
+impl PoolRow {
+    /// Adds what the pool did in the time that follows; the state is the later one. A sum of acquires of
+    /// which one part is not known is not known.
+    pub fn add(&mut self, next: &Self) {
+        let acquires = self.acquires.zip(next.acquires);
+        let acquires = acquires.map(|(before, after)| before.saturating_add(after));
+        *self = Self {
+            name: std::mem::take(&mut self.name),
+            acquires,
+            waits: self.waits.saturating_add(next.waits),
+            timeouts: self.timeouts.saturating_add(next.timeouts),
+            wait_ns: self.wait_ns.saturating_add(next.wait_ns),
+            ..*next
+        }
+        .plausible();
+    }
+
+    /// What the row takes of the ring, in bytes.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>() + self.name.len()
+    }
+
+    /// The row as it is sent. Where the application does not count what it asks its pool for, each request
+    /// counts as one time.
+    pub fn to_wire(&self, requests: u64) -> v1::Pool {
+        let acquires = self.acquires.unwrap_or(requests);
+        v1::Pool {
+            name: self.name.clone(),
+            acquires: acquires.max(self.waits).max(self.timeouts),
+            waits: self.waits,
+            timeouts: self.timeouts,
+            wait_ns: self.wait_ns,
+            used: self.used,
+            idle: self.idle,
+            max: self.max,
+            waiters: self.waiters,
+        }
+    }
+
+    /// Makes the numbers agree. Counters of one scrape are not read at one moment, and a call that waits at
+    /// the time of the scrape began before it and ends after it. Who gave up has waited, and who has waited
+    /// has asked: the smaller number is raised, never the larger lowered.
+    fn plausible(mut self) -> Self {
+        self.timeouts = self.timeouts.min(MOST);
+        self.waits = self.waits.max(self.timeouts).min(MOST);
+        self.acquires = self.acquires.map(|acquires| acquires.max(self.waits).min(MOST));
+        self.wait_ns = self.wait_ns.min(i64::MAX.unsigned_abs());
+        for state in [&mut self.used, &mut self.idle, &mut self.max, &mut self.waiters] {
+            *state = (*state).min(MOST);
+        }
+        self
+    }
+}
+
+// === impl Pools ===
+
+impl Pools {
+    /// What happened since it was last taken, by name, with the state of the last scrape; nothing if there
+    /// was no scrape since.
+    pub fn take(&self) -> Vec<PoolRow> {
+        std::mem::take(&mut self.state().rows).into_values().collect()
+    }
+
+    /// Scrapes that were tried.
+    pub fn scrapes(&self) -> u64 {
+        self.scrapes.load(Ordering::Relaxed)
+    }
+
+    /// Of these, how many failed.
+    pub fn failed_scrapes(&self) -> u64 {
+        self.failed_scrapes.load(Ordering::Relaxed)
+    }
+
+    /// A scrape has succeeded.
+    fn add(&self, readings: &[Reading]) {
+        self.scrapes.fetch_add(1, Ordering::Relaxed);
+        let mut state = self.state();
+        let state = &mut *state;
+        let new = state.counters.next(readings);
+        // A pool that is not there any more has no connections.
+        for row in state.rows.values_mut() {
+            (row.used, row.idle, row.max, row.waiters) = (0, 0, 0, 0);
+        }
+        for row in new {
+            if let Some(same) = state.rows.get_mut(&row.name) {
+                same.add(&row);
+            } else if state.rows.len() < MAX_POOLS {
+                state.rows.insert(row.name.clone(), row);
+            }
+        }
+    }
+
+    /// A scrape has failed. What it missed is in the next.
+    fn fail(&self) {
+        self.scrapes.fetch_add(1, Ordering::Relaxed);
+        self.failed_scrapes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,129 @@
+//! Finds a part of what a request is for: a label of its host, a segment of its path, a parameter of its query.
+
+use std::borrow::Cow;
+
+use coalmine_proto::rule::Template;
+
+use super::Seen;
+
+/// The label of a host that stands where the template has `{tenant}`.
+pub(super) fn label_of<'h>(template: &Template, host: &'h [u8]) -> Option<&'h [u8]> {
+    let (before, after) = (template.before.as_bytes(), template.after.as_bytes());
+    let host = without_port(host);
+    let end = host.len().checked_sub(after.len())?;
+    let label = host.get(before.len()..end)?;
+    let fits = host[..before.len()].eq_ignore_ascii_case(before)
+        && host[end..].eq_ignore_ascii_case(after)
+        && !label.contains(&b'.');
+    fits.then_some(label)
+}
+
+fn without_port(host: &[u8]) -> &[u8] {
+    match host.iter().rposition(|b| *b == b':') {
+        Some(colon) if host[colon + 1..].iter().all(u8::is_ascii_digit) => &host[..colon],
+        _ => host,
+    }
+}
+
+/// The segment of a target's path that stands where the template has `{tenant}`, decoded.
+pub(super) fn segment<'t>(template: &Template, target: &'t [u8]) -> Seen<'t> {
+    let Some(segment) = segment_of(template, path_of(target)) else {
+        return Seen::Missing;
+    };
+    match decoded(segment, b'+') {
+        // A slash that was written as %2F, and what is no name but a way through the path.
+        Some(name) if name.contains(&b'/') || matches!(&*name, b"." | b"..") => Seen::Invalid,
+        Some(name) => Seen::Value(name),
+        None => Seen::Invalid,
+    }
+}
+
+/// The slash that ends the template may be missing in the path: `/t/acme` fits `/t/{tenant}/`.
+fn segment_of<'p>(template: &Template, path: &'p [u8]) -> Option<&'p [u8]> {
+    let rest = path.strip_prefix(template.before.as_bytes())?;
+    let end = rest.iter().position(|b| *b == b'/').unwrap_or(rest.len());
+    let (segment, rest) = rest.split_at(end);
+    let after = template.after.as_bytes();
+    (rest.starts_with(after) || (rest.is_empty() && after == b"/")).then_some(segment)
+}
+
+/// The path of a request target, which may be an absolute URI.
+fn path_of(target: &[u8]) -> &[u8] {
+    let (target, _) = split_query(target);
+    if target.starts_with(b"/") {
+        return target;
+    }
+    let scheme = target.windows(3).position(|w| w == b"://");
+    let rest = scheme.map_or(&[][..], |at| &target[at + 3..]);
+    let slash = rest.iter().position(|b| *b == b'/');
+    slash.map_or(&[][..], |at| &rest[at..])
+}
+
+/// The value of the parameter of a target's query that has this name, decoded as forms are
+/// (`application/x-www-form-urlencoded`, where a `+` is a space).
+pub(super) fn parameter<'t>(name: &str, target: &'t [u8]) -> Seen<'t> {
+    let (_, query) = split_query(target);
+    let mut found: Option<Cow<'t, [u8]>> = None;
+    for parameter in query.split(|b| *b == b'&') {
+        let (its_name, value) = split_once(parameter, b'=');
+        let is_wanted = decoded(its_name, b' ').is_some_and(|its_name| *its_name == *name.as_bytes());
+        if !is_wanted {
+            continue;
+        }
+        let Some(value) = decoded(value, b' ') else {
+            return Seen::Invalid;
+        };
+        match &found {
+            Some(first) if *first != value => return Seen::Invalid,
+            Some(_) => {}
+            None => found = Some(value),
+        }
+    }
+    match found {
+        Some(value) if !value.is_empty() => Seen::Value(value),
+        _ => Seen::Missing,
+    }
+}
+
+/// What comes before the query, and the query; without a fragment, which clients should not send.
+fn split_query(target: &[u8]) -> (&[u8], &[u8]) {
+    let (target, _) = split_once(target, b'#');
+    split_once(target, b'?')
+}
+
+/// What stands before and after a byte; nothing stands after one that is not there.
+fn split_once(bytes: &[u8], at: u8) -> (&[u8], &[u8]) {
+    match bytes.iter().position(|b| *b == at) {
+        Some(position) => (&bytes[..position], &bytes[position + 1..]),
+        None => (bytes, &[]),
+    }
+}
+
+/// Reads `%` with two digits as the byte that it stands for, and a plus as what it is here. None if two digits
+/// do not follow each `%`.
+fn decoded(text: &[u8], plus: u8) -> Option<Cow<'_, [u8]>> {
+    let is_coded = |b: &u8| *b == b'%' || (*b == b'+' && plus != b'+');
+    if !text.iter().any(is_coded) {
+        return Some(Cow::Borrowed(text));
+    }
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let [first, after @ ..] = rest {
+        rest = after;
+        match first {
+            b'%' => {
+                let ([high, low], after) = rest.split_first_chunk::<2>()?;
+                bytes.push(digit(*high)? << 4 | digit(*low)?);
+                rest = after;
+            }
+            b'+' => bytes.push(plus),
+            byte => bytes.push(*byte),
+        }
+    }
+    Some(Cow::Owned(bytes))
+}
+
+fn digit(byte: u8) -> Option<u8> {
+    let value = char::from(byte).to_digit(16)?;
+    u8::try_from(value).ok()
+}

@@ -1,0 +1,147 @@
+//! The agent as it is built and started: a process of its own, so that its memory can be looked at.
+
+use std::{
+    fs,
+    io::Write,
+    net::{SocketAddr, TcpListener, TcpStream},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+
+use crate::{
+    stage::{connect, patient},
+    support::{PATIENCE, eventually, read_all},
+};
+
+/// What may be added to a bound of memory: pages of the allocator that are used in part, tables that all connections
+/// share, and what a build without optimisation takes more.
+pub(crate) const SLACK_BYTES: u64 = 6 << 20;
+
+/// A running agent; killed when dropped.
+pub(crate) struct Program {
+    child: Child,
+    pub(crate) address: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Program {
+    /// An agent without an aggregator.
+    pub(crate) fn start(upstream: SocketAddr, more: &[&str]) -> Self {
+        Self::with(upstream, "http://127.0.0.1:1", more)
+    }
+
+    pub(crate) fn with(upstream: SocketAddr, aggregator: &str, more: &[&str]) -> Self {
+        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [address, admin] = listeners.map(|listener| listener.local_addr().unwrap());
+        let child = Command::new(env!("CARGO_BIN_EXE_coalmine-agent"))
+            .args([
+                format!("--listen={address}"),
+                format!("--admin={admin}"),
+                format!("--upstream={upstream}"),
+                format!("--aggregator={aggregator}"),
+            ])
+            .args([
+                "--service=shop",
+                "--version=v2",
+                "--arm=canary",
+                "--instance=pod-1",
+            ])
+            .args(["--tenant=header:x-tenant", "--drain=20s"])
+            .args(more)
+            .env("RUST_LOG", "error")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut agent = Self {
+            child,
+            address,
+            admin,
+        };
+        // Both addresses are taken before either is served, and the application must not see who asks.
+        eventually("the agent serves", || {
+            assert!(!agent.has_ended(), "the agent has ended");
+            TcpStream::connect(admin).is_ok()
+        });
+        agent
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    pub(crate) fn client(&self) -> TcpStream {
+        connect(self.address)
+    }
+
+    /// Memory that is resident, in bytes.
+    pub(crate) fn resident(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
+        let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse().unwrap();
+        kib * 1024
+    }
+
+    /// A metric, without `coalmine_agent_`.
+    pub(crate) fn metric(&self, name: &str) -> u64 {
+        let mut stream = patient(TcpStream::connect(self.admin).unwrap());
+        let request = b"GET /metrics HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
+        stream.write_all(request).unwrap();
+        let answer = String::from_utf8(read_all(&mut stream).unwrap()).unwrap();
+        let value = answer.lines().find_map(|line| {
+            let rest = line.strip_prefix("coalmine_agent_")?.strip_prefix(name)?;
+            rest.strip_prefix(' ')
+        });
+        let value = value.unwrap_or_else(|| panic!("the agent has no metric {name}"));
+        value.trim().parse().unwrap()
+    }
+
+    /// Waits until the metric has the value.
+    #[track_caller]
+    pub(crate) fn expect(&self, name: &str, value: u64) {
+        let mut last = self.metric(name);
+        let deadline = Instant::now() + PATIENCE;
+        while last != value {
+            assert!(Instant::now() < deadline, "{name} is {last}, not {value}");
+            thread::park_timeout(Duration::from_millis(5));
+            last = self.metric(name);
+        }
+    }
+
+    /// Asks the agent to end, and waits until it has, in order.
+    pub(crate) fn stop(mut self) {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
+        kill_process(pid, Signal::TERM).unwrap();
+        eventually("the agent has ended", || self.has_ended());
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// Raises this process' limit of open files as far as it may be raised, and gives how many connections through an
+/// agent fit beside what other tests have open: each takes two files here and two there.
+pub(crate) fn connections_that_fit(wanted: u64) -> u64 {
+    const OTHERS: u64 = 4_000;
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
+    let Some(limit) = maximum else {
+        return wanted;
+    };
+    let fit = (limit.saturating_sub(OTHERS) / 2).max(limit / 8);
+    wanted.min(fit)
+}

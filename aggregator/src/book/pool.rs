@@ -1,0 +1,309 @@
+//! The application's connection pools: what agents report of them, in a slot and since the beginning.
+//!
+//! Events add up. Connections in use and at most are states, so of each agent and pool the last report in a slot counts;
+//! an agent's own reports come in order, so what agents said together does not depend on who was heard first.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use coalmine_judge::evidence;
+use coalmine_proto::{names::Arm, v1};
+use prost::Message;
+
+use super::{BookError, Build};
+
+/// Most pools of one batch.
+pub const MAX_POOLS: usize = 64;
+
+/// Longest name of a pool, in bytes.
+const MAX_NAME_BYTES: usize = 128;
+
+/// Most events or connections of one pool that are believed in a window, as for the requests of a row.
+const MAX_COUNT: u64 = 1 << 32;
+
+/// Longest time that the callers of one pool can have waited in a window, all together: 36 years.
+const MAX_WAIT_NS: u64 = 1 << 60;
+
+/// The pools of a slot are written down in so many pieces, by the instance that reports them.
+const SHARDS: u32 = 64;
+
+/// What happened at pools, added up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PoolEvents {
+    /// Connections that were asked for.
+    pub acquires: u64,
+    /// Of these, how many had to wait.
+    pub waits: u64,
+    /// Of these, how many gave up.
+    pub timeouts: u64,
+    /// Nanoseconds that were waited.
+    pub wait_ns: u64,
+}
+
+/// The pools of one build in one slot, by agent and name.
+#[derive(Debug, Clone, Default)]
+pub(super) struct SlotPools(BTreeMap<String, BTreeMap<String, PoolCell>>);
+
+/// One pool of one agent in one slot.
+#[derive(Debug, Clone, Copy, Default)]
+struct PoolCell {
+    acquires: u64,
+    waits: u64,
+    timeouts: u64,
+    /// Of the last report.
+    used: u64,
+    max: u64,
+}
+
+/// The pools of one build in one slot, of the agents in one shard.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PoolsImage {
+    #[prost(uint32, tag = "1")]
+    pub(super) arm: u32,
+    #[prost(string, tag = "2")]
+    pub(super) version: String,
+    #[prost(uint64, tag = "3")]
+    pub(super) slot_ms: u64,
+    #[prost(message, repeated, tag = "4")]
+    agents: Vec<AgentPoolsImage>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct AgentPoolsImage {
+    #[prost(string, tag = "1")]
+    instance: String,
+    /// With the counts of the slot, and used and max as they were reported last.
+    #[prost(message, repeated, tag = "2")]
+    pools: Vec<v1::Pool>,
+}
+
+/// What happened at the pools of one build since the beginning.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PoolEventsImage {
+    #[prost(uint32, tag = "1")]
+    pub(super) arm: u32,
+    #[prost(string, tag = "2")]
+    pub(super) version: String,
+    #[prost(uint64, tag = "3")]
+    acquires: u64,
+    #[prost(uint64, tag = "4")]
+    waits: u64,
+    #[prost(uint64, tag = "5")]
+    timeouts: u64,
+    #[prost(uint64, tag = "6")]
+    wait_ns: u64,
+}
+
+/// Whether what a batch says of its pools makes sense.
+pub(super) fn check(pools: &[v1::Pool]) -> Result<(), BookError> {
+    if pools.len() > MAX_POOLS {
+        return Err(BookError::TooManyPools(pools.len()));
+    }
+    for pool in pools {
+        if let Some(problem) = problem_of(pool) {
+            return Err(BookError::Pool {
+                name: pool.name.chars().take(40).collect(),
+                problem,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn problem_of(pool: &v1::Pool) -> Option<&'static str> {
+    let printable = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+    let counts = [
+        pool.acquires,
+        pool.used,
+        pool.idle,
+        pool.max,
+        pool.waiters,
+        pool.waits,
+        pool.timeouts,
+    ];
+    if pool.name.len() > MAX_NAME_BYTES {
+        Some("its name has more than 128 bytes")
+    } else if !pool.name.bytes().all(printable) {
+        Some("its name has a character that is not printable ASCII")
+    } else if counts.into_iter().any(|count| count > MAX_COUNT) {
+        Some("more acquires or connections than a window can hold")
+    } else if pool.waits > pool.acquires {
+        Some("more waits than acquires")
+    } else if pool.timeouts > pool.acquires {
+        Some("more timeouts than acquires")
+    } else if pool.wait_ns > MAX_WAIT_NS {
+        Some("more time was waited than a window can hold")
+    } else {
+        None
+    }
+}
+
+/// The shard of an agent: the same in every process.
+pub(super) fn shard_of(instance: &str) -> u32 {
+    crc32fast::hash(instance.as_bytes()) % SHARDS
+}
+
+// === impl PoolEvents ===
+
+impl PoolEvents {
+    /// Adds what a batch reports.
+    pub(super) fn take(&mut self, pools: &[v1::Pool]) {
+        for pool in pools {
+            self.add(&Self {
+                acquires: pool.acquires,
+                waits: pool.waits,
+                timeouts: pool.timeouts,
+                wait_ns: pool.wait_ns,
+            });
+        }
+    }
+
+    /// Adds other events.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.acquires = self.acquires.saturating_add(other.acquires);
+        self.waits = self.waits.saturating_add(other.waits);
+        self.timeouts = self.timeouts.saturating_add(other.timeouts);
+        self.wait_ns = self.wait_ns.saturating_add(other.wait_ns);
+    }
+
+    pub(super) fn image(&self, build: &Build) -> PoolEventsImage {
+        PoolEventsImage {
+            arm: build.arm as u32,
+            version: build.version.clone(),
+            acquires: self.acquires,
+            waits: self.waits,
+            timeouts: self.timeouts,
+            wait_ns: self.wait_ns,
+        }
+    }
+
+    pub(super) fn of_image(image: &PoolEventsImage) -> Self {
+        Self {
+            acquires: image.acquires,
+            waits: image.waits,
+            timeouts: image.timeouts,
+            wait_ns: image.wait_ns,
+        }
+    }
+}
+
+// === impl SlotPools ===
+
+impl SlotPools {
+    /// Takes an agent's next report.
+    pub(super) fn take(&mut self, instance: &str, pools: &[v1::Pool]) {
+        // Pools without a name of their own are one.
+        let mut reported: BTreeMap<&str, PoolCell> = BTreeMap::new();
+        for pool in pools {
+            reported.entry(&pool.name).or_default().add(&PoolCell::of(pool));
+        }
+        let kept = self.0.entry(instance.to_owned()).or_default();
+        for (name, report) in reported {
+            kept.entry(name.to_owned()).or_default().follow(&report);
+        }
+    }
+
+    /// Adds all of them to a sum; pools whose maximum is not known count no connections, since nobody could say how full
+    /// they are.
+    fn add_to(&self, sum: &mut PoolCell) {
+        for cell in self.0.values().flat_map(BTreeMap::values) {
+            let used = if cell.max > 0 { cell.used } else { 0 };
+            sum.add(&PoolCell { used, ..*cell });
+        }
+    }
+
+    /// The shards that have an agent.
+    pub(super) fn shards(&self) -> BTreeSet<u32> {
+        self.0.keys().map(|instance| shard_of(instance)).collect()
+    }
+
+    pub(super) fn image(&self, build: &Build, slot_ms: u64, shard: u32) -> PoolsImage {
+        let agents = self.0.iter().filter(|(instance, _)| shard_of(instance) == shard);
+        let agents = agents.map(|(instance, pools)| AgentPoolsImage {
+            instance: instance.clone(),
+            pools: pools.iter().map(|(name, cell)| cell.image(name)).collect(),
+        });
+        PoolsImage {
+            arm: build.arm as u32,
+            version: build.version.clone(),
+            slot_ms,
+            agents: agents.collect(),
+        }
+    }
+
+    /// Puts a shard back.
+    pub(super) fn load(&mut self, image: PoolsImage) {
+        for agent in image.agents {
+            let pools = agent.pools.iter();
+            let pools = pools
+                .map(|pool| (pool.name.clone(), PoolCell::of(pool)))
+                .collect();
+            self.0.insert(agent.instance, pools);
+        }
+    }
+}
+
+/// The pools of one arm as evidence; none if no agent reported any.
+pub(super) fn evidence_of<'a>(
+    arm: Arm,
+    builds: impl Iterator<Item = &'a SlotPools>,
+) -> Option<evidence::Pool> {
+    let mut sum: Option<PoolCell> = None;
+    for pools in builds {
+        pools.add_to(sum.get_or_insert_default());
+    }
+    let sum = sum?;
+    Some(evidence::Pool {
+        arm,
+        acquires: sum.acquires,
+        waits: sum.waits,
+        timeouts: sum.timeouts,
+        used: sum.used,
+        max: sum.max,
+    })
+}
+
+// === impl PoolCell ===
+
+impl PoolCell {
+    fn of(pool: &v1::Pool) -> Self {
+        Self {
+            acquires: pool.acquires,
+            waits: pool.waits,
+            timeouts: pool.timeouts,
+            used: pool.used,
+            max: pool.max,
+        }
+    }
+
+    /// Adds another pool.
+    fn add(&mut self, other: &Self) {
+        self.add_events(other);
+        self.used = self.used.saturating_add(other.used);
+        self.max = self.max.saturating_add(other.max);
+    }
+
+    /// Takes a later report of the same pool.
+    fn follow(&mut self, later: &Self) {
+        self.add_events(later);
+        self.used = later.used;
+        self.max = later.max;
+    }
+
+    fn add_events(&mut self, other: &Self) {
+        self.acquires = self.acquires.saturating_add(other.acquires);
+        self.waits = self.waits.saturating_add(other.waits);
+        self.timeouts = self.timeouts.saturating_add(other.timeouts);
+    }
+
+    fn image(&self, name: &str) -> v1::Pool {
+        v1::Pool {
+            name: name.to_owned(),
+            acquires: self.acquires,
+            waits: self.waits,
+            timeouts: self.timeouts,
+            used: self.used,
+            max: self.max,
+            ..v1::Pool::default()
+        }
+    }
+}
