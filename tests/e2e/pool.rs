@@ -222,8 +222,8 @@ impl Play {
 #[test]
 fn an_exhausted_pool_is_rolled_back_although_no_request_fails() {
     let _stage = stage();
-    // 70 requests a second use each of the two connections for a fifth of the time: one request in twenty has to wait, for
-    // a few milliseconds.
+    // 70 requests a second use each of the two connections for a third of the time: one request in ten has to wait, for a
+    // few milliseconds.
     let mut play = Play::begin(2, 140);
     let gate = play
         .aggregator

@@ -3,7 +3,11 @@
 //! A request works for a while without the database and then asks it once. `/metrics` has what the pool counts, under the
 //! names that the agent knows for bb8.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use axum::{
@@ -21,12 +25,15 @@ use tokio_postgres::NoTls;
 
 type Connections = Pool<PostgresConnectionManager<NoTls>>;
 
-/// The work without the database. It is most of a request's latency, so that a short wait for a connection is not seen
-/// there.
-const WORK: Duration = Duration::from_millis(40);
+/// The shortest and the longest work without the database, in milliseconds. It is most of a request's latency, so that
+/// a short wait for a connection is not seen there; and it differs, so that requests which come one by one meet at the pool.
+const WORK_MS: (u64, u64) = (20, 60);
 
 /// What the database is asked: for as long as it takes, the connection is in use.
-const QUERY: &str = "SELECT pg_sleep(0.005)";
+const QUERY: &str = "SELECT pg_sleep(0.008)";
+
+/// Requests that have come.
+static COME: AtomicU64 = AtomicU64::new(0);
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -43,7 +50,10 @@ struct Options {
 }
 
 async fn answer(State(pool): State<Connections>) -> (StatusCode, String) {
-    tokio::time::sleep(WORK).await;
+    let (shortest, longest) = WORK_MS;
+    let number = COME.fetch_add(1, Ordering::Relaxed);
+    let work_ms = shortest + number * 17 % (longest - shortest + 1);
+    tokio::time::sleep(Duration::from_millis(work_ms)).await;
     match ask(&pool).await {
         Ok(()) => (StatusCode::OK, "fine\n".to_owned()),
         Err(problem) => (StatusCode::INTERNAL_SERVER_ERROR, problem),
