@@ -20,7 +20,7 @@ lint: deps ## Check the form and the lints
 	@cargo clippy --workspace --all-targets --locked -- -D warnings
 
 bench: deps ## Print speed and cost as ratios against peers, in one run
-	@deploy/deps.sh nginx=nginx-light haproxy=haproxy /usr/lib/postgresql/15/bin/postgres=postgresql-15
+	@deploy/deps.sh nginx=nginx-light haproxy=haproxy h2load=nghttp2-client /usr/lib/postgresql/15/bin/postgres=postgresql-15
 	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
 	@cargo run --release --locked -p coalmine-tests --bin bench
 	@COALMINE_SEEDS=$(SEEDS) cargo test --locked -p coalmine-tests --test simulation -- --nocapture

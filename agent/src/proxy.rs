@@ -234,6 +234,14 @@ pub(crate) mod tests {
         assert_eq!(proxy.gate.open(), 0);
     }
 
+    #[tokio::test]
+    async fn a_connections_task_is_small() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let task = relay::serve(client, Watched::new(Rc::new(proxy())));
+        assert!(size_of_val(&task) <= 640, "{}", size_of_val(&task));
+    }
+
     #[test]
     fn exhaustion_is_counted_and_ends() {
         let proxy = proxy();

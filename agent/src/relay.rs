@@ -20,6 +20,7 @@ mod watched;
 
 use std::{
     future::poll_fn,
+    io,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -43,7 +44,7 @@ pub(crate) use watched::Watched;
 const STALE_NS: u64 = 10_000_000;
 
 /// Read at first of an answer, so that what follows the head of a long one can stay in the kernel.
-const HEAD_ROOM: usize = 16 * 1024;
+const HEAD_ROOM: usize = 4 * 1024;
 
 /// How long a client may keep a connection on which the application has said its last answer.
 const LAST_CLOSE: Duration = Duration::from_secs(60);
@@ -62,10 +63,10 @@ enum End {
 }
 
 /// Both connections, and what is on its way between them.
-struct Relay<'w> {
-    watched: &'w mut Watched,
+struct Relay {
+    watched: Watched,
     client: TcpStream,
-    /// None while another is opened, and at the end.
+    /// None while it is opened, and at the end.
     upstream: Option<TcpStream>,
     up: Half,
     down: Half,
@@ -89,25 +90,27 @@ struct Down<'w> {
     active_ns: &'w mut u64,
 }
 
-/// Serves a client until either side is done.
-pub(crate) async fn serve(client: TcpStream, mut watched: Watched) {
-    system::tune(&client);
-    let upstream = match watched.proxy.dial(&client).await {
-        Ok(upstream) => upstream,
-        Err(error) => return Box::pin(refuse::refuse(client, watched, &error)).await,
-    };
-    let mut relay = Relay::new(client, upstream, &mut watched);
-    loop {
-        let mut end = poll_fn(|cx| relay.poll(cx)).await;
-        if matches!(end, End::Idle) {
-            match relay.renew().await {
-                None => continue,
-                Some(other) => end = other,
-            }
+/// Serves a client until either side is done. What happens once or seldom is boxed: a connection's task has
+/// room for the relay and no more.
+pub(crate) fn serve(client: TcpStream, watched: Watched) -> impl Future<Output = ()> {
+    let mut relay = Relay::new(client, watched);
+    async move {
+        system::tune(&relay.client);
+        if let Err(error) = Box::pin(relay.open()).await {
+            return Box::pin(relay.refuse(error)).await;
         }
-        match end {
-            End::Closed | End::Idle => return relay.linger().await,
-            End::Reset => return relay.reset(),
+        loop {
+            let mut end = poll_fn(|cx| relay.poll(cx)).await;
+            if matches!(end, End::Idle) {
+                match Box::pin(relay.renew()).await {
+                    None => continue,
+                    Some(other) => end = other,
+                }
+            }
+            match end {
+                End::Closed | End::Idle => return Box::pin(relay.linger()).await,
+                End::Reset => return relay.reset(),
+            }
         }
     }
 }
@@ -173,17 +176,24 @@ impl Watch for Down<'_> {
 
 // === impl Relay ===
 
-impl<'w> Relay<'w> {
-    fn new(client: TcpStream, upstream: TcpStream, watched: &'w mut Watched) -> Self {
+impl Relay {
+    fn new(client: TcpStream, watched: Watched) -> Self {
         Self {
             watched,
             client,
-            upstream: Some(upstream),
+            upstream: None,
             up: Half::default(),
             down: Half::default(),
             renewed: Renewed::No,
             last_close: None,
         }
+    }
+
+    /// Opens the connection to the application.
+    async fn open(&mut self) -> io::Result<()> {
+        self.upstream = Some(self.watched.proxy.dial(&self.client).await?);
+        self.watched.active_ns = self.watched.proxy.now_ns();
+        Ok(())
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
@@ -234,7 +244,7 @@ impl<'w> Relay<'w> {
             ticket,
             active_ns,
             ..
-        } = &mut *self.watched;
+        } = &mut self.watched;
         let limit_ns = proxy.idle_timeout_ns;
         limit_ns > 0
             && proxy.gate.is_roll_call(ticket)
@@ -260,7 +270,7 @@ impl<'w> Relay<'w> {
             observer,
             active_ns,
             ..
-        } = &mut *self.watched;
+        } = &mut self.watched;
         let mut watch = Down {
             observer,
             proxy,
@@ -314,7 +324,7 @@ impl<'w> Relay<'w> {
             observer,
             active_ns,
             ..
-        } = &mut *self.watched;
+        } = &mut self.watched;
         let mut watch = Up {
             observer,
             proxy,
@@ -350,7 +360,7 @@ impl<'w> Relay<'w> {
             observer,
             active_ns,
             ..
-        } = &*self.watched;
+        } = &self.watched;
         if !observer.is_between_requests()
             || !self.up.is_empty()
             || proxy.now_ns().saturating_sub(*active_ns) < STALE_NS

@@ -26,6 +26,9 @@ use rustix::io::Errno;
 /// a little less, so that a look for each window of a second is never put off to the next.
 const SHORTEST: Duration = Duration::from_millis(900);
 
+/// A look takes at most this share of the time: on a machine with many sockets, looks are further apart.
+const SHARE: u32 = 500;
+
 /// What one read of the kernel's answer takes; the kernel fills at most this much.
 const BUFFER_BYTES: usize = 32 * 1024;
 
@@ -56,8 +59,8 @@ const COUNTED: [u8; 8] = [
 pub(crate) struct Sockets {
     port: u16,
     source: Source,
-    /// When the kernel was last asked.
-    asked: Option<Instant>,
+    /// When the kernel was last asked, and how long it is left alone after that.
+    asked: Option<(Instant, Duration)>,
     /// What it said, if it answered.
     seen: Option<v1::Sockets>,
     /// Segments that each connection has sent again so far, by the kernel's cookie; only those that have.
@@ -138,19 +141,21 @@ impl Sockets {
     }
 
     fn read_at(&mut self, now: Instant) -> io::Result<v1::Sockets> {
-        let is_fresh = |asked| now.saturating_duration_since(asked) < SHORTEST;
+        let is_fresh = |(asked, pause)| now.saturating_duration_since(asked) < pause;
         if self.asked.is_some_and(is_fresh) {
             return self.again();
         }
-        self.asked = Some(now);
         self.seen = None;
-        loop {
+        let begun = Instant::now();
+        let looked = loop {
             match self.look() {
-                Ok(tally) => return Ok(self.note(tally)),
                 Err(error) if is_refused(&error) && self.falls_back(&error) => {}
-                Err(error) => return Err(error),
+                looked => break looked,
             }
-        }
+        };
+        let pause = begun.elapsed().saturating_mul(SHARE).max(SHORTEST);
+        self.asked = Some((now, pause));
+        looked.map(|tally| self.note(tally))
     }
 
     /// What the last look saw; what was sent again was said then.

@@ -19,7 +19,7 @@ use crate::gate::Stage;
 /// How long a client may take to close after the agent has.
 const LINGER: Duration = Duration::from_secs(1);
 
-impl Relay<'_> {
+impl Relay {
     /// Closes the client's connection so that all that was written to it arrives. Were it simply dropped
     /// while bytes of the client are unread, the kernel would say a reset, which discards the answer.
     pub(super) async fn linger(&mut self) {

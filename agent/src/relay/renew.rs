@@ -32,7 +32,7 @@ enum Unread {
     Reset,
 }
 
-impl Relay<'_> {
+impl Relay {
     /// Opens another connection to the application; or says how the client's ends.
     pub(super) async fn renew(&mut self) -> Option<End> {
         self.upstream = None;

@@ -3,10 +3,16 @@
 
 use std::{fs, path::Path};
 
+use coalmine_agent::{
+    observer::{Http1, Http2, Observer},
+    pool,
+};
 use coalmine_aggregator::store;
 use coalmine_fuzz::{
-    COSIGNED, FRAME_HEADER_BYTES, HERE, LOG, POLICY, checkpoints, entries, evidence, frames, growth,
-    histograms, keys, last_batch, lines, log_key, messages, proof, rollout, witness_key,
+    COSIGNED, FRAME_HEADER_BYTES, HERE, LOG, POLICY, checkpoints,
+    connection::{self, Deed, Event, Follows, Side, Turn},
+    entries, evidence, frames, growth, histograms, keys, last_batch, lines, log_key, messages, proof,
+    rollout, witness_key,
 };
 use coalmine_judge::{
     chain::{Chain, Hash},
@@ -17,6 +23,7 @@ use coalmine_judge::{
     record::Record,
     v1::Judge,
 };
+use coalmine_proto::{names::Outcome, rule};
 use prost::Message as _;
 
 fn main() {
@@ -33,6 +40,11 @@ fn main() {
     manifests();
     wal();
     add_checkpoint();
+    http1();
+    http2();
+    hpack();
+    tenant_rules();
+    exposition();
 }
 
 /// Replaces a seed of a target.
@@ -231,4 +243,217 @@ fn add_checkpoint() {
             request.to_string(),
         );
     }
+}
+
+/// What the client sends.
+fn asks(bytes: &[u8]) -> Turn<'_> {
+    (Side::Client, Deed::Sends(bytes))
+}
+
+/// What the application sends.
+fn answers(bytes: &[u8]) -> Turn<'_> {
+    (Side::Application, Deed::Sends(bytes))
+}
+
+/// Writes a connection, in which so many requests must end in this way.
+fn write_connection<O: Follows>(
+    target: &str,
+    name: &str,
+    turns: &[Turn<'_>],
+    ended: usize,
+    outcome: Outcome,
+) {
+    for events in [
+        connection::whole::<O>(turns),
+        connection::whole::<Observer>(turns),
+    ] {
+        let ended_so = |event: &&Event| matches!(event, Event::Ended(_, so, _) if *so == outcome);
+        assert_eq!(
+            events.iter().filter(ended_so).count(),
+            ended,
+            "{name}: {events:?}"
+        );
+    }
+    write(target, name, connection::write(1, turns));
+}
+
+fn http1() {
+    let get = b"GET /t/acme/ HTTP/1.1\r\nHost: shop.example\r\nX-Tenant: acme\r\n\r\n";
+    let ok = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    let save = |name: &str, turns: &[Turn<'_>], ended, outcome| {
+        write_connection::<Http1>("http1", name, turns, ended, outcome);
+    };
+    save("get", &[asks(get), answers(ok)], 1, Outcome::Success);
+    let (three, answered) = (get.repeat(3), ok.repeat(3));
+    save(
+        "pipelined",
+        &[asks(&three), answers(&answered)],
+        3,
+        Outcome::Success,
+    );
+    let chunked =
+        b"POST /upload HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let chunks = b"5;ext=1\r\nhello\r\n0\r\nTrailer-A: b\r\n\r\n";
+    let go_on = b"HTTP/1.1 100 Continue\r\n\r\n";
+    let failed =
+        b"HTTP/1.1 503 Service Unavailable\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+    let turns = [asks(chunked), answers(go_on), asks(chunks), answers(failed)];
+    save("chunked", &turns, 1, Outcome::ServerError);
+    let head = b"HEAD / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n";
+    let empty = b"HTTP/1.0 404 Not Found\r\nContent-Length: 10\r\n\r\n";
+    save("head", &[asks(head), answers(empty)], 1, Outcome::ClientError);
+    let until_close = [
+        asks(get),
+        answers(b"HTTP/1.0 200 OK\r\n\r\nuntil close"),
+        (Side::Application, Deed::Closes),
+    ];
+    save("until-close", &until_close, 1, Outcome::Success);
+    let upgrade = b"GET /ws HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
+    let switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n\x81\x02hi";
+    save("upgrade", &[asks(upgrade), answers(switch)], 1, Outcome::Success);
+    let aborted = [asks(get), answers(&ok[..30]), (Side::Client, Deed::Resets)];
+    save("aborted", &aborted, 1, Outcome::ClientAbort);
+    let smuggled =
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    save("smuggled", &[asks(smuggled), answers(ok)], 0, Outcome::Success);
+}
+
+/// A frame of HTTP/2 (RFC 9113, section 4.1).
+fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(payload.len()).unwrap();
+    [&[0, 0, length, kind, flags, 0, 0, 0, stream][..], payload].concat()
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Three requests on one connection (RFC 7541, appendix C.3), and the first as Huffman writes it (C.4.1).
+const GETS: [&[u8]; 3] = [
+    b"\x82\x86\x84\x41\x0fwww.example.com",
+    b"\x82\x86\x84\xbe\x58\x08no-cache",
+    b"\x82\x87\x85\xbf\x40\x0acustom-key\x0ccustom-value",
+];
+const HUFFMAN: &[u8] = b"\x82\x86\x84\x41\x8c\xf1\xe3\xc2\xe5\xf2\x3a\x6b\xa0\xab\x90\xf4\xff";
+
+/// A call of gRPC of a tenant, the head of its answer, and its trailers.
+const CALL: &[u8] = b"\x83\x86\x04\x0e/shop.Cart/Add\x41\x0fwww.example.com\x5f\x10application/grpc\
+    \x40\x02te\x08trailers\x40\x08x-tenant\x04acme";
+const CALLED: &[u8] = b"\x88\x5f\x10application/grpc";
+const TRAILERS: &[u8] = b"\x40\x0bgrpc-status\x0214";
+
+/// `:status` 200 and 404, as the static table has them.
+const FOUND: &[u8] = b"\x88";
+const NOT_FOUND: &[u8] = b"\x8d";
+
+fn http2() {
+    let settings = frame(4, 0, 0, b"\x00\x03\x00\x00\x00\x64");
+    let acknowledged = frame(4, 1, 0, b"");
+    let hello = [PREFACE, &settings].concat();
+    let save = |name: &str, turns: &[Turn<'_>], ended, outcome| {
+        let mut all = vec![asks(&hello), answers(&settings), asks(&acknowledged)];
+        all.extend(turns);
+        write_connection::<Http2>("http2", name, &all, ended, outcome);
+    };
+    let gets: Vec<Vec<u8>> = (1..)
+        .step_by(2)
+        .zip(GETS)
+        .map(|(stream, block)| frame(1, 5, stream, block))
+        .collect();
+    let (gets, body) = (gets.concat(), frame(0, 1, 1, b"hello"));
+    let mixed = [
+        frame(1, 5, 3, NOT_FOUND),
+        frame(1, 4, 1, FOUND),
+        body,
+        frame(1, 5, 5, FOUND),
+    ]
+    .concat();
+    save("three", &[asks(&gets), answers(&mixed)], 2, Outcome::Success);
+    let call = [frame(1, 4, 1, CALL), frame(0, 1, 1, b"\0\0\0\0\0")].concat();
+    let called = [
+        frame(1, 4, 1, CALLED),
+        frame(0, 0, 1, b"\0\0\0\0\0"),
+        frame(1, 5, 1, TRAILERS),
+    ];
+    let called = called.concat();
+    save("grpc", &[asks(&call), answers(&called)], 1, Outcome::ServerError);
+    let split = [frame(1, 1, 1, &HUFFMAN[..4]), frame(9, 4, 1, &HUFFMAN[4..])].concat();
+    let found = frame(1, 5, 1, FOUND);
+    save(
+        "continuation",
+        &[asks(&split), answers(&found)],
+        1,
+        Outcome::Success,
+    );
+    let one = frame(1, 5, 1, HUFFMAN);
+    let cancelled = frame(3, 0, 1, &[0, 0, 0, 8]);
+    save(
+        "cancelled",
+        &[asks(&one), asks(&cancelled)],
+        1,
+        Outcome::ClientAbort,
+    );
+    save(
+        "refused",
+        &[asks(&one), answers(&cancelled)],
+        1,
+        Outcome::UpstreamReset,
+    );
+    let padded = frame(1, 13, 1, &[&[3][..], HUFFMAN, &[0; 3]].concat());
+    save("padded", &[asks(&padded), answers(&found)], 1, Outcome::Success);
+}
+
+fn hpack() {
+    let all: Vec<Turn<'_>> = GETS.iter().map(|block| asks(block)).collect();
+    write("hpack", "appendix-c3", connection::write(1, &all));
+    write(
+        "hpack",
+        "huffman",
+        connection::write(1, &[asks(HUFFMAN), answers(FOUND)]),
+    );
+    let call = [asks(CALL), answers(TRAILERS), asks(CALL), answers(CALLED)];
+    write("hpack", "grpc", connection::write(1, &call));
+    // The table is made empty, and as large as it was (RFC 7541, section 4.2).
+    let resized = [&b"\x20\x3f\xe1\x1f"[..], GETS[0]].concat();
+    write(
+        "hpack",
+        "resized",
+        connection::write(1, &[asks(&resized), answers(NOT_FOUND)]),
+    );
+}
+
+fn tenant_rules() {
+    // {"org":{"id":"acme"}}, signed by nobody.
+    let signed = "/\nauthorization: Bearer eyJhbGciOiJub25lIn0.eyJvcmciOnsiaWQiOiJhY21lIn19.";
+    for (name, rules, head) in [
+        ("header", "header:X-Tenant-Id|lower", "/\nx-tenant-id: ACME"),
+        (
+            "host",
+            "host:{tenant}.api.example.com",
+            "/\nhost: acme.api.example.com:8080",
+        ),
+        ("path", "path:/t/{tenant}/ fixed:rest", "/t/%61cme/x?y"),
+        (
+            "query",
+            "query:tenant|regex=org-([a-z]+)",
+            "/x?a=b&tenant=org-acme",
+        ),
+        ("jwt", "jwt:org.id", signed),
+    ] {
+        rule::parse_list([rules]).unwrap();
+        write("tenant_rules", name, format!("{rules}\n\n{head}"));
+    }
+}
+
+/// The expositions that the agent's own tests read.
+fn exposition() {
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../agent/tests/expositions");
+    for name in ["hikari_micrometer", "go_sql", "otel_connection", "pgbouncer"] {
+        let text = fs::read(recorded.join(name).with_extension("txt")).unwrap();
+        assert!(!pool::read(&text, &[]).is_empty(), "{name}");
+        write("exposition", name, text);
+    }
+    let custom = "app_pool{state=\"busy\"} 7\napp_pool{state=\"free\"} 3\napp_pool_max 10\n\
+                  app_pool_waits_total 5 1700000000000\napp_pool_wait_seconds_total 0.25\n\
+                  app_pool_acquire_seconds_bucket{le=\"0.001\"} 90\n\
+                  app_pool_acquire_seconds_bucket{le=\"+Inf\"} 100 # {trace=\"t\"} 0.3\n# EOF\n";
+    write("exposition", "custom", custom);
 }

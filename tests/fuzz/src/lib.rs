@@ -1,6 +1,8 @@
 //! What the fuzz targets and their seeds share: a small log with all kinds of records, its keys, a policy that asks
-//! for everything, evidence, and a session. Nothing is random, so that a signature that a target accepts must be one
-//! that was made here.
+//! for everything, evidence, a session, and a [`connection`] that an observer follows. Nothing is random, so that a
+//! signature that a target accepts must be one that was made here.
+
+pub mod connection;
 
 use std::sync::mpsc;
 
@@ -348,6 +350,7 @@ pub fn messages() -> Vec<AgentMessage> {
             gap,
             config_version: 1,
             host: None,
+            pools: Vec::new(),
         })
     };
     let bye = || {

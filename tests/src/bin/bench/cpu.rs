@@ -117,11 +117,23 @@ impl Usage {
 
 /// Resident memory of a process, in bytes.
 pub(crate) fn resident_bytes(pid: u32) -> anyhow::Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_ascii_whitespace().next());
-    let kib: f64 = kib.context("/proc/PID/status has no VmRSS")?.parse()?;
+    // The sum of its maps is exact; what the status says is up to a quarter of a MiB off since Linux 6.2.
+    let exact = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
+    let exact = exact.ok().and_then(|text| kib_after(&text, "Rss:"));
+    let kib = match exact {
+        Some(kib) => kib,
+        None => {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+            kib_after(&status, "VmRSS:").context("/proc/PID/status has no VmRSS")?
+        }
+    };
     Ok(kib * 1024.0)
+}
+
+/// The number of the line that begins so.
+fn kib_after(text: &str, name: &str) -> Option<f64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
 }
 
 /// Nanoseconds of CPU that this thread has used: what others do on the core does not count.

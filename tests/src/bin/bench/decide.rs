@@ -270,6 +270,8 @@ impl Rollout {
                 rows: rows.collect(),
                 cumulative: *sums,
                 gap: None,
+                pools: &[],
+                host: None,
             };
             let begun = thread_ns();
             let instance = introduction(arm).instance;

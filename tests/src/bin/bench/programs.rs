@@ -7,21 +7,18 @@ use anyhow::Context as _;
 use clap::Subcommand;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
+    io::copy_bidirectional,
     net::{TcpListener, TcpStream},
 };
 
-use crate::{cpu, quality};
-
-/// The longest request that the upstream reads.
-const MAX_REQUEST: usize = 4096;
+use crate::{cpu, quality, upstream};
 
 /// A part with options of its own, or a program that the bench runs as a child.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Program {
     /// Simulates rollouts: false alarms, detection and limits of the judge, beside its peers
     Quality(Box<quality::Options>),
-    /// Answers HTTP/1.1 requests; the number in the path is how many bytes the answer has
+    /// Answers HTTP/1.1 and HTTP/2 requests; the number in the path is how many bytes the answer has
     #[command(hide = true)]
     Upstream { core: usize, listen: SocketAddr },
     /// Copies bytes both ways, with tokio's copy_bidirectional
@@ -50,7 +47,7 @@ impl Program {
             Self::Quality(options) => quality::run(options),
             Self::Upstream { core, listen } => {
                 cpu::pin(*core)?;
-                block_on(upstream(*listen))
+                block_on(upstream::serve(*listen))
             }
             Self::Relay {
                 core,
@@ -92,51 +89,4 @@ async fn relay(listen: SocketAddr, upstream: SocketAddr) -> anyhow::Result<()> {
             copy_bidirectional(&mut client, &mut upstream).await
         });
     }
-}
-
-async fn upstream(listen: SocketAddr) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(listen).await?;
-    loop {
-        let (client, _) = listener.accept().await?;
-        client.set_nodelay(true)?;
-        tokio::spawn(answer(client));
-    }
-}
-
-/// Answers one request after the other; the answer is made once for all of a connection with the same path.
-async fn answer(mut client: TcpStream) -> anyhow::Result<()> {
-    let mut buffer = vec![0; MAX_REQUEST];
-    let mut read = 0;
-    let mut made = (0, Vec::new());
-    loop {
-        let more = client.read(&mut buffer[read..]).await?;
-        if more == 0 {
-            return Ok(());
-        }
-        read += more;
-        let request = &buffer[..read];
-        if !request.ends_with(b"\r\n\r\n") {
-            continue;
-        }
-        let bytes = number_in_path(request);
-        if made.0 != bytes || made.1.is_empty() {
-            let mut response = format!(
-                "HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: {bytes}\r\n\r\n"
-            )
-            .into_bytes();
-            response.resize(response.len() + bytes, b'x');
-            made = (bytes, response);
-        }
-        client.write_all(&made.1).await?;
-        read = 0;
-    }
-}
-
-/// The number after `GET /`.
-fn number_in_path(request: &[u8]) -> usize {
-    let path = request.strip_prefix(b"GET /").unwrap_or_default();
-    let digits = path.iter().take_while(|byte| byte.is_ascii_digit());
-    digits.fold(0, |number, digit| {
-        (number * 10 + usize::from(digit - b'0')).min(1 << 20)
-    })
 }

@@ -3,11 +3,13 @@
 //! Every variant does the same requests in the same random order, in the same rounds. The floor is what the
 //! memory alone costs: one counter of a tenant that is chosen at random.
 
+mod http2;
+
 use std::hint::black_box;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use coalmine_agent::{
-    observer::{Http1, Sink as _},
+    observer::{Http1, Sink as _, Times},
     recorder::Recorder,
     tenant::{Head, Header},
 };
@@ -26,6 +28,9 @@ const ORDER: usize = 1 << 16;
 const FEW: usize = 200;
 const MANY: usize = 10_000;
 
+/// Length of an answer's body.
+const BODY_BYTES: usize = 1024;
+
 /// A request's head of which only the tenant is known.
 struct Named<'a>(&'a str);
 
@@ -34,8 +39,8 @@ impl Head for Named<'_> {
         Header::Value(self.0.as_bytes())
     }
 
-    fn host(&self) -> Option<&[u8]> {
-        None
+    fn host(&self) -> Header<'_> {
+        Header::Missing
     }
 
     fn target(&self) -> &[u8] {
@@ -55,16 +60,18 @@ struct Bench {
     histograms: Vec<Histogram>,
     recorder: Recorder,
     observer: Http1,
+    http2: http2::Connection,
 }
 
 /// Nanoseconds a request, and milliseconds for closing a window, of each round.
 #[derive(Debug, Default)]
-struct Times {
+struct Costs {
     floor: Vec<f64>,
     histogram: Vec<f64>,
     histograms: Vec<f64>,
     whole: Vec<f64>,
     observed: Vec<f64>,
+    observed_http2: Vec<f64>,
     seal_ms: Vec<f64>,
 }
 
@@ -78,44 +85,49 @@ pub(crate) async fn measure(plan: Plan, report: &mut Report) -> anyhow::Result<(
         repeats * ORDER
     ));
     let mut benches = [Bench::new(FEW)?, Bench::new(MANY)?];
-    let mut times = [Times::default(), Times::default()];
+    let mut costs = [Costs::default(), Costs::default()];
     for bench in &mut benches {
-        bench.round(1, &mut Times::default());
+        bench.round(1, &mut Costs::default())?;
     }
     for _ in 0..plan.rounds {
-        for (bench, times) in benches.iter_mut().zip(&mut times) {
-            bench.round(repeats, times);
+        for (bench, costs) in benches.iter_mut().zip(&mut costs) {
+            bench.round(repeats, costs)?;
             // A signal to stop is heard here.
             tokio::task::yield_now().await;
         }
     }
     let mut table = Table::new(["", "ns median (min-max)", "of the floor", "budget", ""]);
     let mut seals = Table::new(["", "ms median (min-max)", "ns a tenant"]);
-    for (bench, times) in benches.iter().zip(&times) {
+    for (bench, costs) in benches.iter().zip(&costs) {
         let tenants = bench.names.len();
         let mut row = |what: String, values: &[f64], budget| {
             let spread = Spread::of(values.iter().copied());
-            let ratio = Spread::of_ratios(values, &times.floor);
+            let ratio = Spread::of_ratios(values, &costs.floor);
             let held = report.held(&what, spread.median, budget, 0);
             table.row([what, spread.cell(1), ratio.cell(1)].into_iter().chain(held));
         };
         let of = |what: &str| format!("{what}, {tenants} tenants");
-        row(of("floor"), &times.floor, Budget::None);
+        row(of("floor"), &costs.floor, Budget::None);
         if tenants == FEW {
-            row("one histogram".to_owned(), &times.histogram, Budget::AtMost(6.0));
+            row("one histogram".to_owned(), &costs.histogram, Budget::AtMost(6.0));
         }
-        row(of("a histogram for each"), &times.histograms, Budget::None);
+        row(of("a histogram for each"), &costs.histograms, Budget::None);
         row(
             of("whole: rule, look-up, window"),
-            &times.whole,
+            &costs.whole,
             Budget::AtMost(100.0),
         );
         row(
             of("whole, with parsing both heads"),
-            &times.observed,
+            &costs.observed,
             Budget::None,
         );
-        let seal = Spread::of(times.seal_ms.iter().copied());
+        row(
+            of("whole, with both sides of an HTTP/2 stream"),
+            &costs.observed_http2,
+            Budget::None,
+        );
+        let seal = Spread::of(costs.seal_ms.iter().copied());
         let each = seal.times(1e6 / tenants as f64);
         let what = format!("closing a window of {tenants} tenants (stops the data thread)");
         seals.row([what, seal.cell(3), each.cell(0)]);
@@ -140,8 +152,10 @@ impl Bench {
         };
         let mut answer =
             b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1024\r\n\r\n".to_vec();
-        answer.resize(answer.len() + 1024, b'x');
+        answer.resize(answer.len() + BODY_BYTES, b'x');
         let rule = "header:x-tenant-id".parse().context("the rule is refused")?;
+        let mut recorder = Recorder::new(vec![rule], tenants);
+        let http2 = http2::Connection::open(&names, BODY_BYTES, &mut recorder);
         Ok(Self {
             heads: names.iter().map(head).collect(),
             names,
@@ -152,12 +166,13 @@ impl Bench {
             counters: vec![0; tenants],
             histogram: Histogram::new(),
             histograms: vec![Histogram::new(); tenants],
-            recorder: Recorder::new(vec![rule], tenants),
+            recorder,
             observer: Http1::new(),
+            http2,
         })
     }
 
-    fn round(&mut self, repeats: usize, times: &mut Times) {
+    fn round(&mut self, repeats: usize, costs: &mut Costs) -> anyhow::Result<()> {
         let Self {
             names,
             heads,
@@ -168,35 +183,61 @@ impl Bench {
             histograms,
             recorder,
             observer,
+            http2,
         } = self;
-        times.floor.push(timed(repeats, order, |tenant, _| {
+        costs.floor.push(timed(repeats, order, |tenant, _| {
             counters[tenant] += 1;
         }));
         black_box(counters);
-        times.histogram.push(timed(repeats, order, |_, latency_ns| {
+        costs.histogram.push(timed(repeats, order, |_, latency_ns| {
             histogram.record(latency_ns);
         }));
         black_box(histogram);
-        times.histograms.push(timed(repeats, order, |tenant, latency_ns| {
+        costs.histograms.push(timed(repeats, order, |tenant, latency_ns| {
             histograms[tenant].record(latency_ns);
         }));
         black_box(histograms);
-        times.whole.push(timed(repeats, order, |tenant, latency_ns| {
+        // What was left over from before.
+        black_box(recorder.seal(0, 1_000));
+        costs.whole.push(timed(repeats, order, |tenant, latency_ns| {
             let id = recorder.begin(&Named(&names[tenant]));
-            recorder.end(id, Outcome::Success, latency_ns);
+            let times = Times {
+                total_ns: latency_ns,
+                first_byte_ns: Some(latency_ns),
+                is_stream: false,
+            };
+            recorder.end(id, Outcome::Success, times);
         }));
         let begun = thread_ns();
         let window = recorder.seal(0, 1_000);
-        times.seal_ms.push((thread_ns() - begun) / 1e6);
+        costs.seal_ms.push((thread_ns() - begun) / 1e6);
         black_box(window);
         let mut now_ns = 0;
-        times.observed.push(timed(repeats, order, |tenant, latency_ns| {
+        costs.observed.push(timed(repeats, order, |tenant, latency_ns| {
             observer.on_request(&heads[tenant], now_ns, recorder);
             now_ns += latency_ns;
             observer.on_response(answer, now_ns, recorder);
         }));
-        black_box(recorder.seal(0, 1_000));
+        all_counted(recorder, repeats, "HTTP/1")?;
+        costs
+            .observed_http2
+            .push(timed(repeats, order, |tenant, latency_ns| {
+                let asked_ns = now_ns;
+                now_ns += latency_ns;
+                http2.exchange(tenant, asked_ns, now_ns, recorder);
+            }));
+        all_counted(recorder, repeats, "HTTP/2")
     }
+}
+
+/// An observer that loses its way is fast.
+fn all_counted(recorder: &mut Recorder, repeats: usize, protocol: &str) -> anyhow::Result<()> {
+    let (sent, counted) = (repeats * ORDER, recorder.seal(0, 1_000).sums().requests);
+    ensure!(
+        counted == sent as u64,
+        "the observer of {protocol} has counted {counted} of {sent} requests"
+    );
+    Ok(())
 }
 
 /// Nanoseconds that each call takes.

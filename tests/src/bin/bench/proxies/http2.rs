@@ -1,0 +1,162 @@
+//! HTTP/2 in clear text, with prior knowledge: h2load as the clients.
+//!
+//! nginx is left out: it speaks HTTP/1.1 to the application, whatever its clients speak.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use tokio::{task::spawn_blocking, time::timeout};
+
+use super::{
+    KIB, Ratios,
+    rounds::{self, Rounds, find},
+    stage::Stage,
+};
+use crate::{
+    Plan,
+    child::installed,
+    load::Slice,
+    report::{Budget, Report, Spread},
+    sample::tenant,
+};
+
+const CONNECTIONS: usize = 8;
+
+/// Streams of a connection at a time.
+const STREAMS: usize = 32;
+
+/// Requests with which each way begins; they also tell how many make a slice.
+const FIRST: u64 = 5_000;
+
+/// h2load is given up after this.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The clients.
+#[derive(Debug)]
+struct H2load {
+    program: PathBuf,
+    core: usize,
+}
+
+/// Gives how many requests went through the agent.
+pub(super) async fn measure(
+    plan: Plan,
+    stage: &Stage,
+    ratios: &mut Ratios,
+    report: &mut Report,
+) -> anyhow::Result<u64> {
+    let Some(program) = installed("h2load") else {
+        report.left_out("h2load", "nghttp2-client");
+        return Ok(0);
+    };
+    let clients = H2load {
+        program,
+        core: plan.cores.load,
+    };
+    let spoken = stage
+        .ways
+        .iter()
+        .filter_map(|way| Some((way.http2?, Rounds::new(way))));
+    let (addresses, mut all): (Vec<SocketAddr>, Vec<Rounds<'_>>) = spoken.unzip();
+    let mut rate = 0.0;
+    for (rounds, address) in all.iter_mut().zip(&addresses) {
+        let (first, _) = rounds.watch(clients.run(*address, FIRST)).await?;
+        rate = f64::max(rate, first.requests as f64 / first.seconds);
+    }
+    // The same for all, so that no request is cut off by a clock.
+    let requests = (rate * plan.slice.as_secs_f64()) as u64;
+    for round in 0..plan.rounds {
+        for place in 0..all.len() {
+            let next = (round + place) % all.len();
+            all[next].take(clients.run(addresses[next], requests)).await?;
+        }
+    }
+    report.note(&format!(
+        "\nHTTP/2: h2load, {CONNECTIONS} connections x {STREAMS} streams, one tenant; nginx speaks HTTP/1.1 to \
+         applications."
+    ));
+    rounds::print(&format!("HTTP/2, 1 KiB, {requests} requests"), &all);
+
+    let Some(agent) = find(&all, "agent") else {
+        return Ok(0);
+    };
+    for (name, budget) in [("relay", 1.08), ("haproxy", 0.80)] {
+        let Some(other) = find(&all, name) else { continue };
+        let spread = Spread::of_ratios(&agent.cpu_us, &other.cpu_us);
+        let what = format!("agent/{name}, CPU per request, HTTP/2, 1 KiB");
+        ratios.row(&what, spread, Budget::AtMost(budget), report);
+    }
+    Ok(agent.requests)
+}
+
+// === impl H2load ===
+
+impl H2load {
+    /// Opens the connections, sends so many requests and waits for all answers.
+    async fn run(&self, target: SocketAddr, requests: u64) -> anyhow::Result<Slice> {
+        // Through the bench, so that it is killed with it.
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .arg("launch")
+            .arg(self.core.to_string())
+            .arg(&self.program);
+        command.args([
+            format!("-n{requests}"),
+            format!("-c{CONNECTIONS}"),
+            format!("-m{STREAMS}"),
+            format!("-Hx-tenant-id: {}", tenant(1)),
+            format!("http://{target}/{KIB}"),
+        ]);
+        command.stdin(Stdio::null());
+        let output = timeout(PATIENCE, spawn_blocking(move || command.output())).await;
+        let output = output.context("h2load does not end")???;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let problem = String::from_utf8_lossy(&output.stderr);
+        let (succeeded, rate) =
+            results(&said).with_context(|| format!("h2load failed ({}): {said}{problem}", output.status))?;
+        ensure!(succeeded == requests, "h2load has not had all answers: {said}");
+        Ok(Slice {
+            requests,
+            seconds: requests as f64 / rate,
+        })
+    }
+}
+
+/// How many requests succeeded, and how many there were a second.
+fn results(said: &str) -> Option<(u64, f64)> {
+    let part = |line: &str, unit: &str| {
+        let line = said.lines().find_map(|found| found.strip_prefix(line))?;
+        let part = line.split(", ").find_map(|part| part.strip_suffix(unit))?;
+        Some(part.trim().to_owned())
+    };
+    let succeeded = part("requests:", " succeeded")?;
+    let rate = part("finished in", " req/s")?;
+    Some((succeeded.parse().ok()?, rate.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As in the documentation of nghttp2, "h2load - HTTP/2 benchmarking tool - HOW-TO", with other numbers.
+    const SAID: &str = "starting benchmark...
+spawning thread #0: 8 total client(s). 30000 total requests
+progress: 100% done
+
+finished in 435.21ms, 68932.49 req/s, 71.62MB/s
+requests: 30000 total, 30000 started, 30000 done, 29999 succeeded, 1 failed, 0 errored, 0 timeout
+status codes: 29999 2xx, 0 3xx, 0 4xx, 1 5xx
+";
+
+    #[test]
+    fn the_results_are_read() {
+        assert_eq!(results(SAID), Some((29_999, 68_932.49)));
+        assert_eq!(results("starting benchmark...\n"), None);
+        assert_eq!(results(""), None);
+    }
+}
