@@ -7,12 +7,11 @@
 //! What the aggregator tells ([`Settings`]) takes effect between two windows. A request stays with the tenant that
 //! it had when it began, whatever the rules say later.
 
+mod ids;
 mod room;
 mod settings;
 mod sketch;
 mod slot;
-
-use std::collections::HashMap;
 
 use coalmine_proto::{
     histogram::Histogram,
@@ -21,7 +20,7 @@ use coalmine_proto::{
 };
 
 pub use self::settings::{PushedRules, Settings};
-use self::{sketch::Sketch, slot::Slot};
+use self::{ids::Ids, sketch::Sketch, slot::Slot};
 use crate::{
     observer::{Opaque, Sink, TenantId, Times},
     tenant::{self, Found, Head, Rule},
@@ -45,7 +44,7 @@ pub struct Recorder {
     refused: Option<String>,
     max_tenants: usize,
     settings: Settings,
-    ids: HashMap<TenantName, TenantId, foldhash::fast::RandomState>,
+    ids: Ids,
     slots: Vec<Slot>,
     free: Vec<TenantId>,
     /// Slots that have requests in the open window.
@@ -119,7 +118,7 @@ impl Recorder {
             refused: None,
             max_tenants,
             settings: Settings::default(),
-            ids: HashMap::default(),
+            ids: Ids::default(),
             slots: Vec::new(),
             free: Vec::new(),
             active: Vec::new(),
@@ -252,8 +251,8 @@ impl Recorder {
     }
 
     fn id_of(&mut self, name: &str) -> TenantId {
-        if let Some(id) = self.ids.get(name) {
-            return *id;
+        if let Some(id) = self.ids.find(name, &self.slots) {
+            return id;
         }
         // Tenants that the policy lists are counted however many others there are.
         if self.is_full() && !self.settings.lists(name) {

@@ -50,7 +50,7 @@ impl Recorder {
 
     /// Gives a tenant that has none a place.
     pub(super) fn admit(&mut self, name: TenantName) -> TenantId {
-        let slot = Slot::new(name.clone(), &self.settings, self.windows);
+        let slot = Slot::new(name, &self.settings, self.windows);
         let id = match self.free.pop() {
             Some(id) => {
                 if let Some(free) = self.slot(id) {
@@ -63,7 +63,7 @@ impl Recorder {
                 TenantId(u32::try_from(self.slots.len() - 1).unwrap_or(OVERFLOW.0))
             }
         };
-        self.ids.insert(name, id);
+        self.ids.insert(id, &self.slots);
         id
     }
 
@@ -101,7 +101,7 @@ impl Recorder {
         let mut quiet = self.quietest(heavy.len()).into_iter();
         for (name, requests) in heavy {
             // It may have got a place meanwhile, when there was one.
-            if self.ids.contains_key(&name) {
+            if self.ids.find(name.as_str(), &self.slots).is_some() {
                 continue;
             }
             if self.is_full() {
@@ -139,10 +139,13 @@ impl Recorder {
     }
 
     fn evict(&mut self, at: usize) {
-        if let (Some(slot), Ok(id)) = (self.slots.get_mut(at), u32::try_from(at)) {
-            self.ids.remove(&slot.name);
+        let Ok(id) = u32::try_from(at).map(TenantId) else {
+            return;
+        };
+        self.ids.remove(id, &self.slots);
+        if let Some(slot) = self.slot(id) {
             slot.clear();
-            self.free.push(TenantId(id));
+            self.free.push(id);
         }
     }
 
