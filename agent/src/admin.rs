@@ -19,11 +19,11 @@ use crate::metrics::Metrics;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 
-/// A client that says nothing for so long is sent away.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// A client that says nothing for so long is sent away: those that wait may be a prober with little patience.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Most connections at a time; further ones wait.
-const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 128;
 
 /// Serves until it is dropped.
 pub(crate) async fn serve(listener: TcpListener, metrics: Metrics, draining: watch::Receiver<bool>) {

@@ -18,16 +18,35 @@ use values::{address, aggregator, bytes, duration};
 /// What `--version` without a value stands for.
 const PRINT_VERSION: &str = "\0print";
 
+/// What a request meets here, in short; docs/agent.md has it whole.
+const WHAT_IT_DOES: &str = "\
+What it does to a request:
+  Every byte is passed on unchanged, in order, as it comes, in both directions, whatever the protocol is.
+  Nothing is added, removed, rewritten, answered or sent twice; a reset or close of one side becomes one of
+  the other. Each client connection has its own connection to the application. TLS is not terminated.
+  --proxy-protocol is the one exception: it puts a header before the client's first byte.
+
+  Beside the relay the heads of HTTP/1 and HTTP/2 messages are read, to find the tenant, the status and the
+  end of each request. What cannot be read for certain stays opaque: it is passed on and not counted.
+  An HTTP/1 connection that the application closes between two requests is opened again for the client.
+
+What leaves the pod:
+  Counts for each tenant and window, and what the pod and its connection pool use. No path, header, address
+  or body. Without the aggregator, requests go on and windows wait in --ring.
+
+What it may take:
+  --max-connections, --max-tenants and --ring bound it; SIGTERM lets requests end for as long as --drain.";
+
 /// The sidecar of Coalmine: relays the bytes of your application unchanged, observes how each request
 /// ends, and streams counts per tenant to the aggregator.
 #[derive(Debug, Parser)]
-#[command(name = "coalmine-agent", disable_version_flag = true)]
+#[command(name = "coalmine-agent", disable_version_flag = true, after_long_help = WHAT_IT_DOES)]
 struct Flags {
-    /// Address on which clients are accepted
+    /// Address on which clients are accepted, unless a supervisor hands a socket over (LISTEN_FDS)
     #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_LISTEN", default_value = "0.0.0.0:15080", value_parser = address)]
     listen: SocketAddr,
 
-    /// Address of the application
+    /// Address of the application; a name is looked up for each connection
     #[arg(
         long,
         value_name = "HOST:PORT",
@@ -36,11 +55,11 @@ struct Flags {
     )]
     upstream: Target,
 
-    /// Address of /livez, /readyz and /metrics
+    /// Address of /livez, /readyz and /metrics, unless a supervisor hands a socket over
     #[arg(long, value_name = "ADDRESS", env = "COALMINE_AGENT_ADMIN", default_value = "127.0.0.1:15090", value_parser = address)]
     admin: SocketAddr,
 
-    /// Where windows are sent, as in http://coalmine-aggregator:7443
+    /// Where windows are sent, in clear text, as in http://coalmine-aggregator:7443
     #[arg(long, value_name = "URL", env = "COALMINE_AGENT_AGGREGATOR", value_parser = aggregator)]
     aggregator: Option<String>,
 
@@ -62,39 +81,42 @@ struct Flags {
     instance: Option<String>,
 
     /// Where a request's tenant stands: header:NAME, host:{tenant}.example.com, path:/t/{tenant}/,
-    /// query:NAME, jwt:CLAIM (decoded, not verified) or fixed:NAME, then |lower or |regex=PATTERN; the first
-    /// that applies decides (repeatable, or separated by white space)
+    /// query:NAME, jwt:CLAIM or jwt:CLAIM@HEADER (decoded, not verified) or fixed:NAME, then |lower,
+    /// |regex=PATTERN or |lower|regex=PATTERN; the first that applies decides, and tenant_rules of the
+    /// policy take the place of all (repeatable, or separated by white space)
     #[arg(long, value_name = "RULE", env = "COALMINE_AGENT_TENANT")]
     tenant: Vec<String>,
 
-    /// Length of a window
+    /// Length of a window, from 10ms to 60s
     #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_WINDOW", default_value = "1s", value_parser = window)]
     window: Duration,
 
-    /// Memory for windows that the aggregator does not have yet
+    /// Memory for windows that the aggregator does not have on disk; beyond it they are merged, then dropped
     #[arg(long, value_name = "BYTES", env = "COALMINE_AGENT_RING", default_value = "8MiB", value_parser = bytes)]
     ring: usize,
 
-    /// Most tenants that are told apart at a time; the rest is counted as __overflow__
+    /// Most tenants that are told apart at a time, but for those that the policy lists; the rest is counted
+    /// as __overflow__
     #[arg(long, value_name = "N", env = "COALMINE_AGENT_MAX_TENANTS", default_value_t = 20_000,
           value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_tenants: u32,
 
-    /// Most client connections at a time; further ones wait to be accepted
+    /// Most client connections at a time, lowered to what the limit of open files allows; further ones wait
+    /// to be accepted
     #[arg(long, value_name = "N", env = "COALMINE_AGENT_MAX_CONNECTIONS", default_value_t = 10_000,
           value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: u32,
 
-    /// Longest wait for a connection to the application
+    /// Longest wait for a connection to the application, after which the client is reset
     #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_CONNECT_TIMEOUT", default_value = "5s", value_parser = duration)]
     connect_timeout: Duration,
 
-    /// A connection on which neither side has sent a byte for so long is ended; 0s for never
+    /// A connection on which no byte was passed on for so long is ended; 0s for never
     #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_IDLE_TIMEOUT", default_value = "1h", value_parser = duration)]
     idle_timeout: Duration,
 
-    /// Tell the application the client's address, with a PROXY protocol header of version 2 before the
-    /// client's first byte; the application must expect it
+    /// Tell the application the client's address, with a PROXY protocol header of version 2 at the beginning
+    /// of each connection; the application must expect it
     #[arg(long, env = "COALMINE_AGENT_PROXY_PROTOCOL")]
     proxy_protocol: bool,
 
@@ -107,12 +129,14 @@ struct Flags {
     )]
     pool_port: u16,
 
-    /// Where the application exposes the metrics of its connection pool, as in http://127.0.0.1:9100/metrics
+    /// Where the application exposes the metrics of its connection pool, over plain HTTP, as in
+    /// http://127.0.0.1:9100/metrics; asked once a window, at most once a second
     #[arg(long, value_name = "URL", env = "COALMINE_AGENT_POOL_SCRAPE")]
     pool_scrape: Option<ScrapeUrl>,
 
-    /// A metric of the pool that is not known by its name, as in used=my_pool_in_use; roles are used, idle,
-    /// open, max, waiters, acquires, waits, timeouts and wait_seconds (repeatable, or separated by commas)
+    /// A metric of the pool that is not known by its name, as in waits=my_pool_waits or
+    /// used=my_pool{state=busy}; roles are used, idle, open, max, waiters, acquires, waits, timeouts,
+    /// wait_seconds, wait_millis, wait_nanos and acquire_bucket (repeatable, or separated by commas)
     #[arg(
         long,
         value_name = "ROLE=NAME",
@@ -121,7 +145,7 @@ struct Flags {
     )]
     pool_metric: Vec<CustomMetric>,
 
-    /// Longest wait, after SIGTERM, for requests to end
+    /// Longest wait, after SIGTERM or SIGINT, for requests to end; then all connections are closed
     #[arg(long, value_name = "DURATION", env = "COALMINE_AGENT_DRAIN", default_value = "20s", value_parser = duration)]
     drain: Duration,
 

@@ -16,7 +16,8 @@
 //! space in a container of Docker, the sum is over all containers.
 //!
 //! Open files are those of the processes that are seen, at most 200 of them. Linux 6.2 and
-//! later tells their number of every process, earlier ones only of processes of the agent's own user.
+//! later tells their number of every process, earlier ones only of processes of the agent's own user, of
+//! which up to 4,096 each are counted.
 
 mod cgroup;
 mod machine;

@@ -44,10 +44,14 @@ fn main() -> ExitCode {
         instance = config.instance,
         "starting"
     );
+    let format = config.log;
     match Bound::with(config, inherited).and_then(Bound::run_until_signal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("coalmine-agent: {error}");
+            match format {
+                LogFormat::Text => eprintln!("coalmine-agent: {error}"),
+                LogFormat::Json => tracing::error!(%error, "stopped"),
+            }
             ExitCode::FAILURE
         }
     }

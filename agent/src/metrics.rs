@@ -29,6 +29,7 @@ pub struct Metrics {
     received_bytes: Counter,
     sent_bytes: Counter,
     malformed: Counter,
+    unfollowed: Counter,
     connections: Gauge,
     connections_total: Counter,
     opaque: Family<ReasonLabel, Counter>,
@@ -76,6 +77,7 @@ impl Metrics {
             received_bytes: Counter::default(),
             sent_bytes: Counter::default(),
             malformed: Counter::default(),
+            unfollowed: Counter::default(),
             connections: Gauge::default(),
             connections_total: Counter::default(),
             opaque: Family::default(),
@@ -133,6 +135,11 @@ impl Metrics {
             "sent_bytes",
             "Bytes passed on to clients",
             self.sent_bytes.clone(),
+        );
+        r.register(
+            "unfollowed_requests",
+            "Requests that could not be followed to their end; they are not counted",
+            self.unfollowed.clone(),
         );
         r.register(
             "malformed_requests",
@@ -264,6 +271,7 @@ impl Metrics {
         raise(&self.tenant_rejected, totals.rejected_names);
         raise(&self.refused_rules, totals.refused_rules);
         raise(&self.malformed, totals.malformed);
+        raise(&self.unfollowed, totals.unfollowed);
         raise(&self.received_bytes, totals.received_bytes);
         raise(&self.sent_bytes, totals.sent_bytes);
         raise(&self.scrapes, self.pools.scrapes());

@@ -13,6 +13,8 @@
 //! Read in this order: [`Observer`] (which protocol), [`Http1`] with `head` and `body`, [`Http2`] with what
 //! is below it.
 
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
 mod body;
 mod head;
 mod http1;
@@ -48,6 +50,8 @@ pub trait Sink {
     fn end(&mut self, tenant: TenantId, outcome: Outcome, times: Times);
     /// The request cannot be followed to its end: it is not counted.
     fn forget(&mut self, tenant: TenantId);
+    /// A request that is not followed, because too many others are or its head is too large: it is not counted.
+    fn passed_over(&mut self);
     /// A request of an HTTP/2 stream that no correct server would accept: it is nobody's, and not counted.
     fn malformed(&mut self);
     /// The connection is not followed any more.
@@ -94,13 +98,11 @@ pub enum Opaque {
     Http2Framing,
     /// A header block of HTTP/2 that cannot be decompressed.
     Hpack,
-    /// More streams of HTTP/2 at a time than are followed.
-    TooManyStreams,
 }
 
 impl Opaque {
     /// How many reasons there are.
-    pub const COUNT: usize = 14;
+    pub const COUNT: usize = 13;
 
     /// All reasons, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
@@ -117,7 +119,6 @@ impl Opaque {
         Self::Tls,
         Self::Http2Framing,
         Self::Hpack,
-        Self::TooManyStreams,
     ];
 
     /// The reason's name in labels.
@@ -136,7 +137,6 @@ impl Opaque {
             Self::Tls => "tls",
             Self::Http2Framing => "http2_framing",
             Self::Hpack => "hpack",
-            Self::TooManyStreams => "too_many_streams",
         }
     }
 }

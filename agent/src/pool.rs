@@ -36,20 +36,30 @@ pub use url::ScrapeUrl;
 
 use counters::Counters;
 use mapping::Mapping;
-use reading::{Collector, MAX_POOLS};
+use reading::Collector;
+
+pub(crate) use reading::MAX_POOLS;
 
 /// The largest number of events or connections that is given, which is as many as the aggregator takes.
 const MOST: u64 = 1 << 32;
+
+/// The longest time that is given, in nanoseconds; likewise.
+const MOST_WAIT_NS: u64 = 1 << 60;
 
 /// What one pool did in one window, and its state at the end of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolRow {
     /// As the application calls it; empty where it has no name.
     pub name: String,
-    /// Connections that were asked for; none where the application does not count them.
+    /// Connections that were asked for; none where the application does not count them and nothing stands for
+    /// them yet.
     pub acquires: Option<u64>,
-    /// Of these, how many had to wait; where that is not counted, no more than that.
+    /// Whether the application does not count its acquires, so that requests that ended stand for them.
+    pub acquires_estimated: bool,
+    /// Of the acquires, how many had to wait.
     pub waits: u64,
+    /// Whether there may have been more waits, because the application does not count them all.
+    pub waits_at_least: bool,
     /// Of these, how many gave up.
     pub timeouts: u64,
     /// Nanoseconds that were waited.
@@ -91,20 +101,33 @@ pub fn read(bytes: &[u8], custom: &[CustomMetric]) -> Vec<Reading> {
 // === impl PoolRow ===
 
 impl PoolRow {
-    /// Adds what the pool did in the time that follows; the state is the later one. A sum of acquires of
-    /// which one part is not known is not known.
+    /// Adds what the pool did in the time that follows; the state is the later one.
     pub fn add(&mut self, next: &Self) {
-        let acquires = self.acquires.zip(next.acquires);
-        let acquires = acquires.map(|(before, after)| before.saturating_add(after));
-        *self = Self {
-            name: std::mem::take(&mut self.name),
-            acquires,
-            waits: self.waits.saturating_add(next.waits),
-            timeouts: self.timeouts.saturating_add(next.timeouts),
-            wait_ns: self.wait_ns.saturating_add(next.wait_ns),
-            ..*next
+        (self.used, self.idle) = (next.used, next.idle);
+        (self.max, self.waiters) = (next.max, next.waiters);
+        self.add_events(next);
+    }
+
+    /// Adds what happened at another pool, or at another time. A sum of acquires of which one part is not known
+    /// is not known, and what is not all counted in one part is not all counted.
+    pub(crate) fn add_events(&mut self, other: &Self) {
+        let acquires = self.acquires.zip(other.acquires);
+        self.acquires = acquires.map(|(mine, others)| mine.saturating_add(others));
+        self.acquires_estimated |= other.acquires_estimated;
+        self.waits = self.waits.saturating_add(other.waits);
+        self.waits_at_least |= other.waits_at_least;
+        self.timeouts = self.timeouts.saturating_add(other.timeouts);
+        self.wait_ns = self.wait_ns.saturating_add(other.wait_ns);
+        self.make_plausible();
+    }
+
+    /// Lets requests stand for acquires that are not known.
+    pub(crate) fn estimate(&mut self, requests: u64) {
+        if self.acquires.is_none() {
+            self.acquires = Some(requests);
+            self.acquires_estimated = true;
+            self.make_plausible();
         }
-        .plausible();
     }
 
     /// What the row takes of the ring, in bytes.
@@ -112,35 +135,38 @@ impl PoolRow {
         size_of::<Self>() + self.name.len()
     }
 
-    /// The row as it is sent. Where the application does not count what it asks its pool for, each request
-    /// counts as one time.
-    pub fn to_wire(&self, requests: u64) -> v1::Pool {
-        let acquires = self.acquires.unwrap_or(requests);
+    /// The row as it is sent: no number is beyond what the aggregator takes, since a batch that it refuses
+    /// would be sent for ever.
+    pub fn to_wire(&self) -> v1::Pool {
+        let mut row = self.clone();
+        row.estimate(0);
+        row.make_plausible();
         v1::Pool {
-            name: self.name.clone(),
-            acquires: acquires.max(self.waits).max(self.timeouts),
-            waits: self.waits,
-            timeouts: self.timeouts,
-            wait_ns: self.wait_ns,
-            used: self.used,
-            idle: self.idle,
-            max: self.max,
-            waiters: self.waiters,
+            name: row.name,
+            acquires: row.acquires.unwrap_or(row.waits),
+            waits: row.waits,
+            timeouts: row.timeouts,
+            wait_ns: row.wait_ns,
+            used: row.used,
+            idle: row.idle,
+            max: row.max,
+            waiters: row.waiters,
+            waits_at_least: row.waits_at_least,
+            acquires_estimated: row.acquires_estimated,
         }
     }
 
     /// Makes the numbers agree. Counters of one scrape are not read at one moment, and a call that waits at
     /// the time of the scrape began before it and ends after it. Who gave up has waited, and who has waited
     /// has asked: the smaller number is raised, never the larger lowered.
-    fn plausible(mut self) -> Self {
+    fn make_plausible(&mut self) {
         self.timeouts = self.timeouts.min(MOST);
         self.waits = self.waits.max(self.timeouts).min(MOST);
         self.acquires = self.acquires.map(|acquires| acquires.max(self.waits).min(MOST));
-        self.wait_ns = self.wait_ns.min(i64::MAX.unsigned_abs());
+        self.wait_ns = self.wait_ns.min(MOST_WAIT_NS);
         for state in [&mut self.used, &mut self.idle, &mut self.max, &mut self.waiters] {
             *state = (*state).min(MOST);
         }
-        self
     }
 }
 
@@ -163,8 +189,9 @@ impl Pools {
         self.failed_scrapes.load(Ordering::Relaxed)
     }
 
-    /// A scrape has succeeded.
-    fn add(&self, readings: &[Reading]) {
+    /// A scrape has succeeded. There are at most 64 pools, whatever names come and go until they are taken:
+    /// what happened at further ones is added to the last.
+    pub(crate) fn add(&self, readings: &[Reading]) {
         self.scrapes.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state();
         let state = &mut *state;
@@ -178,6 +205,8 @@ impl Pools {
                 same.add(&row);
             } else if state.rows.len() < MAX_POOLS {
                 state.rows.insert(row.name.clone(), row);
+            } else if let Some(mut last) = state.rows.last_entry() {
+                last.get_mut().add_events(&row);
             }
         }
     }

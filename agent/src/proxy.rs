@@ -3,7 +3,9 @@
 use std::{
     cell::{Cell, RefCell},
     io,
+    net::SocketAddr,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -38,6 +40,8 @@ pub(crate) struct Proxy {
     pub(crate) buffer: RefCell<Box<[u8]>>,
     pub(crate) gate: Gate,
     pub(crate) pipes: Pipes,
+    /// Bytes that were read and could not be written yet, of all connections.
+    pub(crate) held: Rc<Cell<usize>>,
     /// Whether the last connection failed for want of something on this side.
     is_exhausted: Cell<bool>,
 }
@@ -45,7 +49,7 @@ pub(crate) struct Proxy {
 /// The data thread's ends of the channels to the control thread.
 pub(crate) struct Channels {
     pub(crate) windows: mpsc::Sender<Sealed>,
-    pub(crate) limits: watch::Receiver<Settings>,
+    pub(crate) limits: watch::Receiver<Arc<Settings>>,
     pub(crate) draining: watch::Sender<bool>,
 }
 
@@ -63,6 +67,7 @@ impl Proxy {
             buffer: RefCell::new(vec![0; BUFFER_BYTES].into_boxed_slice()),
             gate: Gate::new(),
             pipes: Pipes::new(config.max_connections),
+            held: Rc::default(),
             is_exhausted: Cell::new(false),
         }
     }
@@ -73,11 +78,11 @@ impl Proxy {
     }
 
     /// Opens a connection to the application, for this client.
-    pub(crate) async fn dial(&self, client: &TcpStream) -> io::Result<TcpStream> {
+    pub(crate) async fn dial(&self, client: &TcpStream, from: SocketAddr) -> io::Result<TcpStream> {
         let dialled = timeout(self.connect_timeout, async {
             let stream = self.upstream.connect().await?;
             if self.announces_client {
-                announce(&stream, &relay::proxy_header(client)).await?;
+                announce(&stream, &relay::proxy_header(from, client)?).await?;
             }
             Ok(stream)
         });
@@ -200,10 +205,10 @@ async fn accept(proxy: &Rc<Proxy>, listener: &TcpListener, max_connections: usiz
             proxy.gate.below(max_connections).await;
         }
         match listener.accept().await {
-            Ok((client, _)) => {
+            Ok((client, from)) => {
                 is_failing = false;
                 let watched = Watched::new(proxy.clone());
-                tokio::task::spawn_local(relay::serve(client, watched));
+                tokio::task::spawn_local(relay::serve(client, from, watched));
             }
             // The client gave up while it waited.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -238,7 +243,8 @@ pub(crate) mod tests {
     async fn a_connections_task_is_small() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let task = relay::serve(client, Watched::new(Rc::new(proxy())));
+        let from = client.local_addr().unwrap();
+        let task = relay::serve(client, from, Watched::new(Rc::new(proxy())));
         assert!(size_of_val(&task) <= 640, "{}", size_of_val(&task));
     }
 

@@ -13,6 +13,8 @@ mod settings;
 mod sketch;
 mod slot;
 
+use std::{rc::Rc, sync::Arc};
+
 use coalmine_proto::{
     histogram::Histogram,
     names::{Outcome, Outcomes, TenantName},
@@ -37,13 +39,13 @@ const OWN_SLOTS: usize = 2;
 #[derive(Debug)]
 pub struct Recorder {
     /// The rules in force.
-    rules: Vec<Rule>,
+    rules: Rc<[Rule]>,
     /// Those that the agent was started with.
-    own_rules: Vec<Rule>,
+    own_rules: Rc<[Rule]>,
     /// Why the rules that came last are not in force, if they are not.
     refused: Option<String>,
     max_tenants: usize,
-    settings: Settings,
+    settings: Arc<Settings>,
     ids: Ids,
     slots: Vec<Slot>,
     free: Vec<TenantId>,
@@ -72,6 +74,8 @@ pub struct Totals {
     pub connections: u64,
     /// Connections that could not be followed, by reason.
     pub opaque: [u64; Opaque::COUNT],
+    /// Requests that were not followed to their end; they are not among the outcomes.
+    pub unfollowed: u64,
     /// Requests that no correct server would accept; they are nobody's, and not among the outcomes.
     pub malformed: u64,
     /// Bytes that were passed on to the application.
@@ -112,12 +116,13 @@ pub struct Sealed {
 impl Recorder {
     /// A recorder that finds tenants by these rules and knows at most so many at a time.
     pub fn new(rules: Vec<Rule>, max_tenants: usize) -> Self {
+        let rules: Rc<[Rule]> = rules.into();
         let mut new = Self {
             own_rules: rules.clone(),
             rules,
             refused: None,
             max_tenants,
-            settings: Settings::default(),
+            settings: Arc::default(),
             ids: Ids::default(),
             slots: Vec::new(),
             free: Vec::new(),
@@ -165,8 +170,9 @@ impl Recorder {
     }
 
     /// Puts other settings in force. Only between two windows.
-    pub fn apply(&mut self, settings: Settings) {
+    pub fn apply(&mut self, settings: impl Into<Arc<Settings>>) {
         debug_assert!(self.active.is_empty(), "settings change at a border only");
+        let settings = settings.into();
         match &settings.rules {
             PushedRules::None => self.follow(None),
             PushedRules::Rules(rules) => self.follow(Some(rules)),
@@ -180,10 +186,10 @@ impl Recorder {
 
     /// Puts rules in force; the agent's own if there are no others.
     fn follow(&mut self, rules: Option<&[Rule]>) {
-        let rules = rules.unwrap_or(&self.own_rules);
-        if self.rules != *rules {
+        let rules = rules.map_or_else(|| self.own_rules.clone(), Rc::from);
+        if self.rules != rules {
             tracing::info!(rules = rules.len(), "other rules find the tenants from now on");
-            self.rules = rules.to_vec();
+            self.rules = rules;
         }
         self.refused = None;
     }
@@ -250,6 +256,14 @@ impl Recorder {
         self.slots.get_mut(id.0 as usize)
     }
 
+    /// A request is not under way any more.
+    fn leave(&mut self, tenant: TenantId) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        if let Some(slot) = self.slot(tenant) {
+            slot.in_flight = slot.in_flight.saturating_sub(1);
+        }
+    }
+
     fn id_of(&mut self, name: &str) -> TenantId {
         if let Some(id) = self.ids.find(name, &self.slots) {
             return id;
@@ -267,7 +281,7 @@ impl Recorder {
 
 impl Sink for Recorder {
     fn begin(&mut self, head: &dyn Head) -> TenantId {
-        let rules = std::mem::take(&mut self.rules);
+        let rules = self.rules.clone();
         let id = match tenant::find(&rules, head) {
             Found::Name(name) => self.id_of(&name),
             Found::Missing => NONE,
@@ -276,7 +290,6 @@ impl Sink for Recorder {
                 NONE
             }
         };
-        self.rules = rules;
         self.in_flight += 1;
         let review = self.review;
         if let Some(slot) = self.slot(id) {
@@ -286,7 +299,7 @@ impl Sink for Recorder {
     }
 
     fn end(&mut self, tenant: TenantId, outcome: Outcome, times: Times) {
-        self.forget(tenant);
+        self.leave(tenant);
         self.totals.outcomes.record(outcome);
         if let Some(first_byte_ns) = times.first_byte_ns
             && outcome.is_answered()
@@ -306,10 +319,12 @@ impl Sink for Recorder {
     }
 
     fn forget(&mut self, tenant: TenantId) {
-        self.in_flight = self.in_flight.saturating_sub(1);
-        if let Some(slot) = self.slot(tenant) {
-            slot.in_flight = slot.in_flight.saturating_sub(1);
-        }
+        self.leave(tenant);
+        self.totals.unfollowed += 1;
+    }
+
+    fn passed_over(&mut self) {
+        self.totals.unfollowed += 1;
     }
 
     fn malformed(&mut self) {

@@ -21,6 +21,7 @@ mod watched;
 use std::{
     future::poll_fn,
     io,
+    net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -66,12 +67,17 @@ enum End {
 struct Relay {
     watched: Watched,
     client: TcpStream,
+    /// The client's address, which a socket that was reset does not tell any more.
+    from: SocketAddr,
     /// None while it is opened, and at the end.
     upstream: Option<TcpStream>,
     up: Half,
     down: Half,
     renewed: Renewed,
-    /// Runs once the application has closed after its last answer, or the agent stops before the first.
+    /// The application has closed after its last answer.
+    is_last: bool,
+    /// Runs once the application has closed, or has a connection on which nothing is asked, or the agent stops
+    /// before the first request.
     last_close: Option<Pin<Box<Sleep>>>,
 }
 
@@ -92,8 +98,8 @@ struct Down<'w> {
 
 /// Serves a client until either side is done. What happens once or seldom is boxed: a connection's task has
 /// room for the relay and no more.
-pub(crate) fn serve(client: TcpStream, watched: Watched) -> impl Future<Output = ()> {
-    let mut relay = Relay::new(client, watched);
+pub(crate) fn serve(client: TcpStream, from: SocketAddr, watched: Watched) -> impl Future<Output = ()> {
+    let mut relay = Relay::new(client, from, watched);
     async move {
         system::tune(&relay.client);
         if let Err(error) = Box::pin(relay.open()).await {
@@ -121,7 +127,7 @@ impl Watch for Up<'_> {
     const STAMPS_READ: bool = true;
 
     fn seen(&mut self, bytes: &[u8], read_ns: u64) {
-        (*self.active_ns, *self.renewed) = (read_ns, Renewed::No);
+        (*self.active_ns, *self.renewed) = ((*self.active_ns).max(read_ns), Renewed::No);
         let mut recorder = self.proxy.recorder.borrow_mut();
         self.observer.on_request(bytes, read_ns, &mut *recorder);
         recorder.passed(bytes.len() as u64, 0);
@@ -135,6 +141,10 @@ impl Watch for Up<'_> {
         *self.active_ns = self.proxy.now_ns();
         self.observer.skip_request(count);
         self.proxy.recorder.borrow_mut().passed(count, 0);
+    }
+
+    fn moved(&mut self, now_ns: u64) {
+        *self.active_ns = now_ns;
     }
 
     fn room(&self) -> usize {
@@ -165,6 +175,8 @@ impl Watch for Down<'_> {
         recorder.passed(0, count);
     }
 
+    fn moved(&mut self, _: u64) {}
+
     fn room(&self) -> usize {
         if self.observer.awaits_answer() {
             HEAD_ROOM
@@ -177,21 +189,23 @@ impl Watch for Down<'_> {
 // === impl Relay ===
 
 impl Relay {
-    fn new(client: TcpStream, watched: Watched) -> Self {
+    fn new(client: TcpStream, from: SocketAddr, watched: Watched) -> Self {
         Self {
+            up: Half::new(&watched.proxy),
+            down: Half::new(&watched.proxy),
             watched,
             client,
+            from,
             upstream: None,
-            up: Half::default(),
-            down: Half::default(),
             renewed: Renewed::No,
+            is_last: false,
             last_close: None,
         }
     }
 
     /// Opens the connection to the application.
     async fn open(&mut self) -> io::Result<()> {
-        self.upstream = Some(self.watched.proxy.dial(&self.client).await?);
+        self.upstream = Some(self.watched.proxy.dial(&self.client, self.from).await?);
         self.watched.active_ns = self.watched.proxy.now_ns();
         Ok(())
     }
@@ -199,7 +213,8 @@ impl Relay {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let stage = self.watched.proxy.gate.watch(&mut self.watched.ticket, cx);
         if stage == Stage::Closed {
-            return Poll::Ready(End::Closed);
+            // What is cut off must not look complete.
+            return Poll::Ready(if self.is_quiet() { End::Closed } else { End::Reset });
         }
         // First what the application did: it may have closed before the next request is sent.
         if let Some(end) = self.poll_down(cx) {
@@ -211,6 +226,9 @@ impl Relay {
         if self.is_silent_for_long() {
             return Poll::Ready(self.timed_out());
         }
+        if stage == Stage::Draining && self.is_last {
+            return Poll::Ready(End::Closed);
+        }
         // Only now: what either side has said already is part of what is under way.
         if stage == Stage::Draining && self.is_quiet() && !self.has_unread() {
             if !self.watched.observer.is_untouched() {
@@ -221,15 +239,42 @@ impl Relay {
                 .get_or_insert_with(|| Box::pin(sleep(FIRST_REQUEST)));
         }
         let last_close = self.last_close.as_mut();
-        if last_close.is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready())
-            && (self.down.is_done() || self.is_quiet())
-        {
-            return Poll::Ready(End::Closed);
+        if last_close.is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready()) {
+            self.last_close = None;
+            if self.may_close(stage) {
+                return Poll::Ready(End::Closed);
+            }
+            // It may need to be asked again.
+            cx.waker().wake_by_ref();
+        }
+        if self.down.is_done() && self.watched.observer.pending() > 0 {
+            // What the client has asked after the application had closed will have no answer.
+            self.watched
+                .observe(|o, now_ns, sink| o.upstream_reset(now_ns, sink));
         }
         match (self.up.is_done(), self.down.is_done()) {
             (true, true) => Poll::Ready(End::Closed),
             _ => Poll::Pending,
         }
+    }
+
+    /// Whether the connection may be closed now that its time is over.
+    fn may_close(&mut self, stage: Stage) -> bool {
+        if self.down.is_done() {
+            // An application that has closed its direction only, and wants the rest of the request, is still
+            // there; of one that is gone the kernel has learnt by its keep-alive.
+            let is_there = self
+                .upstream
+                .as_ref()
+                .is_some_and(|upstream| upstream.peer_addr().is_ok());
+            if !self.is_last && is_there {
+                self.last_close = Some(Box::pin(sleep(LAST_CLOSE)));
+                return false;
+            }
+            return true;
+        }
+        let is_unused = self.renewed == Renewed::Idle || stage == Stage::Draining;
+        is_unused && self.is_quiet() && !self.has_unread()
     }
 
     /// Nothing is under way in either direction.
@@ -300,10 +345,9 @@ impl Relay {
             return Some(End::Reset);
         }
         self.down.finish(cx, &mut self.client);
-        if is_last {
-            // Polled below, in this turn.
-            self.last_close = Some(Box::pin(sleep(LAST_CLOSE)));
-        }
+        self.is_last = is_last;
+        // Polled below, in this turn.
+        self.last_close = Some(Box::pin(sleep(LAST_CLOSE)));
         None
     }
 
@@ -377,12 +421,20 @@ impl Relay {
 
     fn timed_out(&mut self) -> End {
         tracing::debug!("a connection was silent for longer than --idle-timeout");
-        let end = match self.watched.observer.pending() {
+        let observer = &self.watched.observer;
+        let end = match observer.pending() {
             0 => End::Closed,
             _ => End::Reset,
         };
+        // A client that takes no more of its answer, or sends no more of its request, is no fault of the service.
+        let is_clients = !self.down.is_empty() || (self.up.is_empty() && observer.owes_request());
+        let outcome = if is_clients {
+            Outcome::ClientAbort
+        } else {
+            Outcome::Timeout
+        };
         self.watched
-            .observe(|o, now_ns, sink| o.end_all(Outcome::Timeout, now_ns, sink));
+            .observe(|o, now_ns, sink| o.end_all(outcome, now_ns, sink));
         end
     }
 

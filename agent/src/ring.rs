@@ -170,7 +170,7 @@ impl Ring {
 
     /// The next batch to send; numbers the oldest unsent window if all others were sent.
     ///
-    /// A window of more than `max_bytes` is sent in parts, each a batch of its own.
+    /// A window of more than `max_bytes` is sent in parts, each a batch of its own; the last reaches to its end.
     pub fn next(&mut self, max_bytes: usize) -> Option<&Batch> {
         if self.cursor == self.next_seq {
             self.number_oldest(max_bytes)?;

@@ -115,7 +115,7 @@ impl Bound {
             admin,
         } = self;
         let (windows, sealed) = mpsc::channel(WAITING_WINDOWS);
-        let (set_limits, limits) = watch::channel(Settings::default());
+        let (set_limits, limits) = watch::channel(Arc::new(Settings::default()));
         let (draining, is_draining) = watch::channel(false);
         let channels = Channels {
             windows,

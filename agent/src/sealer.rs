@@ -1,6 +1,6 @@
 //! Closes windows at the wall clock's whole multiples of their length.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, watch};
 
@@ -16,7 +16,16 @@ pub(crate) struct Sealer {
     /// Start of the open window.
     start_ms: u64,
     windows: mpsc::Sender<Sealed>,
-    settings: watch::Receiver<Settings>,
+    settings: watch::Receiver<Arc<Settings>>,
+}
+
+/// Has settings put in force at the next border, unless they are those that were handed over last: each session brings
+/// them again. They are compared here, on the control thread, so that the data thread is not kept with what is known.
+pub(crate) fn hand_over(to: &watch::Sender<Arc<Settings>>, settings: Settings) {
+    let is_known = **to.borrow() == settings;
+    if !is_known {
+        to.send_replace(Arc::new(settings));
+    }
 }
 
 impl Sealer {
@@ -24,7 +33,7 @@ impl Sealer {
         window: Duration,
         now_ms: u64,
         windows: mpsc::Sender<Sealed>,
-        settings: watch::Receiver<Settings>,
+        settings: watch::Receiver<Arc<Settings>>,
     ) -> Self {
         let window_ms = u64::try_from(window.as_millis()).unwrap_or(LONGEST_MS).max(1);
         Self {
@@ -63,7 +72,9 @@ impl Sealer {
         let length = u32::try_from(length_ms).unwrap_or(u32::MAX);
         let window = recorder.seal(start_ms, length);
         if self.settings.has_changed().unwrap_or(false) {
-            recorder.apply(self.settings.borrow_and_update().clone());
+            // The control thread may hand over others while these take effect.
+            let settings = Arc::clone(&self.settings.borrow_and_update());
+            recorder.apply(settings);
         }
         self.start_ms = border;
         place.send(recorder.sealed(window));
@@ -82,20 +93,23 @@ impl Sealer {
 
 #[cfg(test)]
 mod tests {
+    use coalmine_proto::names::TenantName;
+
     use super::*;
 
     #[test]
     fn windows_end_at_whole_multiples() {
         let (windows, mut sealed) = mpsc::channel(8);
-        let (push, settings) = watch::channel(Settings::default());
+        let (push, settings) = watch::channel(Arc::new(Settings::default()));
         let mut sealer = Sealer::new(Duration::from_secs(1), 5_300, windows, settings);
         let mut recorder = Recorder::new(Vec::new(), 10);
         assert_eq!(sealer.wait(5_300), Duration::from_millis(700));
         sealer.tick(&mut recorder, 5_999);
-        push.send_replace(Settings {
+        let third = Arc::new(Settings {
             version: 3,
             ..Settings::default()
         });
+        push.send_replace(third.clone());
         for now_ms in [6_000, 6_001, 9_200, 4_000, 5_000, 200_500] {
             sealer.tick(&mut recorder, now_ms);
         }
@@ -111,12 +125,36 @@ mod tests {
         assert_eq!(seen[3], (4_000, 1_000, 3));
         assert_eq!(seen[4], (140_000, 60_000, 3), "the machine slept");
         assert_eq!(seen[5], (200_000, 800, 3));
+        // The channel and the recorder have these, and no copies of their own.
+        assert_eq!(Arc::strong_count(&third), 3);
+    }
+
+    #[test]
+    fn settings_that_are_known_are_not_handed_over_again() {
+        let limits = |version, limit_us| Settings {
+            version,
+            by_tenant: [(TenantName::parse(b"acme").unwrap(), limit_us)].into(),
+            ..Settings::default()
+        };
+        let (push, mut settings) = watch::channel(Arc::new(Settings::default()));
+        for (next, is_news) in [
+            (Settings::default(), false),
+            (limits(1, 350_000), true),
+            (limits(1, 350_000), false),
+            // An aggregator may change them without another version.
+            (limits(1, 250_000), true),
+            (limits(2, 250_000), true),
+        ] {
+            hand_over(&push, next.clone());
+            assert_eq!(settings.has_changed().unwrap(), is_news, "{next:?}");
+            assert_eq!(**settings.borrow_and_update(), next);
+        }
     }
 
     #[test]
     fn a_window_stays_open_while_nobody_takes_windows() {
         let (windows, mut sealed) = mpsc::channel(1);
-        let (_push, settings) = watch::channel(Settings::default());
+        let (_push, settings) = watch::channel(Arc::new(Settings::default()));
         let mut sealer = Sealer::new(Duration::from_secs(1), 0, windows, settings);
         let mut recorder = Recorder::new(Vec::new(), 10);
         sealer.tick(&mut recorder, 1_000);

@@ -11,6 +11,7 @@ mod stream;
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
     pin::{Pin, pin},
+    sync::Arc,
     time::Duration,
 };
 
@@ -61,7 +62,7 @@ pub struct Session<'c> {
     /// Sums of all windows that were taken: the ring must conserve them.
     taken: Sums,
     windows: mpsc::Receiver<Sealed>,
-    limits: watch::Sender<Settings>,
+    limits: watch::Sender<Arc<Settings>>,
     /// Version of the limits under which the open window is recorded.
     config_version: u64,
     metrics: Metrics,
@@ -113,7 +114,7 @@ impl<'c> Session<'c> {
     pub fn new(
         config: &'c Config,
         windows: mpsc::Receiver<Sealed>,
-        limits: watch::Sender<Settings>,
+        limits: watch::Sender<Arc<Settings>>,
         metrics: Metrics,
         surroundings: Surroundings,
     ) -> Self {

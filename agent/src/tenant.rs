@@ -22,6 +22,8 @@
 //! Paths and queries are decoded (RFC 3986, section 2.1), since the application decodes them too: `/t/%61cme/`
 //! is the tenant `acme`. Only a slash stays invalid, because programs differ in whether `%2F` divides segments.
 
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
 mod jwt;
 mod target;
 

@@ -9,7 +9,7 @@ use coalmine_proto::{
 };
 use prost::Message as _;
 
-use crate::pool::PoolRow;
+use crate::pool::{MAX_POOLS, PoolRow};
 
 /// One closed window.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,25 +76,22 @@ impl Window {
     pub fn frame_bytes(&self) -> usize {
         // Each number has ten bytes at most: those of the window, its totals, a gap, and the pod's state.
         const FRAME: usize = 512;
-        // Eight numbers with their tags, and two lengths.
+        // Eight numbers and two marks with their tags, and two lengths.
         const POOL: usize = 100;
         let pools = self.pools.iter().map(|pool| POOL + pool.name.len());
         FRAME + pools.sum::<usize>()
     }
 
     /// Splits off the rows from this one on, as a window of the same time. What is no row goes with them, so that
-    /// it is sent once.
+    /// it is sent once. Only the end of the rest is the window's: whoever has not got the rest must not take the
+    /// window for complete.
     pub fn split_off(&mut self, at: usize) -> Self {
-        let requests = self.sums().requests;
-        let mut pools = std::mem::take(&mut self.pools);
-        for pool in &mut pools {
-            pool.acquires = Some(pool.to_wire(requests).acquires);
-        }
         let rest = Self {
             rows: self.rows.split_off(at.min(self.rows.len())),
-            pools,
+            pools: std::mem::take(&mut self.pools),
             ..*self
         };
+        self.length_ms = self.length_ms.min(1);
         self.host.cpu_us = 0;
         if let Some(database) = &mut self.host.database {
             database.retransmits = 0;
@@ -203,17 +200,18 @@ fn merged_host(earlier: &v1::HostContext, later: v1::HostContext) -> v1::HostCon
     }
 }
 
-/// Adds the pools of the window that follows to those of the same names.
+/// Adds the pools of the window that follows to those of the same names. The aggregator takes so many pools of
+/// a window and no more: what happened at further ones is added to the last.
 fn merge_pools(mine: &mut Vec<PoolRow>, next: Vec<PoolRow>) {
     for pool in next {
-        let Some(same) = mine.iter_mut().find(|same| same.name == pool.name) else {
+        let has_room = mine.len() < MAX_POOLS;
+        if let Some(same) = mine.iter_mut().find(|same| same.name == pool.name) {
+            same.add(&pool);
+        } else if has_room {
             mine.push(pool);
-            continue;
-        };
-        // A sum of which one part is not known is not known.
-        let is_known = same.acquires.is_some() && pool.acquires.is_some();
-        same.add(&pool);
-        same.acquires = same.acquires.filter(|_| is_known);
+        } else if let Some(last) = mine.last_mut() {
+            last.add_events(&pool);
+        }
     }
 }
 
@@ -247,7 +245,9 @@ mod tests {
         PoolRow {
             name: name.to_owned(),
             acquires,
+            acquires_estimated: acquires.is_none(),
             waits: counts + 1,
+            waits_at_least: false,
             timeouts: counts,
             wait_ns: counts + 2,
             used: gauges,
@@ -270,6 +270,10 @@ mod tests {
 
     #[test]
     fn pools_add_up_by_name() {
+        let uncounted = PoolRow {
+            waits_at_least: true,
+            ..pool("b", None, 2, 6)
+        };
         let mut one = window(
             vec![
                 pool("a", Some(10), 1, 5),
@@ -281,7 +285,7 @@ mod tests {
         let next = window(
             vec![
                 pool("d", Some(30), 7, 7),
-                pool("b", None, 2, 6),
+                uncounted,
                 pool("a", Some(4), 2, 6),
                 pool("c", Some(4), 2, 6),
             ],
@@ -296,12 +300,44 @@ mod tests {
         };
         let expected = [
             merged("a", Some(14)),
-            merged("b", None),
+            PoolRow {
+                waits_at_least: true,
+                ..merged("b", None)
+            },
             merged("c", None),
             pool("d", Some(30), 7, 7),
         ];
         assert_eq!(one.pools, expected);
         assert!(one.bytes() >= size_of::<Window>() + 4 * size_of::<PoolRow>() + 4);
+    }
+
+    #[test]
+    fn what_happened_at_more_pools_than_are_taken_is_in_the_last() {
+        let named = |from: usize| (from..from + MAX_POOLS).map(|n| pool(&format!("p{n:03}"), Some(10), 1, 5));
+        let mut one = window(named(0).collect(), v1::HostContext::default());
+        // Half of them are new.
+        let mut next = window(named(MAX_POOLS / 2).collect(), v1::HostContext::default());
+        next.pools[MAX_POOLS - 1].waits_at_least = true;
+        one.merge(next);
+        assert_eq!(one.pools.len(), MAX_POOLS);
+        let acquires = one.pools.iter().filter_map(|pool| pool.acquires);
+        assert_eq!(
+            acquires.sum::<u64>(),
+            2 * 10 * MAX_POOLS as u64,
+            "nothing is lost"
+        );
+        let last = &one.pools[MAX_POOLS - 1];
+        let others = MAX_POOLS as u64 / 2;
+        let expected = PoolRow {
+            acquires: Some(10 * (2 + others)),
+            waits: 2 * (2 + others),
+            waits_at_least: true,
+            timeouts: 2 + others,
+            wait_ns: 3 * (2 + others),
+            ..pool("p063", Some(0), 1, 5)
+        };
+        assert_eq!(*last, expected);
+        assert_eq!(one.pools[0], pool("p000", Some(10), 1, 5));
     }
 
     #[test]
@@ -327,7 +363,7 @@ mod tests {
             }),
             ..v1::HostContext::default()
         };
-        let mut whole = window(vec![pool("a", None, 1, 1)], host);
+        let mut whole = window(vec![pool("a", Some(6), 1, 1)], host);
         whole.rows = vec![row(b"a"), row(b"b"), row(b"c")];
         let rest = whole.split_off(1);
         assert_eq!((whole.rows.len(), rest.rows.len()), (1, 2));
@@ -336,7 +372,6 @@ mod tests {
             (0, 1000, 1)
         );
         assert!(whole.pools.is_empty());
-        // The requests of both parts.
         assert_eq!(rest.pools, [pool("a", Some(6), 1, 1)]);
         assert_eq!(rest.host, host);
         let database = whole.host.database.unwrap();
@@ -349,6 +384,7 @@ mod tests {
         let most = u64::MAX;
         let row = PoolRow {
             acquires: Some(most),
+            waits_at_least: true,
             ..pool(&"n".repeat(200), None, most - 2, most - 3)
         };
         let sockets = v1::Sockets {
@@ -393,7 +429,7 @@ mod tests {
                 gap: Some(gap),
                 config_version: most,
                 host: Some(window.host),
-                pools: window.pools.iter().map(|pool| pool.to_wire(most)).collect(),
+                pools: window.pools.iter().map(PoolRow::to_wire).collect(),
             };
             assert!(batch.encoded_len() <= window.frame_bytes(), "{pools} pools");
         }

@@ -1,8 +1,9 @@
 //! The book: what agents counted, by service, time, arm and version, and tenant.
 //!
 //! Synchronous and without I/O. Time comes as an argument. A window of an agent belongs to the slot (one
-//! window of the judge) in which it starts. Each batch is applied exactly once: batches of one life of an
-//! agent (an epoch) have contiguous numbers, and the agent's running totals are held against ours.
+//! window of the judge) in which it starts; one that was closed while the agent's clock was wrong belongs to
+//! none. Each batch is applied exactly once: batches of one life of an agent (an epoch) have contiguous
+//! numbers, and the agent's running totals are held against ours.
 
 mod agent;
 mod cell;
@@ -14,7 +15,7 @@ mod service;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -48,7 +49,8 @@ const REMEMBER_SILENT_MS: u64 = 7 * 24 * 3_600_000;
 /// After this long without a sign a connected agent counts as silent.
 pub const SILENT_MS: u64 = 10_000;
 
-/// Most tenants of a service; agents fold beyond their own, lower limit.
+/// Most tenants of a service; agents fold beyond their own, lower limit. For those that the policy lists, up to half of
+/// the places are kept.
 pub const MAX_TENANTS: usize = 200_000;
 
 /// How long to wait for agents, and when to give them up.
@@ -131,7 +133,7 @@ pub struct Batch<'a> {
     pub seq: u64,
     /// Start of the window.
     pub start_ms: u64,
-    /// Length of the window.
+    /// Length of the window; 0 where nobody knows when it was, because the agent's clock was wrong.
     pub length_ms: u32,
     /// The rows.
     pub rows: Vec<Row<'a>>,
@@ -143,6 +145,13 @@ pub struct Batch<'a> {
     pub pools: &'a [Pool],
     /// The pod, as it is at the end of the window.
     pub host: Option<HostContext>,
+}
+
+impl Batch<'_> {
+    /// Whether nobody knows when the window was: what it counts is counted, and is in no slot.
+    fn is_undated(&self) -> bool {
+        self.length_ms == 0
+    }
 }
 
 /// A row of a batch.
@@ -274,6 +283,13 @@ impl Book {
         self.service(service).slot_ms = slot_ms;
     }
 
+    /// Keeps places for the tenants that a service's policy lists, however many other names there are; before its first
+    /// window.
+    pub fn keep_places(&mut self, service: &str, tenants: impl IntoIterator<Item = TenantName>) {
+        let listed = tenants.into_iter().collect::<BTreeSet<_>>();
+        self.service(service).list(listed);
+    }
+
     fn service(&mut self, name: &str) -> &mut Service {
         let journals = self.journals;
         let service = self.services.entry(name.to_owned()).or_insert_with(Service::new);
@@ -369,7 +385,8 @@ impl Book {
         }
     }
 
-    /// Gives a tenant its number. Beyond [`MAX_TENANTS`] the rest is one tenant, [`TenantName::overflow`].
+    /// Gives a tenant its number. Beyond [`MAX_TENANTS`], or what of them is not kept for others, the rest is one tenant,
+    /// [`TenantName::overflow`].
     pub fn intern(&mut self, service: &str, tenant: &TenantName) -> u32 {
         self.service(service).intern(tenant)
     }

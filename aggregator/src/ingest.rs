@@ -43,6 +43,9 @@ const MAX_WINDOW_MS: u32 = 3_600_000;
 /// How far an agent's clock may be from ours, in milliseconds: its windows must fall into the right slots.
 const MAX_SKEW_MS: u64 = 5_000;
 
+/// For so long after a Hello it is taken for granted that the clocks agree.
+const COMPARED_MS: u64 = 60_000;
+
 /// Most requests that one gap can declare.
 const MAX_GAP_REQUESTS: u64 = 1 << 40;
 
@@ -74,6 +77,56 @@ pub(crate) enum SessionError {
     Refused(String),
     #[error(transparent)]
     Book(#[from] BookError),
+}
+
+/// The comparison of an agent's clock with ours.
+#[derive(Debug)]
+struct Clocks {
+    /// When its Hello was found to say the right time.
+    compared_ms: u64,
+    /// Whether a window of this session was ahead.
+    was_ahead: bool,
+}
+
+impl Clocks {
+    fn compared_at(now_ms: u64) -> Self {
+        Self {
+            compared_ms: now_ms,
+            was_ahead: false,
+        }
+    }
+
+    /// Takes its time from a window that begins in time to come. The clocks agree now, so the agent closed it while its
+    /// own was wrong, and nobody knows when that was. Its length becomes 0, which no agent may send: so it is stored, and
+    /// what was decided here is not decided again when the store is read, by another clock.
+    ///
+    /// Long after the comparison, or after a jump of our own clock, the window is refused: the agent connects anew, and
+    /// its Hello shows whose clock is wrong.
+    fn date(&mut self, batch: &mut WindowBatch, now_ms: u64) -> Result<(), SessionError> {
+        if batch.length_ms == 0 {
+            return Err(SessionError::Refused("a window of 0 ms".to_owned()));
+        }
+        let ahead_ms = batch.start_unix_ms.saturating_sub(now_ms);
+        if ahead_ms <= MAX_SKEW_MS {
+            return Ok(());
+        }
+        if now_ms.abs_diff(self.compared_ms) > COMPARED_MS {
+            return Err(SessionError::Refused(format!(
+                "a window that starts {ahead_ms} ms from now; the clocks are compared anew when the agent connects again"
+            )));
+        }
+        if !self.was_ahead {
+            tracing::warn!(
+                seq = batch.seq,
+                ahead_ms,
+                "a window begins in time to come, so the agent's clock was wrong; its requests are counted as late, and \
+                 are no evidence"
+            );
+        }
+        self.was_ahead = true;
+        batch.length_ms = 0;
+        Ok(())
+    }
 }
 
 /// Takes note that a session is over, however it ends.
@@ -125,7 +178,7 @@ pub(crate) fn introduction(hello: &Hello) -> Result<Introduction, String> {
     })
 }
 
-/// Applies a batch as it came: names, then rows.
+/// Applies a batch as it is stored: names, then rows.
 pub(crate) fn apply(
     book: &mut Book,
     session: u64,
@@ -157,16 +210,10 @@ fn apply_of(
         let number = book.intern(&who.service, &tenant);
         names.insert(name.r#ref, number);
     }
-    if batch.length_ms == 0 || batch.length_ms > MAX_WINDOW_MS {
+    if batch.length_ms > MAX_WINDOW_MS {
         return Err(SessionError::Refused(format!(
             "a window of {} ms",
             batch.length_ms
-        )));
-    }
-    if batch.start_unix_ms > now_ms.saturating_add(MAX_SKEW_MS) {
-        let ahead = batch.start_unix_ms - now_ms;
-        return Err(SessionError::Refused(format!(
-            "a window that starts {ahead} ms from now; synchronise the clocks"
         )));
     }
     if batch.gap.is_some_and(|gap| gap.requests > MAX_GAP_REQUESTS) {
@@ -218,20 +265,18 @@ impl Rebuild {
                 }
                 Err(_) => self.refused += 1,
             },
-            // What was in time when it came is in time now, whatever this machine's clock says.
-            Entry::Batch(session, batch) => {
-                match apply(book, session, &batch, now_ms.max(batch.start_unix_ms)) {
-                    Ok(_) => {
-                        if let Some(who) = book.who(session) {
-                            book.durable(&who.service, &who.instance, who.epoch, batch.seq);
-                        }
-                    }
-                    Err(error) => {
-                        tracing::error!(session, seq = batch.seq, %error, "a stored window does not apply");
-                        self.refused += 1;
+            // Whether it has a time was decided when it came, whatever this machine's clock says now.
+            Entry::Batch(session, batch) => match apply(book, session, &batch, now_ms) {
+                Ok(_) => {
+                    if let Some(who) = book.who(session) {
+                        book.durable(&who.service, &who.instance, who.epoch, batch.seq);
                     }
                 }
-            }
+                Err(error) => {
+                    tracing::error!(session, seq = batch.seq, %error, "a stored window does not apply");
+                    self.refused += 1;
+                }
+            },
             Entry::Bye(session, _) => {
                 if let Some(who) = book.who(session) {
                     book.disconnect(&who.service, &who.instance, session, true, now_ms);
@@ -292,7 +337,8 @@ impl Ingest {
             Ok(who) => who,
             Err(reason) => return self.reject(&out, reason).await,
         };
-        let skew_ms = hello.now_unix_ms.abs_diff((self.now_ms)());
+        let now_ms = (self.now_ms)();
+        let skew_ms = hello.now_unix_ms.abs_diff(now_ms);
         if skew_ms > MAX_SKEW_MS {
             let reason = format!(
                 "the agent's clock and the aggregator's differ by {skew_ms} ms; at most {MAX_SKEW_MS} are allowed, so \
@@ -337,7 +383,8 @@ impl Ingest {
             return;
         }
         self.news.notify_waiters();
-        self.converse(&who, session, durable_seq, &mut inbound, &out)
+        let clocks = Clocks::compared_at(now_ms);
+        self.converse(&who, session, durable_seq, clocks, &mut inbound, &out)
             .await;
     }
 
@@ -347,6 +394,7 @@ impl Ingest {
         who: &Introduction,
         session: u64,
         durable_seq: u64,
+        mut clocks: Clocks,
         inbound: &mut Streaming<AgentMessage>,
         out: &mpsc::Sender<Result<AggregatorMessage, Status>>,
     ) {
@@ -377,7 +425,7 @@ impl Ingest {
             match message {
                 Ok(Some(AgentMessage { kind: Some(kind) })) => match kind {
                     agent_message::Kind::Batch(batch) => {
-                        if let Err(error) = self.batch(who, session, batch, &acks) {
+                        if let Err(error) = self.batch(who, session, batch, &acks, &mut clocks) {
                             self.metrics.reject(error.reason());
                             tracing::error!(session, instance = who.instance, %error, "batch refused");
                             drop(
@@ -421,6 +469,7 @@ impl Ingest {
         session: u64,
         mut batch: WindowBatch,
         acks: &Arc<watch::Sender<Ack>>,
+        clocks: &mut Clocks,
     ) -> Result<(), SessionError> {
         let seq = batch.seq;
         if seq > acks.borrow().durable_seq.saturating_add(MAX_UNACKED.into()) {
@@ -428,8 +477,10 @@ impl Ingest {
                 "batch {seq} was sent ahead of the acknowledgements; at most {MAX_UNACKED} may be"
             )));
         }
+        let now_ms = (self.now_ms)();
+        clocks.date(&mut batch, now_ms)?;
         let mut book = locked(&self.book);
-        let applied = apply(&mut book, session, &batch, (self.now_ms)())?;
+        let applied = apply(&mut book, session, &batch, now_ms)?;
         acks.send_modify(|ack| ack.received_seq = ack.received_seq.max(seq));
         if applied == Applied::Before {
             // The counts are stored already. What is stored now are the names, which are needed to read what follows
@@ -518,14 +569,18 @@ impl Telemetry for Ingest {
 
 #[cfg(test)]
 mod tests {
-    use coalmine_proto::v1::{Pool, Totals};
+    use coalmine_proto::v1::{Pool, TenantName as WireName, TenantRow, Totals};
 
     use super::*;
-    use crate::book::{Comparison, Patience};
+    use crate::{
+        book::{Comparison, Patience},
+        store,
+    };
 
-    #[test]
-    fn what_was_stored_of_a_pool_counts_once_after_a_restart() {
-        let hello = Hello {
+    const NOW_MS: u64 = 1_700_000_000_000;
+
+    fn hello() -> Hello {
+        Hello {
             protocol: PROTOCOL,
             instance: "a".to_owned(),
             epoch: 7,
@@ -535,7 +590,116 @@ mod tests {
             next_seq: 1,
             window_ms: 1_000,
             ..Hello::default()
+        }
+    }
+
+    fn comparison() -> Comparison {
+        Comparison {
+            service: "checkout".to_owned(),
+            canary_version: "v2".to_owned(),
+            baseline_version: None,
+        }
+    }
+
+    /// A window of two requests of one tenant.
+    fn window(seq: u64, start_unix_ms: u64) -> WindowBatch {
+        let name = WireName {
+            r#ref: 1,
+            name: "acme".to_owned(),
         };
+        WindowBatch {
+            seq,
+            start_unix_ms,
+            length_ms: 1_000,
+            names: if seq == 1 { vec![name] } else { Vec::new() },
+            rows: vec![TenantRow {
+                tenant: 1,
+                success: 2,
+                ..TenantRow::default()
+            }],
+            cumulative: Some(Totals {
+                requests: 2 * seq,
+                ..Totals::default()
+            }),
+            ..WindowBatch::default()
+        }
+    }
+
+    #[test]
+    fn a_window_that_is_ahead_is_late_when_it_comes_and_when_it_is_read_again() {
+        const AHEAD_MS: u64 = NOW_MS + 3_600_000;
+        let (write, written) = std::sync::mpsc::channel();
+        let store = Store::with_log(Box::new(move |frame, _| write.send(frame).unwrap()));
+        let book = Arc::new(Mutex::new(Book::new(Patience::default(), NOW_MS)));
+        let (_drain, draining) = watch::channel(false);
+        let metrics = Arc::new(Metrics::new());
+        let ingest = Ingest::new(Arc::clone(&book), store, Configs::new(), metrics, draining);
+        let ingest = ingest.with_clock(|| NOW_MS);
+        let who = introduction(&hello()).unwrap();
+        locked(&book).introduce(&who, 1, NOW_MS);
+        ingest.store.append(Entry::Hello(1, hello()), || {});
+        let acks = Arc::new(watch::Sender::new(Ack::default()));
+        let mut clocks = Clocks::compared_at(NOW_MS);
+        for batch in [
+            window(1, NOW_MS - 3_000),
+            window(2, AHEAD_MS),
+            window(3, NOW_MS - 1_000),
+        ] {
+            let taken = ingest.batch(&who, 1, batch, &acks, &mut clocks);
+            taken.unwrap();
+        }
+        assert_eq!(acks.borrow().received_seq, 3);
+        drop(ingest);
+        let frames: Vec<u8> = written.into_iter().flatten().collect();
+
+        // By the second clock, the window would have been in time.
+        for now_ms in [NOW_MS, AHEAD_MS + 10_000] {
+            let mut copy = Book::new(Patience::default(), now_ms);
+            let mut rebuild = Rebuild::default();
+            store::entries(&frames, |entry| rebuild.take(&mut copy, entry, now_ms)).unwrap();
+            assert_eq!(rebuild.refused, 0);
+            for book in [&mut *locked(&book), &mut copy] {
+                let (outcomes, gaps, late) = book.get("checkout").unwrap().arm_totals(Arm::Canary);
+                assert_eq!((outcomes.seen(), gaps, late), (6, 0, 2));
+                let frozen = book.freeze(&comparison(), NOW_MS - 10_000, 1, now_ms);
+                assert_eq!(frozen.rows[0].canary.requests, 4);
+                // Where the two requests belong, some are missing.
+                assert_eq!((frozen.canary.expected, frozen.canary.reported), (1, 0));
+                let frozen = book.freeze(&comparison(), AHEAD_MS, 2, now_ms);
+                assert_eq!((frozen.rows.len(), frozen.canary.reported), (0, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn clocks_are_compared_anew_before_windows_are_taken_for_late_much_later() {
+        let mut clocks = Clocks::compared_at(NOW_MS);
+        let mut length = |now_ms: u64, ahead_ms: u64| {
+            let mut batch = window(1, now_ms + ahead_ms);
+            let dated = clocks.date(&mut batch, now_ms);
+            dated.map(|()| batch.length_ms).map_err(|error| error.to_string())
+        };
+        for (now_ms, is_compared) in [
+            (NOW_MS, true),
+            (NOW_MS + 60_000, true),
+            (NOW_MS + 60_001, false),
+            // The aggregator's own clock was set back.
+            (NOW_MS - 60_001, false),
+        ] {
+            assert_eq!(length(now_ms, 5_000), Ok(1_000), "within what clocks may differ");
+            match length(now_ms, 5_001) {
+                Ok(length_ms) => assert_eq!((length_ms, is_compared), (0, true)),
+                Err(problem) => assert!(!is_compared && problem.contains("5001 ms"), "{problem}"),
+            }
+        }
+        let mut batch = WindowBatch::default();
+        let problem = clocks.date(&mut batch, NOW_MS).unwrap_err().to_string();
+        assert!(problem.contains("0 ms"), "{problem}");
+    }
+
+    #[test]
+    fn what_was_stored_of_a_pool_counts_once_after_a_restart() {
+        let hello = hello();
         let pool = Pool {
             name: "orders".to_owned(),
             acquires: 10,
@@ -569,12 +733,7 @@ mod tests {
             rebuild.take(&mut book, entry, 12_000);
         }
         assert_eq!(rebuild.refused, 0);
-        let comparison = Comparison {
-            service: "checkout".to_owned(),
-            canary_version: "v2".to_owned(),
-            baseline_version: None,
-        };
-        let window = book.freeze(&comparison, 10_000, 1, 30_000);
+        let window = book.freeze(&comparison(), 10_000, 1, 30_000);
         let [pool] = window.pool.as_slice() else {
             panic!("{:?}", window.pool);
         };

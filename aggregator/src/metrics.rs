@@ -456,7 +456,7 @@ impl Collector for BookCollector {
         counter(
             &mut encoder,
             "late_requests",
-            "Requests that came after their window was judged",
+            "Requests that came after their window was judged, or in a window whose agent had a wrong clock",
             &lates,
         )?;
         counter(

@@ -361,6 +361,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     let mut book = Book::new(patience, started_ms);
     for (service, policy) in &policies {
         book.set_slot(service, policy.window_ms());
+        book.keep_places(service, policy.tenants.keys().cloned());
     }
     // Windows that were judged already are counted again, and need no place.
     let waiting = logbook.waiting();

@@ -9,7 +9,8 @@
 //!          (the three numbers are u32, little-endian)
 //! payload  kind, one byte; session, u64 little-endian; message, protobuf
 //! kind     1: a session begins, the message is its Hello
-//!          2: a batch, the message is the WindowBatch as the agent sent it
+//!          2: a batch, the message is the WindowBatch as the agent sent it; with a length of 0 where its agent's clock
+//!             was wrong (ingest.rs), and without its counts where it had come before
 //!          3: a session ends for good, the message is Bye
 //!          4: a piece of the book, the message is Piece (book/image.rs); the session is 0
 //! ```

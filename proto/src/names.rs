@@ -174,7 +174,7 @@ impl fmt::Display for Arm {
 /// | `server_error` | status 5xx; gRPC status that is the service's | yes | yes |
 /// | `connect_failure` | the application accepted no connection | yes | no |
 /// | `upstream_reset` | the application closed or reset before its answer was complete | yes | no |
-/// | `timeout` | the agent's own time limit for an answer passed | yes | no |
+/// | `timeout` | the agent's idle limit passed, or a gRPC call's deadline, at which its caller gave it up | yes | no |
 /// | `client_abort` | the client went away before the answer was complete | not counted | no |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]

@@ -74,6 +74,9 @@ fn windows(faulty: bool) -> String {
             timeouts: waits / 10,
             used: 5,
             max: 10,
+            at_least: false,
+            estimated: false,
+            agents: None,
         };
         let window = Window {
             number,

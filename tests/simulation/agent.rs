@@ -80,7 +80,7 @@ pub(crate) async fn live(agent: Arc<Agent>) -> turmoil::Result {
         .trace
         .note(&format!("{}: begins life {epoch:016x}", config.instance));
     let (windows, sealed) = mpsc::channel(WAITING_WINDOWS);
-    let (set_settings, settings) = watch::channel(Settings::default());
+    let (set_settings, settings) = watch::channel(Arc::new(Settings::default()));
     let surroundings = Surroundings {
         epoch,
         clock,
@@ -161,7 +161,7 @@ struct Clients {
     window_ms: u64,
     start_ms: u64,
     windows: mpsc::Sender<Sealed>,
-    settings: watch::Receiver<Settings>,
+    settings: watch::Receiver<Arc<Settings>>,
 }
 
 impl Clients {

@@ -10,8 +10,11 @@ use super::{
 /// Most processes that are looked at; a pod has a few.
 const MOST: usize = 200;
 
-/// Most open files that are counted one by one, for each process.
-const MOST_FILES: usize = 65_536;
+/// Most open files that are counted one by one, for each process: the windows wait meanwhile.
+const MOST_FILES: usize = 4_096;
+
+/// Since this version of Linux, the size of a process' directory of files is their number.
+const COUNTED_SINCE: (u32, u32) = (6, 2);
 
 /// The processes of the pod, as far as they are seen.
 #[derive(Debug, Default)]
@@ -29,6 +32,7 @@ pub(super) fn look(root: &Path, group: &Group) -> Seen {
     let Ok(entries) = fs::read_dir(&directory) else {
         return seen;
     };
+    let is_counted = release(root) >= COUNTED_SINCE;
     let pids = entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -44,7 +48,8 @@ pub(super) fn look(root: &Path, group: &Group) -> Seen {
             Place::Elsewhere => continue,
         }
         seen.pids.push(pid);
-        seen.open_files = seen.open_files.saturating_add(open_files(&process.join("fd")));
+        let open_files = open_files(&process.join("fd"), is_counted);
+        seen.open_files = seen.open_files.saturating_add(open_files);
     }
     seen
 }
@@ -56,11 +61,54 @@ pub(super) fn all_open_files(root: &Path) -> u64 {
     first.and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
-/// The entries of a process' directory of files. Another user's cannot be listed, but Linux 6.2 and later
-/// gives their number as the directory's size.
-fn open_files(directory: &Path) -> u64 {
-    match fs::read_dir(directory) {
-        Ok(entries) => entries.take(MOST_FILES).count() as u64,
-        Err(_) => fs::metadata(directory).map_or(0, |directory| directory.len()),
+/// The open files of a process. Where the kernel counts them, it does so for processes of every user; else the entries
+/// of the directory are counted, which another user's does not show.
+fn open_files(directory: &Path, is_counted: bool) -> u64 {
+    if is_counted && let Ok(directory) = fs::metadata(directory) {
+        return directory.len();
+    }
+    fs::read_dir(directory).map_or(0, |entries| entries.take(MOST_FILES).count() as u64)
+}
+
+/// The first two numbers of the kernel's version; zeros where it is not known.
+fn release(root: &Path) -> (u32, u32) {
+    let text = text(&root.join("proc/sys/kernel/osrelease")).unwrap_or_default();
+    let mut numbers = text
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        process::{Command, Stdio},
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    /// A process that waits for input has the files that it began with, once it has read its libraries.
+    #[test]
+    fn the_kernels_count_is_the_number_of_entries() {
+        let mut child = Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let files = format!("/proc/{}/fd", child.id());
+        let is_counted = release(Path::new("/")) >= COUNTED_SINCE;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let listed = open_files(Path::new(&files), false);
+            let counted = open_files(Path::new(&files), is_counted);
+            if listed >= 3 && counted == listed {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{counted} counted, {listed} listed");
+            std::thread::yield_now();
+        }
+        drop(child.stdin.take());
+        assert!(child.wait().unwrap().success());
     }
 }

@@ -160,6 +160,29 @@ fn processes_of_other_pods_are_not_looked_at() {
 }
 
 #[test]
+fn open_files_are_listed_only_where_the_kernel_does_not_count_them() {
+    let tree = Tree::new(&borrowed(&v2("")));
+    tree.write("sys/fs/cgroup/cgroup.controllers", "cpu memory pids\n");
+    tree.write("proc/self/cgroup", "0::/\n");
+    let group = Group::find(tree.root()).unwrap();
+    let open_files = || processes::look(tree.root(), &group).open_files;
+    // Of the one, the size is known and no entries are shown, as of another user's process.
+    tree.write("proc/7/cgroup", "0::/\n");
+    tree.write("proc/7/fd", &"f".repeat(70_000));
+    for release in ["6.2.0\n", "6.18.44-generic\n", "7.0-rc1\n"] {
+        tree.write("proc/sys/kernel/osrelease", release);
+        assert_eq!(open_files(), 70_000, "{release}");
+    }
+    for release in ["6.1.176\n", "5.14.0-503.el9.x86_64\n", "4.19\n", "Linux\n", "\n"] {
+        tree.write("proc/sys/kernel/osrelease", release);
+        assert_eq!(open_files(), 0, "{release}");
+    }
+    // Of the other, so many are listed and no more.
+    tree.process(8, "0::/\n", 4_100);
+    assert_eq!(open_files(), 4_096);
+}
+
+#[test]
 fn a_pods_group_is_found_where_the_hosts_groups_are_mounted() {
     let pod = "/kubepods.slice/kubepods-pod1b2c.slice";
     let mut files = v2(pod);

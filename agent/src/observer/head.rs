@@ -65,7 +65,7 @@ impl Incomplete {
     pub(super) fn extend(&mut self, bytes: &[u8]) -> Result<(usize, bool), Opaque> {
         let before = self.bytes.len();
         let room = MAX_HEAD_BYTES - before;
-        self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        self.bytes.extend_from_slice(bytes.get(..room).unwrap_or(bytes));
         if let Some(end) = end_of_head(&self.bytes, self.searched) {
             self.bytes.truncate(end);
             return Ok((end - before, true));

@@ -26,6 +26,9 @@ pub struct Http1 {
     reusable: bool,
     /// Whether at least one answer was complete.
     has_answered: bool,
+    /// The exchange that is or was the last has come: what the client sends after it is no request (RFC 9112,
+    /// section 9.6), and nobody will answer it.
+    is_last: bool,
     client_gone: bool,
 }
 
@@ -66,6 +69,7 @@ impl Default for Http1 {
             answered_ns: 0,
             reusable: false,
             has_answered: false,
+            is_last: false,
             client_gone: false,
         }
     }
@@ -115,6 +119,10 @@ impl Http1 {
         self.pending.len()
     }
 
+    pub(super) fn owes_request(&self) -> bool {
+        matches!(self.request, Side::Head | Side::Body(_))
+    }
+
     /// Whether the application's next byte may begin the head of an answer.
     pub(super) fn awaits_answer(&self) -> bool {
         matches!(self.response, Side::Idle | Side::Head)
@@ -149,6 +157,7 @@ impl Http1 {
         while !bytes.is_empty() {
             let taken = match &mut self.request {
                 Side::Opaque => return,
+                Side::Idle if self.is_last => return,
                 Side::Idle => {
                     // Empty lines before a request are allowed, and are not its first byte.
                     let blank = |b: &&u8| matches!(**b, b'\r' | b'\n');
@@ -258,6 +267,7 @@ impl Http1 {
             if let Some((head, length)) = Request::parse(bytes, &mut room)? {
                 let next = begin(&head, self.started_ns, &mut self.pending, sink)?;
                 self.request = next;
+                self.is_last |= !head.is_persistent();
                 return Ok(length);
             }
         }
@@ -267,6 +277,7 @@ impl Http1 {
             let mut room = no_headers();
             self.request = match Request::parse(whole, &mut room)? {
                 Some((head, length)) if length == whole.len() => {
+                    self.is_last |= !head.is_persistent();
                     begin(&head, self.started_ns, &mut self.pending, sink)?
                 }
                 _ => return Err(Opaque::NotHttp),
@@ -301,6 +312,7 @@ impl Http1 {
         let Some(request) = self.pending.front_mut() else {
             return Err(Opaque::Unsolicited);
         };
+        let persistent = head.persistent;
         let (status, method) = (head.status, request.method);
         request.status = status;
         if status == 101 {
@@ -311,13 +323,13 @@ impl Http1 {
             self.response = Side::Idle;
             return Ok(());
         }
-        request.persistent &= head.persistent;
         (request.first_byte_ns, request.is_stream) = (self.answered_ns, head.is_stream);
         if method == Method::Connect && status < 300 {
             self.answered(now_ns, sink);
             return Err(Opaque::Connect);
         }
         let body = head.body(method);
+        request.persistent &= persistent && body != Body::UntilClose;
         if body.is_empty() {
             self.answered(now_ns, sink);
         } else {
@@ -334,6 +346,21 @@ impl Http1 {
             self.reusable = request.persistent;
             let outcome = Outcome::of_http_status(request.status);
             sink.end(request.tenant, outcome, request.times(now_ns));
+            if !request.persistent {
+                self.end_here(sink);
+            }
+        }
+    }
+
+    /// No exchange follows. Whoever has sent requests ahead of this answer sends them again elsewhere.
+    fn end_here(&mut self, sink: &mut impl Sink) {
+        self.is_last = true;
+        for later in std::mem::take(&mut self.pending) {
+            sink.forget(later.tenant);
+        }
+        if matches!(self.request, Side::Head) {
+            self.request = Side::Idle;
+            self.request_head.clear();
         }
     }
 

@@ -9,6 +9,11 @@
 //!
 //! * A reset by the server is its failure, a reset by the client is the client's; what is still on the way
 //!   on the stream is nobody's, but its header blocks are read: they change the tables.
+//! * A caller of gRPC that resets its stream when its deadline is over (`grpc-timeout`) got no answer in
+//!   time. It is the same as where the server notices first and says DEADLINE_EXCEEDED.
+//! * A call of gRPC that is answered before its request has ended is a conversation, which lasts as long as
+//!   the caller likes; it has no latency. One that only the server streams does have: telling it from others
+//!   takes the prefixes of messages, which are not looked at.
 //! * An answer that is complete before its request is counted when it is complete.
 //! * A CONNECT is answered when it is accepted. What goes through the tunnel is not part of the answer.
 //! * What the server pushes was not asked for and is not counted.
@@ -17,6 +22,8 @@
 //!   promise to answer end when the connection closes, as the server's failure.
 //! * A request that no correct server accepts (RFC 9113, section 8.1.1) is attributed to nobody; neither
 //!   framing nor compression are in doubt, so all others are still followed.
+//! * So they are where a request is passed over because too many others are open, or because its head is
+//!   larger than is kept. Servers may well answer it.
 //! * Where a correct peer would give the connection up, or where tables might differ, nobody knows what
 //!   follows: the connection is opaque and what is pending is forgotten.
 
@@ -37,10 +44,11 @@ use frames::{Block, Data, Event, Frames, Sender, Settings};
 use hpack::{Decoder, Table};
 use request::{RequestHead, RequestTable};
 use response::{Answer, ResponseTable};
-use stream::{Stream, Streams};
+use stream::{NOT_SAID, Stream, Streams};
 
-/// The most streams that are followed at a time.
-const MAX_STREAMS: usize = 1024;
+/// The most streams that are followed at a time. Many servers set no limit, and streams pile up on a shared
+/// connection while a server stands still.
+const MAX_STREAMS: usize = 4096;
 
 /// The most SETTINGS of one side that the other may leave without an acknowledgement.
 const MAX_UNACKNOWLEDGED: usize = 64;
@@ -59,7 +67,8 @@ pub struct Http2 {
     client: Direction<RequestTable>,
     server: Direction<ResponseTable>,
     streams: Streams,
-    opened: Opened,
+    /// The last stream that the client has opened. Their numbers only rise (RFC 9113, section 5.1.1).
+    last_opened: u32,
     /// The server has promised not to process any stream above.
     last_processed: u32,
     client_gone: bool,
@@ -75,21 +84,13 @@ struct Direction<T> {
     limits: VecDeque<Option<u32>>,
 }
 
-/// Which streams the client has opened. Their numbers only rise (RFC 9113, section 5.1.1).
-#[derive(Debug, Default)]
-struct Opened {
-    first: u32,
-    last: u32,
-    count: u32,
-}
-
 impl Default for Http2 {
     fn default() -> Self {
         Self {
             client: Direction::new(Sender::Client),
             server: Direction::new(Sender::Server),
             streams: Streams::default(),
-            opened: Opened::default(),
+            last_opened: 0,
             last_processed: LAST_STREAM,
             client_gone: false,
             is_opaque: false,
@@ -205,9 +206,9 @@ impl Http2 {
                 Ok(())
             }
             Event::Reset(id) if is_pushed(id) => Ok(()),
-            Event::Reset(id) if id > self.opened.last => Err(Opaque::Http2Framing),
+            Event::Reset(id) if id > self.last_opened => Err(Opaque::Http2Framing),
             Event::Reset(id) => {
-                self.on_reset(id, Outcome::ClientAbort, now_ns, sink);
+                self.on_reset(id, |stream| stream.given_up(now_ns), now_ns, sink);
                 Ok(())
             }
             Event::GoAway(_) => Ok(()),
@@ -222,15 +223,20 @@ impl Http2 {
                 self.server.frames.recycle(block.bytes);
                 noted
             }
-            Event::Settings(settings) => self.client.limit(settings),
+            Event::Settings(settings) => {
+                if settings.takes_binary {
+                    self.client.blocks.table_mut().allow_binary();
+                }
+                self.client.limit(settings)
+            }
             Event::Acknowledged => {
                 self.server.acknowledge();
                 Ok(())
             }
             Event::Reset(id) if is_pushed(id) => Ok(()),
-            Event::Reset(id) if id > self.opened.last => Err(Opaque::Unsolicited),
+            Event::Reset(id) if id > self.last_opened => Err(Opaque::Unsolicited),
             Event::Reset(id) => {
-                self.on_reset(id, Outcome::UpstreamReset, now_ns, sink);
+                self.on_reset(id, |_| Outcome::UpstreamReset, now_ns, sink);
                 Ok(())
             }
             Event::GoAway(last) => {
@@ -258,16 +264,21 @@ impl Http2 {
         head: &RequestHead,
         sink: &mut impl Sink,
     ) -> Result<(), Opaque> {
-        if block.stream > self.opened.last {
-            return self.open(block, head, sink);
+        if block.stream > self.last_opened {
+            self.open(block, head, sink);
+            return Ok(());
         }
         let Some(stream) = self.streams.get_mut(block.stream) else {
-            // Trailers of a stream that was reset, unless the stream is one that was passed over.
-            let was_opened = self.opened.has(block.stream);
-            return was_opened.then_some(()).ok_or(Opaque::Http2Framing);
+            // Trailers of a stream that was reset may still be on the way; a request would go back.
+            if head.has_pseudo() {
+                return Err(Opaque::Http2Framing);
+            }
+            return Ok(());
         };
         let may_end = block.is_last && !stream.has_request_ended && stream.has_body();
-        if !may_end || !head.is_trailers() {
+        if head.is_cut() {
+            stream.forget(sink);
+        } else if !may_end || !head.is_trailers() {
             stream.spoil(sink);
         }
         if block.is_last {
@@ -277,29 +288,32 @@ impl Http2 {
     }
 
     /// The client opens a stream.
-    fn open(&mut self, block: &Block<'_>, head: &RequestHead, sink: &mut impl Sink) -> Result<(), Opaque> {
-        self.opened.add(block.stream);
+    fn open(&mut self, block: &Block<'_>, head: &RequestHead, sink: &mut impl Sink) {
+        self.last_opened = block.stream;
         if block.stream > self.last_processed {
-            return Ok(());
+            return;
         }
         if self.streams.len() >= MAX_STREAMS {
-            return Err(Opaque::TooManyStreams);
+            sink.passed_over();
+            return;
         }
         let mut stream = Stream::new(block.stream, block.started_ns);
         stream.has_request_ended = block.is_last;
-        if head.is_request(block.is_last) {
+        if head.is_cut() {
+            sink.passed_over();
+        } else if head.is_request(block.is_last) {
             stream.kind = head.kind();
-            stream.body_left = head.content_length();
+            stream.body_left = head.content_length().unwrap_or(NOT_SAID);
+            stream.timeout_ns = head.timeout_ns().unwrap_or(NOT_SAID);
             stream.tenant = Some(sink.begin(head));
         } else {
             sink.malformed();
         }
         self.streams.insert(stream);
-        Ok(())
     }
 
     fn on_request_data(&mut self, data: Data, sink: &mut impl Sink) -> Result<(), Opaque> {
-        if is_pushed(data.stream) || data.stream > self.opened.last {
+        if is_pushed(data.stream) || data.stream > self.last_opened {
             return Err(Opaque::Http2Framing);
         }
         let Some(stream) = self.streams.get_mut(data.stream) else {
@@ -335,7 +349,7 @@ impl Http2 {
         if block.is_push || is_pushed(block.stream) {
             return Ok(());
         }
-        if block.stream > self.opened.last {
+        if block.stream > self.last_opened {
             return Err(Opaque::Unsolicited);
         }
         let Some(stream) = self.streams.get_mut(block.stream) else {
@@ -345,7 +359,7 @@ impl Http2 {
             if answer.is_interim() && !block.is_last {
                 return Ok(());
             }
-            stream.answer(&answer, block.started_ns);
+            stream.answer(&answer, block.is_last, block.started_ns);
             if stream.is_tunnel() {
                 stream.end(stream.outcome(None), now_ns, sink);
             }
@@ -360,7 +374,7 @@ impl Http2 {
         if is_pushed(data.stream) {
             return Ok(());
         }
-        if data.stream > self.opened.last {
+        if data.stream > self.last_opened {
             return Err(Opaque::Unsolicited);
         }
         if data.is_last {
@@ -379,9 +393,9 @@ impl Http2 {
         }
     }
 
-    fn on_reset(&mut self, id: u32, outcome: Outcome, now_ns: u64, sink: &mut impl Sink) {
+    fn on_reset(&mut self, id: u32, how: impl Fn(&Stream) -> Outcome, now_ns: u64, sink: &mut impl Sink) {
         if let Some(mut stream) = self.streams.remove(id) {
-            stream.end(outcome, now_ns, sink);
+            stream.end(how(&stream), now_ns, sink);
         }
     }
 
@@ -390,7 +404,7 @@ impl Http2 {
             return;
         }
         self.last_processed = last;
-        if last >= self.opened.last {
+        if last >= self.last_opened {
             return;
         }
         for mut stream in self.streams.take_all() {
@@ -456,24 +470,6 @@ impl<T: Table + Default> Direction<T> {
     fn footprint(&self) -> usize {
         let limits = self.limits.capacity().saturating_mul(size_of::<Option<u32>>());
         self.frames.footprint().saturating_add(limits)
-    }
-}
-
-// === impl Opened ===
-
-impl Opened {
-    fn add(&mut self, id: u32) {
-        if self.count == 0 {
-            self.first = id;
-        }
-        self.last = id;
-        self.count = self.count.saturating_add(1);
-    }
-
-    /// Whether the client surely opened this stream: if it passed some over, nobody remembers which.
-    fn has(&self, id: u32) -> bool {
-        let passed = self.last.saturating_sub(self.first) / 2;
-        self.count > passed && (self.first..=self.last).contains(&id)
     }
 }
 

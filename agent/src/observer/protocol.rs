@@ -93,6 +93,11 @@ impl Observer {
         }
     }
 
+    /// Whether the client has begun a request and not sent all of it.
+    pub fn owes_request(&self) -> bool {
+        matches!(&self.0, Protocol::Http1(http1) if http1.owes_request())
+    }
+
     /// Requests whose answers are not complete.
     pub fn pending(&self) -> usize {
         match &self.0 {

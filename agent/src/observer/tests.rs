@@ -40,6 +40,10 @@ impl Sink for Notes {
         self.forgotten += 1;
     }
 
+    fn passed_over(&mut self) {
+        panic!("there are no streams");
+    }
+
     fn malformed(&mut self) {
         panic!("there are no streams");
     }

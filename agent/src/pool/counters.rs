@@ -3,7 +3,7 @@
 //! Each series is followed by itself, before series of one pool are added: of eight worker processes that are
 //! exposed together, one may end or start anew, and the sum of their counters would tell neither.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{
     PoolRow,
@@ -39,7 +39,15 @@ struct Last {
 
 /// Sums over the series of one pool; of several sources, the first one's.
 #[derive(Debug, Default)]
-struct Sums([Option<(Source, u64)>; Quantity::COUNT]);
+struct Sums([Option<Sum>; Quantity::COUNT]);
+
+#[derive(Debug, Clone, Copy)]
+struct Sum {
+    source: Source,
+    amount: u64,
+    /// There is more in it than those who gave up, which some libraries count apart from who waited and asked.
+    is_whole: bool,
+}
 
 // === impl Counters ===
 
@@ -48,7 +56,8 @@ impl Counters {
     ///
     /// A pool that is new has counted before anyone looked: its counters count from now on. A counter that
     /// goes down was started anew, and what it has was counted since; so was a series that is new in a pool
-    /// that is not. Scrapes that failed between leave no trace: what they missed is in the next.
+    /// that is not. Scrapes that failed between leave no trace: what they missed is in the next. Where acquires
+    /// are not counted they are not known, but of a pool that is new: nothing has happened at it yet.
     pub(super) fn next(&mut self, readings: &[Reading]) -> Vec<PoolRow> {
         self.scrapes = self.scrapes.saturating_add(1);
         let has_hikari = readings.iter().any(|reading| reading.source == Source::Hikari);
@@ -71,6 +80,10 @@ impl Counters {
         let is_new = !self.pools.contains_key(name);
         let known = self.pools.entry(name.to_owned()).or_default();
         known.scrape = self.scrapes;
+        let gave_up = readings
+            .iter()
+            .filter(|reading| reading.quantity == Quantity::Timeouts);
+        let gave_up: BTreeSet<u64> = gave_up.map(|reading| reading.series).collect();
         let mut sums = Sums::default();
         for reading in readings {
             let amount = if reading.quantity.is_gauge() {
@@ -78,7 +91,8 @@ impl Counters {
             } else {
                 known.raise(reading, is_new)
             };
-            sums.add(reading, amount);
+            let is_apart = gave_up.contains(&reading.series);
+            sums.add(reading, amount, !is_apart);
         }
         let waiters = sums.get(Quantity::Waiters);
         let rise = waiters
@@ -86,7 +100,11 @@ impl Counters {
             .saturating_sub(known.waiters.unwrap_or(u64::MAX));
         known.waiters = waiters.or(known.waiters);
         known.make_room();
-        sums.row(name, rise)
+        let mut row = sums.row(name, rise);
+        if is_new && row.acquires.is_none() {
+            row.acquires = Some(0);
+        }
+        row
     }
 
     fn forget(&mut self) {
@@ -130,38 +148,58 @@ impl Known {
 // === impl Sums ===
 
 impl Sums {
-    fn add(&mut self, reading: &Reading, amount: u64) {
+    fn add(&mut self, reading: &Reading, amount: u64, is_whole: bool) {
         let sum = &mut self.0[reading.quantity as usize];
         *sum = match *sum {
-            Some((source, sum)) if source == reading.source => Some((source, sum.saturating_add(amount))),
-            Some((source, sum)) if source < reading.source => Some((source, sum)),
-            _ => Some((reading.source, amount)),
+            Some(sum) if sum.source == reading.source => Some(Sum {
+                source: sum.source,
+                amount: sum.amount.saturating_add(amount),
+                is_whole: sum.is_whole || is_whole,
+            }),
+            Some(sum) if sum.source < reading.source => Some(sum),
+            _ => Some(Sum {
+                source: reading.source,
+                amount,
+                is_whole,
+            }),
         };
     }
 
     fn get(&self, quantity: Quantity) -> Option<u64> {
-        self.0[quantity as usize].map(|(_, sum)| sum)
+        self.0[quantity as usize].map(|sum| sum.amount)
     }
 
-    /// `rise` is that of the waiters.
+    /// The number, if it is not only that of those who gave up.
+    fn whole(&self, quantity: Quantity) -> Option<u64> {
+        let sum = self.0[quantity as usize].filter(|sum| sum.is_whole);
+        sum.map(|sum| sum.amount)
+    }
+
+    /// `rise` is that of the waiters. Only where the waits themselves are counted are all of them known: a slow
+    /// acquire is a sign of a wait, and so are waiters, but not of each.
     fn row(&self, name: &str, rise: u64) -> PoolRow {
         let count = |quantity| self.get(quantity).unwrap_or(0);
         let rest = |other| Some(self.get(Quantity::Open)?.saturating_sub(self.get(other)?));
         let timed = self.get(Quantity::Timed);
         let slow = timed.unwrap_or(0).saturating_sub(count(Quantity::TimedFast));
-        let acquires = self.get(Quantity::Acquires);
-        PoolRow {
+        let acquires = self.whole(Quantity::Acquires);
+        let acquires = acquires.or_else(|| self.get(Quantity::Transactions)).or(timed);
+        let waits = self.whole(Quantity::Waits);
+        let mut row = PoolRow {
             name: name.to_owned(),
-            acquires: acquires.or_else(|| self.get(Quantity::Transactions)).or(timed),
-            waits: self.get(Quantity::Waits).unwrap_or(slow.max(rise)),
+            acquires,
+            acquires_estimated: acquires.is_none(),
+            waits: waits.unwrap_or(slow.max(rise)),
+            waits_at_least: waits.is_none(),
             timeouts: count(Quantity::Timeouts),
             wait_ns: self.get(Quantity::WaitNs).unwrap_or(count(Quantity::AcquireNs)),
             used: self.get(Quantity::Used).or(rest(Quantity::Idle)).unwrap_or(0),
             idle: self.get(Quantity::Idle).or(rest(Quantity::Used)).unwrap_or(0),
             max: count(Quantity::Max),
             waiters: count(Quantity::Waiters),
-        }
-        .plausible()
+        };
+        row.make_plausible();
+        row
     }
 }
 
@@ -273,6 +311,66 @@ mod tests {
         assert_eq!(next(140, 126, 11, 2), (Some(10), 0, 0), "waiters that went");
         // The two are not read at the same moment.
         assert_eq!(next(150, 137, 11, 2), (Some(10), 0, 0));
+    }
+
+    #[test]
+    fn it_is_said_what_is_not_all_counted() {
+        /// Whether waits are a lower bound, and acquires estimated.
+        fn of(numbers: &[(Quantity, u64)]) -> (bool, bool) {
+            let readings = numbers
+                .iter()
+                .map(|(quantity, series)| reading("p", Source::Pgxpool, *quantity, *series, 7));
+            let readings: Vec<Reading> = readings.collect();
+            let mut counters = Counters::default();
+            let first = counters.next(&readings);
+            let second = counters.next(&readings);
+            let said = |row: &PoolRow| (row.waits_at_least, row.acquires_estimated);
+            assert_eq!(said(&first[0]), said(&second[0]));
+            assert_eq!(second[0].acquires.is_none(), second[0].acquires_estimated);
+            said(&second[0])
+        }
+        use Quantity::{Acquires, Timed, TimedFast, Timeouts, Transactions, Used, Waiters, Waits};
+        type Case = (&'static [(Quantity, u64)], bool, bool);
+        let cases: [Case; 7] = [
+            (&[(Waits, 1), (Acquires, 2)], false, false),
+            (&[(Waits, 1)], false, true),
+            (&[(Used, 1)], true, true),
+            (&[(Waiters, 1), (Transactions, 2)], true, false),
+            // A slow acquire is not each wait.
+            (&[(Timed, 1), (TimedFast, 1), (Timeouts, 2)], true, false),
+            // Those who gave up are counted apart, and the others too.
+            (
+                &[
+                    (Waits, 1),
+                    (Acquires, 2),
+                    (Waits, 3),
+                    (Acquires, 3),
+                    (Timeouts, 3),
+                ],
+                false,
+                false,
+            ),
+            // Nothing else is there.
+            (&[(Waits, 3), (Acquires, 3), (Timeouts, 3)], true, true),
+        ];
+        for (numbers, waits_at_least, acquires_estimated) in cases {
+            assert_eq!(of(numbers), (waits_at_least, acquires_estimated), "{numbers:?}");
+        }
+    }
+
+    #[test]
+    fn those_who_gave_up_are_not_all_who_asked() {
+        let mut counters = Counters::default();
+        let mut next = |gave_up| {
+            let rows = counters.next(&[
+                reading("p", Source::Pgxpool, Quantity::Acquires, 1, gave_up),
+                reading("p", Source::Pgxpool, Quantity::Waits, 1, gave_up),
+                reading("p", Source::Pgxpool, Quantity::Timeouts, 1, gave_up),
+            ]);
+            (rows[0].acquires, rows[0].waits, rows[0].timeouts)
+        };
+        assert_eq!(next(4), (Some(0), 0, 0), "nothing has happened at a new pool");
+        assert_eq!(next(6), (None, 2, 2));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::{
 };
 
 /// Most pools of an application.
-pub(super) const MAX_POOLS: usize = 64;
+pub(crate) const MAX_POOLS: usize = 64;
 
 /// Most numbers that are taken from a scrape.
 pub(super) const MAX_READINGS: usize = 4096;
@@ -19,8 +19,9 @@ pub(super) const MAX_READINGS: usize = 4096;
 /// Longest name of a pool; the rest of a longer one is cut off.
 const MAX_NAME_BYTES: usize = 128;
 
-/// An acquire that took longer than this has waited.
-const SLOW_NS: f64 = 1e6;
+/// An acquire that took longer than this, 10 ms, has waited. A pool that tests a connection before it gives it
+/// away does so within the time that it measures: that takes a round trip to the database, and is no wait.
+const SLOW_NS: f64 = 1e7;
 
 /// One number of one series.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +55,7 @@ pub(super) struct Collector<'a> {
 struct Buckets {
     pool: String,
     source: Source,
-    /// The lowest limit from 1 ms on, in nanoseconds, and how many did not exceed it.
+    /// The lowest limit from 10 ms on, in nanoseconds, and how many did not exceed it.
     fast: Option<(f64, u64)>,
     all: Option<u64>,
 }
@@ -219,26 +220,45 @@ mod tests {
     }
 
     #[test]
-    fn the_first_limit_from_1_ms_decides() {
-        let mut buckets = Buckets {
-            pool: String::new(),
-            source: Source::Hikari,
-            fast: None,
-            all: None,
+    fn the_first_limit_from_10_ms_decides() {
+        let fast_and_all = |unit: Unit, limits: &[(&str, u64)]| {
+            let mut buckets = Buckets {
+                pool: String::new(),
+                source: Source::Hikari,
+                fast: None,
+                all: None,
+            };
+            for (limit, value) in limits {
+                let limit: f64 = limit.parse().unwrap();
+                buckets.add(limit * unit.ns(), *value);
+            }
+            (buckets.fast, buckets.all)
         };
-        for (limit, value) in [
-            ("0.01", 9),
-            ("0.0005", 2),
-            ("0.001", 5),
-            ("0.001", 6),
-            ("0.005", 7),
+        let seconds = [
+            ("0.1", 9),
+            ("0.001", 2),
+            ("0.005", 3),
+            ("0.01", 5),
+            ("0.01", 6),
+            ("0.05", 7),
             ("+Inf", 12),
             ("+Inf", 13),
-        ] {
-            let limit: f64 = limit.parse().unwrap();
-            buckets.add(limit * Unit::Seconds.ns(), value);
-        }
-        assert_eq!(buckets.fast, Some((SLOW_NS, 5)), "0.001 s is 1 ms");
-        assert_eq!(buckets.all, Some(12));
+        ];
+        assert_eq!(
+            fast_and_all(Unit::Seconds, &seconds),
+            (Some((SLOW_NS, 5)), Some(12)),
+            "0.01 s is 10 ms"
+        );
+        let millis = [("5.0", 3), ("10.0", 5), ("25.0", 7), ("+Inf", 8)];
+        assert_eq!(fast_and_all(Unit::Millis, &millis), (Some((SLOW_NS, 5)), Some(8)));
+        // Micrometer's.
+        let between = [("0.009786709", 3), ("0.011184810", 5), ("+Inf", 8)];
+        let (fast, _) = fast_and_all(Unit::Seconds, &between);
+        assert_eq!(fast.map(|(_, value)| value), Some(5));
+        // Where all limits are below, nothing can be said.
+        assert_eq!(
+            fast_and_all(Unit::Seconds, &[("0.005", 3), ("+Inf", 8)]),
+            (None, Some(8))
+        );
     }
 }

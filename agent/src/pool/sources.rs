@@ -5,19 +5,21 @@
 //!
 //! | source | acquires | waits | timeouts | time waited |
 //! |---|---|---|---|---|
-//! | HikariCP | timed calls, with those that gave up | above 1 ms (a), or (b) | exact | of all calls |
+//! | HikariCP | timed calls, with those that gave up | above 10 ms (a), or (b) | exact | of all calls |
 //! | Spring Boot | - | - | - | - |
 //! | Go database/sql | - | exact | - (c) | of waits |
 //! | pgxpool | exact | those that found none idle | cancelled (d) | of waits, else of all |
-//! | OpenTelemetry | timed calls | above 1 ms (a), or (b) | exact | of all calls |
+//! | OpenTelemetry | timed calls | above 10 ms (a), or (b) | exact | of all calls |
 //! | SQLAlchemy, sqlx | - | - | - | - |
 //! | node-postgres, deadpool | - | (b) | - | - |
 //! | bb8 | exact | exact | exact | of waits |
 //! | PgBouncer | assignments of a server, else transactions | (b) | - | of waits |
 //!
-//! (a) If the time is a histogram: an acquire above 1 ms has waited, for a free connection or for a new one;
-//! from a pool with an idle one it takes microseconds. The first limit from 1 ms on decides. Spring Boot
-//! exposes the histogram of HikariCP with
+//! (a) If the time is a histogram: an acquire above 10 ms has waited, for a free connection or for a new one.
+//! From a pool with an idle one it takes microseconds, or a round trip to the database if it is tested first,
+//! as HikariCP does with one idle for 500 ms (`com.zaxxer.hikari.aliveBypassWindowMs`). The first limit from
+//! 10 ms on decides; those of HikariCP's own histogram end at 1 ms, and say nothing. Spring Boot exposes
+//! Micrometer's histogram of HikariCP with
 //! `management.metrics.distribution.percentiles-histogram.hikaricp.connections.acquire=true`.
 //! (b) A lower bound: the largest of the timeouts, the slow acquires, and the rise of the waiters from one
 //! scrape to the next. (c) They are among the waits. (d) By a deadline, or by a client that went away.
@@ -80,7 +82,8 @@ const BUCKET_MILLIS: &[Role] = &[AcquireBucket(Millis)];
 const BUCKET_SECONDS: &[Role] = &[AcquireBucket(Seconds)];
 
 pub(super) const SOURCES: &[Known] = &[
-    // HikariCP: metrics/micrometer/MicrometerMetricsTracker.java.
+    // HikariCP: metrics/micrometer/MicrometerMetricsTracker.java. Its gauges are up to 1 s old, its counters
+    // are not: metrics/PoolStats.java.
     Known {
         source: Source::Hikari,
         pool: &["pool"],
@@ -109,7 +112,8 @@ pub(super) const SOURCES: &[Known] = &[
         ],
     },
     // Spring Boot: actuate/metrics/jdbc/DataSourcePoolMetrics.java. It shows HikariCP's pools again, under
-    // the names of their beans: where HikariCP speaks for itself, these are left out.
+    // the names of their beans, and of a pool that opens later only its limits: where HikariCP speaks for
+    // itself, these are left out.
     Known {
         source: Source::Spring,
         pool: &["name"],
@@ -155,7 +159,7 @@ pub(super) const SOURCES: &[Known] = &[
             ("pgxpool_empty_acquire_wait_time_ns", "", WAIT_NANOS),
             ("pgxpool_empty_acquire_wait_time_seconds", "", WAIT_SECONDS),
             ("pgxpool_canceled_acquire_count", "", TIMEOUTS_BESIDE),
-            // exaring/otelpgx: meter.go; the exporter adds the unit's name.
+            // exaring/otelpgx: meter.go; the exporter adds the unit's name. All is up to 1 s old.
             ("pgxpool_acquired_connections", "", USED),
             ("pgxpool_idle_connections", "", IDLE),
             ("pgxpool_total_connections", "", OPEN),
@@ -167,7 +171,8 @@ pub(super) const SOURCES: &[Known] = &[
         ],
     },
     // OpenTelemetry, semantic conventions since 1.27: docs/database/database-metrics.md. node-postgres has
-    // these by @opentelemetry/instrumentation-pg. Some exporters leave the unit out.
+    // these by @opentelemetry/instrumentation-pg, as they were at the pool's last event; if that gave a
+    // connection back, it still counts as used. Some exporters leave the unit out, JavaScript's among them.
     Known {
         source: Source::OtelConnection,
         pool: &["db_client_connection_pool_name", "pool_name"],
@@ -225,7 +230,7 @@ pub(super) const SOURCES: &[Known] = &[
         ],
     },
     // SQLAlchemy has no exporter: the methods of QueuePool, under the names in use. `size` is the pool's
-    // size without its overflow, so that more than `max` may be in use.
+    // size without its overflow, so that more may be in use, and no maximum is known.
     Known {
         source: Source::SqlAlchemy,
         pool: ANY_POOL,
@@ -236,7 +241,6 @@ pub(super) const SOURCES: &[Known] = &[
             ("sqlalchemy_pool_checked_out", "", USED),
             ("sqlalchemy_pool_checkedin", "", IDLE),
             ("sqlalchemy_pool_checked_in", "", IDLE),
-            ("sqlalchemy_pool_size", "", MAX),
         ],
     },
     // node-postgres has no exporter: the properties of Pool (node-postgres.com/apis/pool), by names in use.
@@ -305,8 +309,9 @@ pub(super) const SOURCES: &[Known] = &[
         ],
     },
     // prometheus-community/pgbouncer_exporter: collector.go and CHANGELOG.md. A database's pools, one a user,
-    // are one; `max` is the size of each of them. The database `pgbouncer` is its console. A server
-    // connection that waits for its check is idle ("used" in its words).
+    // are one; its size is that of each of them, so that no maximum of the database is known. The database `pgbouncer` is its
+    // console. A server connection that waits for its check is idle ("used" in its words). Only PgBouncer
+    // from 1.23 on counts assignments.
     Known {
         source: Source::PgBouncer,
         pool: &["name", "database"],
@@ -316,7 +321,6 @@ pub(super) const SOURCES: &[Known] = &[
             ("pgbouncer_pools_server_active_connections", "", USED),
             ("pgbouncer_pools_server_idle_connections", "", IDLE),
             ("pgbouncer_pools_server_used_connections", "", IDLE),
-            ("pgbouncer_databases_pool_size", "", MAX),
             ("pgbouncer_pools_client_waiting_connections", "", WAITERS),
             ("pgbouncer_stats_client_wait_seconds", "", WAIT_SECONDS),
             ("pgbouncer_stats_totals_client_wait_seconds", "", WAIT_SECONDS),

@@ -1,41 +1,40 @@
 //! Tells the application who the client is, where that is wanted: the header of the PROXY protocol, version 2
 //! (haproxy.org, doc/proxy-protocol.txt, section 2.2), before the first byte of the client.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+};
 
 use tokio::net::TcpStream;
 
 /// Begins every header: no other protocol begins so.
 const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 
-/// Version 2, and the command: the connection of a client, or one of the agent's own.
+/// Version 2, and the command: the connection of a client. The other command (LOCAL) would say that the agent is
+/// the client, and is never sent: an application may trust it more.
 const PROXY: u8 = 0x21;
-const LOCAL: u8 = 0x20;
 
 /// TCP over IPv4 and over IPv6.
 const TCP4: u8 = 0x11;
 const TCP6: u8 = 0x21;
 
-/// The header for a client's connection.
-pub(crate) fn header(client: &TcpStream) -> Vec<u8> {
-    match (client.peer_addr(), client.local_addr()) {
-        (Ok(from), Ok(to)) => header_of(from, to),
-        // The client is gone already.
-        _ => begun(LOCAL, 0, 0),
-    }
+/// The header for the connection of a client that was accepted from this address.
+pub(crate) fn header(from: SocketAddr, client: &TcpStream) -> io::Result<Vec<u8>> {
+    Ok(header_of(from, client.local_addr()?))
 }
 
 fn header_of(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     let (source, destination) = (from.ip().to_canonical(), to.ip().to_canonical());
     let mut header = match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let mut header = begun(PROXY, TCP4, 12);
+            let mut header = begun(TCP4, 12);
             header.extend(source.octets());
             header.extend(destination.octets());
             header
         }
         _ => {
-            let mut header = begun(PROXY, TCP6, 36);
+            let mut header = begun(TCP6, 36);
             header.extend(as_v6(source).octets());
             header.extend(as_v6(destination).octets());
             header
@@ -46,9 +45,9 @@ fn header_of(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     header
 }
 
-fn begun(command: u8, family: u8, length: u16) -> Vec<u8> {
+fn begun(family: u8, length: u16) -> Vec<u8> {
     let mut header = SIGNATURE.to_vec();
-    header.extend([command, family]);
+    header.extend([PROXY, family]);
     header.extend(length.to_be_bytes());
     header
 }

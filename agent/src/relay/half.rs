@@ -4,8 +4,10 @@
 //! body, go from one socket to the other inside the kernel (splice), through a pipe that is borrowed.
 
 use std::{
+    cell::Cell,
     io,
     pin::{Pin, pin},
+    rc::Rc,
     task::{Context, Poll, ready},
 };
 
@@ -15,7 +17,7 @@ use tokio::{
     task::yield_now,
 };
 
-use super::pipes::Pipe;
+use super::{peek, pipes::Pipe};
 use crate::proxy::Proxy;
 
 /// After so many bytes the other connections get their turn.
@@ -34,13 +36,23 @@ pub(super) trait Watch {
     fn left(&self) -> u64;
     /// So many of them were written.
     fn skipped(&mut self, count: u64);
+    /// Bytes that had waited were written at this time.
+    fn moved(&mut self, now_ns: u64);
     /// How much is read at most while what comes next is not known.
     fn room(&self) -> usize;
 }
 
+/// Bytes that all connections of the thread hold together from which on each holds no more than [`LITTLE`].
+const MUCH: usize = 32 * 1024 * 1024;
+
+/// Read at a time, at most, while much is held: peers that do not read cannot take all memory.
+const LITTLE: usize = 4 * 1024;
+
 /// One direction: what was read and could not be written yet, and how far closing has come.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Half {
+    /// What all directions of the thread hold together.
+    held: Rc<Cell<usize>>,
     waiting: Vec<u8>,
     written: usize,
     /// When the waiting bytes were read.
@@ -73,7 +85,24 @@ pub(super) enum Stop {
     DestinationLost,
 }
 
+impl Drop for Half {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}
+
 impl Half {
+    pub(super) fn new(proxy: &Proxy) -> Self {
+        Self {
+            held: proxy.held.clone(),
+            waiting: Vec::new(),
+            written: 0,
+            read_ns: 0,
+            pipe: None,
+            state: State::Open,
+        }
+    }
+
     pub(super) fn is_open(&self) -> bool {
         self.state == State::Open
     }
@@ -96,7 +125,20 @@ impl Half {
     }
 
     fn keep(&mut self, bytes: Vec<u8>, read_ns: u64) {
-        (self.waiting, self.written, self.read_ns) = (bytes, 0, read_ns);
+        self.let_go();
+        self.hold(bytes.len());
+        (self.waiting, self.read_ns) = (bytes, read_ns);
+    }
+
+    fn hold(&self, count: usize) {
+        self.held.set(self.held.get().saturating_add(count));
+    }
+
+    /// Gives back the memory of what was waiting.
+    fn let_go(&mut self) {
+        let waiting = std::mem::take(&mut self.waiting);
+        self.held.set(self.held.get().saturating_sub(waiting.len()));
+        self.written = 0;
     }
 
     /// More bytes that were read elsewhere, to be written after those that are waiting.
@@ -104,13 +146,14 @@ impl Half {
         if self.waiting.is_empty() {
             self.read_ns = read_ns;
         }
+        self.hold(bytes.len());
         self.waiting.extend_from_slice(bytes);
     }
 
     /// The bytes that are waiting.
     pub(super) fn take(&mut self) -> Vec<u8> {
-        let mut waiting = std::mem::take(&mut self.waiting);
-        waiting.drain(..std::mem::take(&mut self.written));
+        let waiting = self.waiting.get(self.written..).unwrap_or_default().to_vec();
+        self.let_go();
         waiting
     }
 
@@ -134,7 +177,7 @@ impl Half {
         self.written += count;
         if self.written >= self.waiting.len() {
             // Slow readers are few: an idle connection keeps no buffer.
-            (self.waiting, self.written) = (Vec::new(), 0);
+            self.let_go();
         }
     }
 }
@@ -170,6 +213,7 @@ pub(super) fn pump<W: Watch>(
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(count)) if count > 0 => {
                     watch.seen(&rest[..count], half.read_ns);
+                    watch.moved(proxy.now_ns());
                     half.wrote(count);
                     passed += count;
                     continue;
@@ -186,14 +230,23 @@ pub(super) fn pump<W: Watch>(
         {
             match splice_in(cx, proxy, half, from, pipe, left) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(Ok(0)) => half.state = State::Ended,
-                Poll::Ready(Ok(_)) => {}
-                Poll::Ready(Err(error)) if proxy.pipes.is_refusal(&error) => {}
+                // Urgent data stops a splice, and is not the end: it must be read.
+                Poll::Ready(Ok(0)) if peek(from) == Ok(1) => {}
+                Poll::Ready(Ok(0)) => {
+                    half.state = State::Ended;
+                    continue;
+                }
+                Poll::Ready(Err(error)) if proxy.pipes.is_refusal(&error) => continue,
+                Poll::Ready(Ok(_)) => continue,
                 Poll::Ready(Err(_)) => return Poll::Ready(Stop::SourceLost),
             }
-            continue;
         }
-        let room = watch.room().min(shared.len());
+        let most = if proxy.held.get() < MUCH {
+            shared.len()
+        } else {
+            LITTLE
+        };
+        let room = watch.room().min(most);
         let mut buffer = ReadBuf::new(&mut shared[..room]);
         match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
             Poll::Pending => return Poll::Pending,
@@ -328,6 +381,8 @@ mod tests {
             self.skipped += count;
         }
 
+        fn moved(&mut self, _: u64) {}
+
         fn room(&self) -> usize {
             usize::MAX
         }
@@ -344,7 +399,8 @@ mod tests {
         const TOTAL: usize = 32 << 20;
         let (mut source, mut from) = pair().await;
         let (mut to, mut destination) = pair().await;
-        let (proxy, mut half) = (proxy(), Half::default());
+        let proxy = proxy();
+        let mut half = Half::new(&proxy);
         let bytes: Vec<u8> = (0..TOTAL).map(|at| (at % 251) as u8).collect();
         let sent = bytes.clone();
         let writing = tokio::spawn(async move {
@@ -397,7 +453,8 @@ mod tests {
         destination.set_zero_linger().unwrap();
         drop(destination);
         source.write_all(b"hello").await.unwrap();
-        let (proxy, mut half) = (proxy(), Half::default());
+        let proxy = proxy();
+        let mut half = Half::new(&proxy);
         let mut sums = Sums::default();
         let stop = poll_fn(|cx| pump(cx, &proxy, &mut half, &mut from, &mut to, &mut sums)).await;
         assert_eq!((stop, sums.seen), (Stop::DestinationLost, 0));

@@ -7,10 +7,17 @@
 
 use rustix::{io::Errno, net::RecvFlags};
 
+use std::time::Duration;
+
 use coalmine_proto::names::Outcome;
+use tokio::time::sleep;
 
 use super::{End, Half, Relay};
 use crate::{gate::Stage, system};
+
+/// How long the application is kept busy with a connection on which nothing is asked. The race of a close
+/// and a request, for which it was opened, is over long before; then the client is told of the close.
+const UNUSED: Duration = Duration::from_secs(5);
 
 /// Why the connection to the application is not the client's first, until it has taken something.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -36,7 +43,7 @@ impl Relay {
     /// Opens another connection to the application; or says how the client's ends.
     pub(super) async fn renew(&mut self) -> Option<End> {
         self.upstream = None;
-        self.down = Half::default();
+        self.down = Half::new(&self.watched.proxy);
         if self.take_unread() == Unread::Reset {
             return Some(End::Reset);
         }
@@ -47,12 +54,13 @@ impl Relay {
             (Renewed::ForRequest, _) => return Some(self.upstream_lost()),
             _ => {}
         }
-        match self.watched.proxy.dial(&self.client).await {
+        match self.watched.proxy.dial(&self.client, self.from).await {
             Ok(upstream) => {
                 self.upstream = Some(upstream);
                 self.renewed = if has_request {
                     Renewed::ForRequest
                 } else {
+                    self.last_close = Some(Box::pin(sleep(UNUSED)));
                     Renewed::Idle
                 };
                 self.watched.active_ns = self.watched.proxy.now_ns();

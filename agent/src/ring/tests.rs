@@ -132,8 +132,18 @@ fn large_windows_are_sent_in_parts() {
     assert_eq!(batches.len(), 7);
     conserves(&batches);
     assert_eq!(batches[6].cumulative.requests, 20);
+    // The slots of the window are complete with the last part, and not before.
+    let lengths: Vec<u32> = batches.iter().map(|b| b.window.length_ms).collect();
+    assert_eq!(lengths, [1, 1, 1, 1, 1, 1, 1000]);
+    assert!(batches.iter().all(|b| b.window.start_unix_ms == 0));
     ring.acknowledge(7).unwrap();
     assert_eq!(ring.bytes(), 0);
+}
+
+#[test]
+fn a_message_has_fewer_names_than_a_session_leaves_room_for() {
+    // 200,000 names are taken in a session, a session ends after 100,000, and 4 MiB in a message.
+    assert!(row("t", 0, 0, 0).wire_bytes() * 100_000 > 4 << 20);
 }
 
 proptest! {

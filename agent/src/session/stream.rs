@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
 use super::{Ended, Session};
-use crate::{recorder::Settings, ring::Batch};
+use crate::{pool::PoolRow, recorder::Settings, ring::Batch, sealer};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -36,6 +36,10 @@ const MAX_DECODED: usize = 64 << 20;
 
 /// Once a session has had more names than this many times --max-tenants, another follows, with none.
 const MAX_NAMES: usize = 4;
+
+/// The same with this many names, however many tenants there may be: the aggregator takes 200,000 in a session, and no
+/// batch brings as many as are left.
+const MOST_NAMES: usize = 100_000;
 
 /// What one session knows.
 struct State {
@@ -109,7 +113,7 @@ impl Session<'_> {
                 bytes => bytes as usize,
             },
             names: HashMap::new(),
-            max_names: self.config.max_tenants.saturating_mul(MAX_NAMES),
+            max_names: self.config.max_tenants.saturating_mul(MAX_NAMES).min(MOST_NAMES),
             wanted: None,
             drain: None,
         };
@@ -220,7 +224,7 @@ impl Session<'_> {
                     "new limits"
                 );
                 state.wanted = Some(config.version);
-                self.limits.send_replace(Settings::from_wire(&config));
+                sealer::hand_over(&self.limits, Settings::from_wire(&config));
             }
             Some(aggregator_message::Kind::Drain(drain)) => {
                 let within = Duration::from_millis(drain.within_ms.into());
@@ -265,7 +269,6 @@ fn say(outbound: &mpsc::Sender<AgentMessage>, kind: agent_message::Kind) -> Resu
 /// The batch as it is sent, with the names that this session has not had.
 fn to_wire(batch: &Batch, names: &mut HashMap<TenantName, u32>) -> v1::WindowBatch {
     let window = &batch.window;
-    let requests = window.sums().requests;
     let mut new_names = Vec::new();
     let rows = window.rows.iter().map(|row| {
         let known = names.get(&row.tenant).copied();
@@ -292,7 +295,7 @@ fn to_wire(batch: &Batch, names: &mut HashMap<TenantName, u32>) -> v1::WindowBat
         gap: batch.gap,
         config_version: window.config_version,
         host: Some(window.host),
-        pools: window.pools.iter().map(|pool| pool.to_wire(requests)).collect(),
+        pools: window.pools.iter().map(PoolRow::to_wire).collect(),
     }
 }
 

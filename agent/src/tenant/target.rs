@@ -10,17 +10,17 @@ use super::Seen;
 pub(super) fn label_of<'h>(template: &Template, host: &'h [u8]) -> Option<&'h [u8]> {
     let (before, after) = (template.before.as_bytes(), template.after.as_bytes());
     let host = without_port(host);
-    let end = host.len().checked_sub(after.len())?;
-    let label = host.get(before.len()..end)?;
-    let fits = host[..before.len()].eq_ignore_ascii_case(before)
-        && host[end..].eq_ignore_ascii_case(after)
-        && !label.contains(&b'.');
+    let (first, rest) = host.split_at_checked(before.len())?;
+    let (label, last) = rest.split_at_checked(rest.len().checked_sub(after.len())?)?;
+    let fits =
+        first.eq_ignore_ascii_case(before) && last.eq_ignore_ascii_case(after) && !label.contains(&b'.');
     fits.then_some(label)
 }
 
 fn without_port(host: &[u8]) -> &[u8] {
-    match host.iter().rposition(|b| *b == b':') {
-        Some(colon) if host[colon + 1..].iter().all(u8::is_ascii_digit) => &host[..colon],
+    let mut parts = host.rsplitn(2, |b| *b == b':');
+    match (parts.next(), parts.next()) {
+        (Some(port), Some(name)) if port.iter().all(u8::is_ascii_digit) => name,
         _ => host,
     }
 }
@@ -54,9 +54,9 @@ fn path_of(target: &[u8]) -> &[u8] {
         return target;
     }
     let scheme = target.windows(3).position(|w| w == b"://");
-    let rest = scheme.map_or(&[][..], |at| &target[at + 3..]);
+    let rest = scheme.and_then(|at| target.get(at + 3..)).unwrap_or_default();
     let slash = rest.iter().position(|b| *b == b'/');
-    slash.map_or(&[][..], |at| &rest[at..])
+    slash.and_then(|at| rest.get(at..)).unwrap_or_default()
 }
 
 /// The value of the parameter of a target's query that has this name, decoded as forms are
@@ -93,10 +93,9 @@ fn split_query(target: &[u8]) -> (&[u8], &[u8]) {
 
 /// What stands before and after a byte; nothing stands after one that is not there.
 fn split_once(bytes: &[u8], at: u8) -> (&[u8], &[u8]) {
-    match bytes.iter().position(|b| *b == at) {
-        Some(position) => (&bytes[..position], &bytes[position + 1..]),
-        None => (bytes, &[]),
-    }
+    let mut parts = bytes.splitn(2, |b| *b == at);
+    let before = parts.next().unwrap_or_default();
+    (before, parts.next().unwrap_or_default())
 }
 
 /// Reads `%` with two digits as the byte that it stands for, and a plus as what it is here. None if two digits

@@ -182,7 +182,7 @@ fn a_ring_that_is_full_declares_exactly_what_it_drops() {
     config.ring_bytes = 1;
     let metrics = Metrics::new(&config, Arc::default());
     let (windows, sealed) = mpsc::channel(WINDOWS as usize);
-    let (set_settings, _settings) = watch::channel(Settings::default());
+    let (set_settings, _settings) = watch::channel(Arc::new(Settings::default()));
     let session = thread::spawn({
         let metrics = metrics.clone();
         move || {

@@ -5,6 +5,7 @@ use std::{
     iter,
     net::{SocketAddr, TcpListener, TcpStream},
     thread,
+    time::Duration,
 };
 
 use coalmine_proto::names::Outcome;
@@ -55,7 +56,7 @@ fn an_application_that_comes_later_is_found() {
     let application = stage::closed();
     let (mut agent, aggregator) = agent(&application);
     is_reset(&agent, "acme");
-    stage::open(&application);
+    stage::open(&application, 16);
     let mut client = client(&agent);
     client.write_all(&get("acme")).unwrap();
     let mut server = patient(application.accept().unwrap().0);
@@ -72,6 +73,44 @@ fn an_application_that_comes_later_is_found() {
             ("acme", Outcome::Success, 1),
         ],
     );
+}
+
+/// Connects until nobody is let in any more: the kernel then drops what comes (listen(2)). The connections must
+/// stay open.
+fn fill(application: &TcpListener) -> Vec<TcpStream> {
+    const MOST: usize = 16;
+    let address = application.local_addr().unwrap();
+    let mut waiting = Vec::new();
+    loop {
+        match TcpStream::connect_timeout(&address, Duration::from_millis(300)) {
+            Ok(stream) => waiting.push(stream),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::TimedOut);
+                return waiting;
+            }
+        }
+        assert!(waiting.len() < MOST, "a queue without places takes {MOST}");
+    }
+}
+
+#[test]
+fn an_application_that_does_not_accept_in_time_is_not_reached() {
+    let application = stage::closed();
+    stage::open(&application, 0);
+    let waiting = fill(&application);
+    let aggregator = Aggregator::start();
+    let mut agent = Agent::with(application.local_addr().unwrap(), |config| {
+        config.aggregator = aggregator.url();
+        config.connect_timeout = Duration::from_millis(300);
+    });
+    is_reset(&agent, "acme");
+    agent.expect("requests_total{outcome=\"connect_failure\"}", 1);
+    // The agent itself lacks nothing.
+    agent.expect("dial_exhausted_total", 0);
+    agent.stop();
+    agent.join();
+    stage::check(&aggregator, &[("acme", Outcome::ConnectFailure, 1)]);
+    drop(waiting);
 }
 
 #[test]
@@ -236,7 +275,7 @@ fn what_an_application_does_not_read_is_not_kept_by_the_agent() {
     client.write_all(head.as_bytes()).unwrap();
     let mut deaf = upstream.accept();
     client
-        .set_write_timeout(Some(std::time::Duration::from_millis(500)))
+        .set_write_timeout(Some(Duration::from_millis(500)))
         .unwrap();
     let chunk = vec![b'x'; 1 << 16];
     let mut sent = 0;

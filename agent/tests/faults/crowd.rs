@@ -1,22 +1,30 @@
 //! Many connections at a time: idle ones, slow ones, silent ones, and more than may be.
 
 use std::{
-    io::{ErrorKind, Write},
-    net::TcpStream,
+    io::{self, ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
     thread,
 };
 
 use coalmine_proto::names::Outcome;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 
 use crate::{
     aggregator::Aggregator,
     program::{Program, SLACK_BYTES, connections_that_fit},
-    stage::{self, OK, exchange, get},
+    stage::{self, OK, connect_with_room, exchange, get},
     support::{Agent, Upstream, client, eventually, read_all, read_exactly},
 };
 
 /// What an open connection may cost (DESIGN.md, section 12).
 const CONNECTION_BYTES: u64 = 2 * 1024;
+
+/// What is kept of an answer that a client does not take (relay/half.rs).
+const BUFFER_BYTES: u64 = 64 * 1024;
+
+/// What a table that all connections share may grow by when there are twice as many: between two powers of two, it
+/// doubles once.
+const TABLE_BYTES: u64 = 256 * 1024;
 
 /// A client and the application's end.
 type Pair = (TcpStream, TcpStream);
@@ -40,16 +48,18 @@ fn go_on(pair: &mut Pair, tenant: &str) {
 fn idle_connections_cost_little_and_hold_nobody_up() {
     const WANTED: u64 = 5_000;
     let count = connections_that_fit(WANTED);
-    if count < WANTED {
-        eprintln!("the limit of open files allows {count} connections instead of {WANTED}");
-    }
     let upstream = Upstream::new();
     let agent = Program::start(upstream.address(), &["--window=100ms"]);
     // The first ones pay for what all share.
     let mut pairs: Vec<Pair> = (0..50).map(|_| begin(&agent, &upstream, "idle")).collect();
     let before = agent.resident();
+    let mut half_way = before;
     let mut exchanges = pairs.len() as u64;
     for number in 0..count {
+        if number == count / 2 {
+            agent.expect("connections", pairs.len() as u64);
+            half_way = agent.resident();
+        }
         pairs.push(begin(&agent, &upstream, "idle"));
         exchanges += 1;
         if number % 100 == 0 {
@@ -58,11 +68,19 @@ fn idle_connections_cost_little_and_hold_nobody_up() {
         }
     }
     agent.expect("connections", pairs.len() as u64);
-    let grown = agent.resident().saturating_sub(before);
+    let resident = agent.resident();
+    let grown = resident.saturating_sub(before);
     let bound = count * CONNECTION_BYTES + SLACK_BYTES;
     assert!(
         grown <= bound,
         "{count} idle connections take {grown} bytes; at most {bound} are allowed"
+    );
+    // The second half pays for nothing but itself.
+    let (grown, more) = (resident.saturating_sub(half_way), count - count / 2);
+    let bound = more * CONNECTION_BYTES + TABLE_BYTES;
+    assert!(
+        grown <= bound,
+        "{more} idle connections more take {grown} bytes; at most {bound} are allowed"
     );
     // None was forgotten.
     for pair in pairs.iter_mut().step_by(25) {
@@ -85,9 +103,6 @@ fn slow_heads_are_passed_on_as_they_come_and_hold_nobody_up() {
     const WANTED: u64 = 1_000;
     const AT_ONCE: usize = 20;
     let count = connections_that_fit(WANTED);
-    if count < WANTED {
-        eprintln!("the limit of open files allows {count} connections instead of {WANTED}");
-    }
     let upstream = Upstream::new();
     let agent = Program::start(upstream.address(), &["--window=100ms"]);
     let mut other = begin(&agent, &upstream, "other");
@@ -124,6 +139,99 @@ fn slow_heads_are_passed_on_as_they_come_and_hold_nobody_up() {
         assert_eq!(read_exactly(client, OK.len()), OK);
     }
     agent.expect("requests_total{outcome=\"success\"}", exchanges + count);
+}
+
+/// An application that gives the tenant `deaf` a long answer, and all others a short one. Its kernel keeps little.
+fn answer_at_length(room: usize, length: usize) -> SocketAddr {
+    const STACK_BYTES: usize = 128 * 1024;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    set_socket_send_buffer_size(&listener, room).unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let answering = thread::Builder::new().stack_size(STACK_BYTES);
+            let answering = answering.spawn(move || {
+                let mut request = vec![0; get("deaf").len()];
+                while stream.read_exact(&mut request).is_ok() {
+                    let answered = if request == get("deaf") {
+                        write_at_length(&mut stream, length)
+                    } else {
+                        stream.write_all(OK)
+                    };
+                    if answered.is_err() {
+                        return;
+                    }
+                }
+            });
+            answering.unwrap();
+        }
+    });
+    address
+}
+
+fn write_at_length(stream: &mut TcpStream, length: usize) -> io::Result<()> {
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n")?;
+    let piece = [b'x'; 4096];
+    for _ in 0..length / piece.len() {
+        stream.write_all(&piece)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_that_do_not_read_cost_a_buffer_each_and_hold_nobody_up() {
+    const WANTED: u64 = 1_000;
+    const ANSWER: usize = 1 << 20;
+    const ROOM: usize = 16 * 1024;
+    let count = connections_that_fit(WANTED);
+    // What is accepted from it has as little room: else the kernel would keep the whole answers for the agent.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    set_socket_send_buffer_size(&listener, ROOM).unwrap();
+    let application = answer_at_length(ROOM, ANSWER);
+    let agent = Program::inheriting(&listener, application, &["--window=50ms"]);
+    let mut other = agent.client();
+    let mut ask_other = || {
+        // As long as the requests of the deaf.
+        other.write_all(&get("next")).unwrap();
+        assert_eq!(read_exactly(&mut other, OK.len()), OK);
+    };
+    ask_other();
+    let before = agent.resident();
+    let mut deaf = Vec::new();
+    for _ in 0..count {
+        let mut client = connect_with_room(agent.address, ROOM);
+        client.write_all(&get("deaf")).unwrap();
+        deaf.push(client);
+    }
+    agent.expect("in_flight_requests", count);
+    let (mut passed, mut since) = (0, 0);
+    eventually("nothing is passed on any more", || {
+        let windows = agent.metric("windows_sealed_total");
+        let now = agent.metric("sent_bytes_total");
+        if now != passed {
+            (passed, since) = (now, windows);
+        }
+        windows > since + 10
+    });
+    let asked = count * ANSWER as u64;
+    assert!(
+        passed < asked / 2,
+        "{passed} of {asked} bytes found room elsewhere"
+    );
+    ask_other();
+    let grown = agent.resident().saturating_sub(before);
+    let bound = count * (BUFFER_BYTES + CONNECTION_BYTES) + SLACK_BYTES;
+    assert!(
+        grown <= bound,
+        "{count} clients that do not read take {grown} bytes; at most {bound} are allowed"
+    );
+    agent.expect("requests_total{outcome=\"success\"}", 2);
+    // They close with bytes unread, which is a reset.
+    drop(deaf);
+    agent.expect("requests_total{outcome=\"client_abort\"}", count);
+    agent.expect("connections", 1);
+    ask_other();
+    agent.expect("requests_total{outcome=\"success\"}", 3);
 }
 
 #[test]

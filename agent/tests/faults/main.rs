@@ -19,4 +19,5 @@ mod aggregators;
 mod application;
 mod clients;
 mod crowd;
+mod files;
 mod flood;

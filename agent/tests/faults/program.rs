@@ -1,15 +1,17 @@
 //! The agent as it is built and started: a process of its own, so that its memory can be looked at.
 
 use std::{
-    fs,
+    collections::BTreeSet,
+    env, fs,
     io::Write,
     net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::OwnedFd,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 
 use crate::{
     stage::{connect, patient},
@@ -19,6 +21,9 @@ use crate::{
 /// What may be added to a bound of memory: pages of the allocator that are used in part, tables that all connections
 /// share, and what a build without optimisation takes more.
 pub(crate) const SLACK_BYTES: u64 = 6 << 20;
+
+/// Starts a program with a socket as its descriptor 3.
+const HAND_OVER: &str = "export LISTEN_PID=$$; exec \"$0\" \"$@\" 3<&0 </dev/null";
 
 /// A running agent; killed when dropped.
 pub(crate) struct Program {
@@ -35,8 +40,32 @@ impl Program {
 
     pub(crate) fn with(upstream: SocketAddr, aggregator: &str, more: &[&str]) -> Self {
         let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-        let [address, admin] = listeners.map(|listener| listener.local_addr().unwrap());
-        let child = Command::new(env!("CARGO_BIN_EXE_coalmine-agent"))
+        let addresses = listeners.map(|listener| listener.local_addr().unwrap());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_coalmine-agent"));
+        command.stdin(Stdio::null());
+        Self::spawn(command, addresses, upstream, aggregator, more)
+    }
+
+    /// An agent without an aggregator that accepts from this socket, as from one that a supervisor holds.
+    pub(crate) fn inheriting(listener: &TcpListener, upstream: SocketAddr, more: &[&str]) -> Self {
+        let address = listener.local_addr().unwrap();
+        let admin = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", HAND_OVER, env!("CARGO_BIN_EXE_coalmine-agent")])
+            .envs([("LISTEN_FDS", "1"), ("LISTEN_FDNAMES", "listen")])
+            .stdin(Stdio::from(OwnedFd::from(listener.try_clone().unwrap())));
+        Self::spawn(command, [address, admin], upstream, "http://127.0.0.1:1", more)
+    }
+
+    fn spawn(
+        mut command: Command,
+        [address, admin]: [SocketAddr; 2],
+        upstream: SocketAddr,
+        aggregator: &str,
+        more: &[&str],
+    ) -> Self {
+        let child = command
             .args([
                 format!("--listen={address}"),
                 format!("--admin={admin}"),
@@ -52,7 +81,6 @@ impl Program {
             .args(["--tenant=header:x-tenant", "--drain=20s"])
             .args(more)
             .env("RUST_LOG", "error")
-            .stdin(Stdio::null())
             .spawn()
             .unwrap();
         let mut agent = Self {
@@ -85,6 +113,45 @@ impl Program {
             .unwrap();
         let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse().unwrap();
         kib * 1024
+    }
+
+    /// Lets it open so many files more than it has open, and no others.
+    pub(crate) fn leave_files(&self, more: usize) {
+        let open = self.open_files();
+        // A file gets the lowest number that is free, and all numbers are below the limit.
+        let mut free = (0..).filter(|number| !open.contains(number));
+        self.limit_files(free.nth(more));
+    }
+
+    /// Lets it open as many files as it may.
+    pub(crate) fn restore_files(&self) {
+        self.limit_files(getrlimit(Resource::Nofile).maximum);
+    }
+
+    /// The most that may be allowed stays.
+    fn limit_files(&self, current: Option<u64>) {
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        let limit = Rlimit { current, maximum };
+        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
+    }
+
+    /// The numbers of its open files, without those that it opens for a moment.
+    fn open_files(&self) -> BTreeSet<u64> {
+        const LOOKS: usize = 10;
+        let (mut files, mut same) = (BTreeSet::new(), 0);
+        eventually("its open files stay the same", || {
+            let now = self.listed_files();
+            same = if now == files { same + 1 } else { 0 };
+            files = now;
+            same == LOOKS
+        });
+        files
+    }
+
+    fn listed_files(&self) -> BTreeSet<u64> {
+        let listed = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let numbers = listed.map(|file| file.unwrap().file_name().to_str().unwrap().parse().unwrap());
+        numbers.collect()
     }
 
     /// A metric, without `coalmine_agent_`.
@@ -129,8 +196,12 @@ impl Drop for Program {
     }
 }
 
+/// Set to 1, tests of crowds may be smaller than they should be.
+const FEW_FILES: &str = "COALMINE_FEW_FILES";
+
 /// Raises this process' limit of open files as far as it may be raised, and gives how many connections through an
-/// agent fit beside what other tests have open: each takes two files here and two there.
+/// agent fit beside what other tests have open: each takes two files here and two there. A test that would be too
+/// small to show what it is to show fails, unless it is said that it may.
 pub(crate) fn connections_that_fit(wanted: u64) -> u64 {
     const OTHERS: u64 = 4_000;
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
@@ -143,5 +214,16 @@ pub(crate) fn connections_that_fit(wanted: u64) -> u64 {
         return wanted;
     };
     let fit = (limit.saturating_sub(OTHERS) / 2).max(limit / 8);
-    wanted.min(fit)
+    if fit >= wanted {
+        return wanted;
+    }
+    let why = format!("the hard limit of open files, {limit}, allows {fit} connections instead of {wanted}");
+    let may_be_few = env::var_os(FEW_FILES).is_some_and(|value| value == "1");
+    assert!(
+        may_be_few,
+        "{why}; raise it, or set {FEW_FILES}=1 to test with fewer"
+    );
+    // On standard error, where the harness shows it.
+    std::io::Write::write_all(&mut std::io::stderr(), format!("{why}\n").as_bytes()).unwrap();
+    fit
 }

@@ -5,11 +5,12 @@ use std::{
     io::{self, Read, Write},
     iter,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
+    os::fd::OwnedFd,
     thread,
 };
 
 use coalmine_proto::names::{Outcome, Outcomes};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt::set_socket_recv_buffer_size};
 
 use crate::{
     aggregator::{Aggregator, Told},
@@ -139,6 +140,15 @@ pub(crate) fn connect(address: SocketAddr) -> TcpStream {
     patient(TcpStream::connect(address).unwrap())
 }
 
+/// A client's connection for which the kernel keeps little that is not read.
+pub(crate) fn connect_with_room(address: SocketAddr, bytes: usize) -> TcpStream {
+    let socket = socket();
+    // Before it connects, so that it never offers more room.
+    set_socket_recv_buffer_size(&socket, bytes).unwrap();
+    rustix::net::connect(&socket, &address).unwrap();
+    patient(TcpStream::from(socket))
+}
+
 /// A connection that does not wait for ever.
 pub(crate) fn patient(stream: TcpStream) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -149,18 +159,22 @@ pub(crate) fn patient(stream: TcpStream) -> TcpStream {
 
 /// An address that is taken, so that nobody else gets it, and on which nobody listens.
 pub(crate) fn closed() -> TcpListener {
+    let socket = socket();
+    rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+    TcpListener::from(socket)
+}
+
+/// From now on somebody listens, and lets so many wait.
+pub(crate) fn open(closed: &TcpListener, backlog: i32) {
+    rustix::net::listen(closed, backlog).unwrap();
+}
+
+fn socket() -> OwnedFd {
     let socket = rustix::net::socket_with(
         AddressFamily::INET,
         SocketType::STREAM,
         SocketFlags::CLOEXEC,
         None,
     );
-    let socket = socket.unwrap();
-    rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
-    TcpListener::from(socket)
-}
-
-/// From now on somebody listens.
-pub(crate) fn open(closed: &TcpListener) {
-    rustix::net::listen(closed, 16).unwrap();
+    socket.unwrap()
 }

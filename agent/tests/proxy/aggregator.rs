@@ -37,7 +37,7 @@ pub(crate) struct Told {
     pub(crate) breaks_after: Option<usize>,
     /// Ask for another session after so many batches, once.
     pub(crate) drains_after: Option<usize>,
-    /// Send this after HelloAck.
+    /// Send this after HelloAck; when it is replaced by a newer version, after the next batch.
     pub(crate) config: Option<v1::Config>,
     /// Refuse so many sessions.
     pub(crate) rejects: u32,
@@ -49,6 +49,15 @@ pub(crate) struct Aggregator {
     address: SocketAddr,
     told: Arc<Mutex<Told>>,
     stop: Option<oneshot::Sender<()>>,
+}
+
+/// What is known of one session.
+#[derive(Debug, Default)]
+struct Conversation {
+    names: BTreeMap<u32, String>,
+    batches: usize,
+    /// Version of the configuration that was sent last.
+    pushed: u64,
 }
 
 #[derive(Clone)]
@@ -138,6 +147,16 @@ impl Told {
         self.applied.len() as u64
     }
 
+    /// The configuration, if it is newer than the last that was sent.
+    fn newer_config(&self, conversation: &mut Conversation) -> Option<aggregator_message::Kind> {
+        let config = self.config.as_ref()?;
+        if config.version <= conversation.pushed {
+            return None;
+        }
+        conversation.pushed = config.version;
+        Some(aggregator_message::Kind::Config(config.clone()))
+    }
+
     /// Applies a batch exactly once, and checks its checksum.
     fn apply(&mut self, batch: v1::WindowBatch, names: &mut BTreeMap<u32, String>) {
         for name in &batch.names {
@@ -187,10 +206,9 @@ async fn converse(
     mut inbound: Streaming<AgentMessage>,
     answers: &mpsc::Sender<Result<AggregatorMessage, Status>>,
 ) -> Result<(), Status> {
-    let mut names = BTreeMap::new();
-    let mut batches = 0;
+    let mut conversation = Conversation::default();
     while let Some(message) = inbound.message().await? {
-        for answer in hear(told, message, &mut names, &mut batches)? {
+        for answer in hear(told, message, &mut conversation)? {
             let message = AggregatorMessage { kind: Some(answer) };
             answers.send(Ok(message)).await.ok();
         }
@@ -201,8 +219,7 @@ async fn converse(
 fn hear(
     told: &Mutex<Told>,
     message: AgentMessage,
-    names: &mut BTreeMap<u32, String>,
-    batches: &mut usize,
+    conversation: &mut Conversation,
 ) -> Result<Vec<aggregator_message::Kind>, Status> {
     let mut told = told.lock().unwrap();
     match message.kind.unwrap() {
@@ -222,19 +239,20 @@ fn hear(
                 max_message_bytes: told.max_message_bytes,
                 now_unix_ms: 0,
             })];
-            answers.extend(told.config.clone().map(aggregator_message::Kind::Config));
+            answers.extend(told.newer_config(conversation));
             Ok(answers)
         }
         agent_message::Kind::Batch(batch) => {
             let seq = batch.seq;
-            *batches += 1;
-            told.apply(batch, names);
-            told.most_in_flight = told.most_in_flight.max(*batches as u64);
-            if told.breaks_after.is_some_and(|after| *batches >= after) {
+            conversation.batches += 1;
+            let batches = conversation.batches;
+            told.apply(batch, &mut conversation.names);
+            told.most_in_flight = told.most_in_flight.max(batches as u64);
+            if told.breaks_after.is_some_and(|after| batches >= after) {
                 told.breaks_after = None;
                 return Err(Status::unavailable("broken by the test"));
             }
-            if told.drains_after.is_some_and(|after| *batches >= after) {
+            if told.drains_after.is_some_and(|after| batches >= after) {
                 told.drains_after = None;
                 let drain = aggregator_message::Kind::Drain(v1::Drain { within_ms: 10_000 });
                 let ack = v1::Ack {
@@ -245,10 +263,12 @@ fn hear(
             }
             let acknowledges = told.acknowledges && told.breaks_after.is_none();
             let durable_seq = if acknowledges { seq } else { 0 };
-            Ok(vec![aggregator_message::Kind::Ack(v1::Ack {
+            let mut answers = vec![aggregator_message::Kind::Ack(v1::Ack {
                 received_seq: seq,
                 durable_seq,
-            })])
+            })];
+            answers.extend(told.newer_config(conversation));
+            Ok(answers)
         }
         agent_message::Kind::ConfigApplied(applied) => {
             told.config_applied.push(applied.version);

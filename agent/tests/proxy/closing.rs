@@ -3,11 +3,12 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Shutdown, TcpStream},
+    time::Duration,
 };
 
 use crate::{
     aggregator::Aggregator,
-    support::{self, Agent, Upstream, client, eventually, read_all, read_exactly},
+    support::{self, Agent, PATIENCE, Upstream, client, eventually, read_all, read_exactly},
 };
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
@@ -151,4 +152,55 @@ fn an_answer_arrives_whatever_the_client_says_while_the_agent_stops() {
     client.shutdown(Shutdown::Both).ok();
     agent.join();
     answering.join().unwrap();
+}
+
+/// Answers that have not ended. With a clean close behind it, the second would be a whole one.
+const BEGUN: [&[u8]; 4] = [
+    b"",
+    b"HTTP/1.0 200 OK\r\n\r\nhalf",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+];
+
+/// Has an answer begun, makes the agent stop at once, and requires that neither side takes it for complete.
+fn is_cut_off(begun: &[u8], drain: Duration, stop: impl FnOnce(&Agent)) {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    let mut agent = Agent::with(upstream.address(), |config| {
+        config.aggregator = aggregator.url();
+        config.drain = drain;
+    });
+    let mut client = client(&agent);
+    client.write_all(GET).unwrap();
+    let mut server = upstream.accept_next(GET);
+    server.write_all(begun).unwrap();
+    assert_eq!(read_exactly(&mut client, begun.len()), begun);
+    stop(&agent);
+    for (side, stream) in [("client", &mut client), ("application", &mut server)] {
+        let ended = read_all(stream).map_err(|error| error.kind());
+        assert_eq!(
+            ended,
+            Err(ErrorKind::ConnectionReset),
+            "the {side} after {}",
+            begun.escape_ascii()
+        );
+    }
+    agent.join();
+    assert_eq!(aggregator.told().requests["a"], 1);
+}
+
+#[test]
+fn an_answer_that_is_cut_off_when_time_is_up_does_not_look_complete() {
+    for begun in BEGUN {
+        is_cut_off(begun, Duration::from_millis(200), Agent::stop);
+    }
+}
+
+#[test]
+fn an_answer_that_is_cut_off_by_a_second_stop_does_not_look_complete() {
+    for begun in BEGUN {
+        is_cut_off(begun, PATIENCE * 2, |agent| {
+            agent.stop();
+            agent.stop();
+        });
+    }
 }

@@ -13,7 +13,10 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{net::TcpStream, runtime::Runtime, sync::Notify};
 
-use crate::support::{Agent, Upstream};
+use crate::{
+    aggregator::Aggregator,
+    support::{Agent, Upstream, eventually},
+};
 
 type Body = BoxBody<Bytes, Infallible>;
 
@@ -21,7 +24,16 @@ type Body = BoxBody<Bytes, Infallible>;
 struct Application {
     runtime: Runtime,
     address: SocketAddr,
-    hangs: Arc<Notify>,
+    waits: Arc<Waits>,
+}
+
+/// Where an answer waits.
+#[derive(Debug, Default)]
+struct Waits {
+    /// A request has come that is not answered yet, or never.
+    hangs: Notify,
+    /// It is to be answered now.
+    goes_on: Notify,
 }
 
 fn runtime() -> Runtime {
@@ -39,14 +51,14 @@ impl Application {
             .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
             .unwrap();
         let address = listener.local_addr().unwrap();
-        let hangs = Arc::new(Notify::new());
-        let hanging = hangs.clone();
+        let waits = Arc::new(Waits::default());
+        let waiting = waits.clone();
         runtime.spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let hanging = hanging.clone();
+                let waiting = waiting.clone();
                 tokio::spawn(async move {
-                    let service = service_fn(move |request| answer(request, hanging.clone()));
+                    let service = service_fn(move |request| answer(request, waiting.clone()));
                     hyper::server::conn::http2::Builder::new(TokioExecutor::new())
                         .serve_connection(TokioIo::new(stream), service)
                         .await
@@ -57,7 +69,7 @@ impl Application {
         Self {
             runtime,
             address,
-            hangs,
+            waits,
         }
     }
 
@@ -66,17 +78,19 @@ impl Application {
     }
 
     fn call(&self, client: &mut SendRequest<Body>, request: Request<Body>) -> Result<Answer, hyper::Error> {
-        self.runtime.block_on(async {
-            let (head, body) = client.send_request(request).await?.into_parts();
-            let body = body.collect().await?;
-            let trailers = body.trailers().cloned();
-            Ok(Answer {
-                head,
-                body: body.to_bytes(),
-                trailers,
-            })
-        })
+        self.runtime.block_on(ask(client, request))
     }
+}
+
+async fn ask(client: &mut SendRequest<Body>, request: Request<Body>) -> Result<Answer, hyper::Error> {
+    let (head, body) = client.send_request(request).await?.into_parts();
+    let body = body.collect().await?;
+    let trailers = body.trailers().cloned();
+    Ok(Answer {
+        head,
+        body: body.to_bytes(),
+        trailers,
+    })
 }
 
 #[derive(Debug)]
@@ -95,7 +109,7 @@ async fn connect(agent: &Agent) -> SendRequest<Body> {
     client
 }
 
-async fn answer(request: Request<Incoming>, hangs: Arc<Notify>) -> Result<Response<Body>, h2::Error> {
+async fn answer(request: Request<Incoming>, waits: Arc<Waits>) -> Result<Response<Body>, h2::Error> {
     let mut response = Response::builder()
         .status(
             request
@@ -107,8 +121,12 @@ async fn answer(request: Request<Incoming>, hangs: Arc<Notify>) -> Result<Respon
     match request.uri().path() {
         "/reset" => return Err(h2::Reason::ENHANCE_YOUR_CALM.into()),
         "/hang" => {
-            hangs.notify_one();
+            waits.hangs.notify_one();
             std::future::pending::<()>().await;
+        }
+        "/wait" => {
+            waits.hangs.notify_one();
+            waits.goes_on.notified().await;
         }
         "/trailers-only" => {
             response = response.header("grpc-status", "5");
@@ -206,7 +224,7 @@ fn resets_are_passed_on_stream_by_stream() {
     assert_eq!(&answer.body[..], b"on");
     application.runtime.block_on(async {
         let hanging = tokio::spawn(client.send_request(request("/hang", &[], b"")));
-        application.hangs.notified().await;
+        application.waits.hangs.notified().await;
         hanging.abort();
     });
     agent.expect("requests_total{outcome=\"client_abort\"}", 1);
@@ -228,16 +246,44 @@ fn without_an_application_the_client_is_reset() {
 }
 
 #[test]
-fn stopping_waits_for_streams() {
+fn stopping_ends_connections_without_streams() {
     let application = Application::start();
-    let aggregator = crate::aggregator::Aggregator::start();
+    let aggregator = Aggregator::start();
     let mut agent = Agent::with(application.address, |config| config.aggregator = aggregator.url());
     let mut client = application.client(&agent);
     application.call(&mut client, request("/", &[], b"")).unwrap();
     agent.stop();
     agent.join();
     assert_eq!(aggregator.told().requests["acme"], 1);
-    crate::support::eventually("the client knows", || client.is_closed());
+    eventually("the client knows", || client.is_closed());
+}
+
+#[test]
+fn stopping_waits_for_streams() {
+    let application = Application::start();
+    let aggregator = Aggregator::start();
+    let mut agent = Agent::with(application.address, |config| config.aggregator = aggregator.url());
+    let client = application.client(&agent);
+    let mut asking = client.clone();
+    let asked = application.runtime.spawn(async move {
+        let request = request("/wait", &[], b"at last");
+        ask(&mut asking, request).await
+    });
+    let waits = application.waits.clone();
+    application.runtime.block_on(waits.hangs.notified());
+    agent.stop();
+    eventually("not ready", || agent.get("/readyz").0 == 503);
+    assert!(!asked.is_finished() && !client.is_closed());
+    waits.goes_on.notify_one();
+    let answer = application.runtime.block_on(asked).unwrap().unwrap();
+    assert_eq!(
+        (answer.head.status, &answer.body[..]),
+        (StatusCode::OK, &b"at last"[..])
+    );
+    // The client keeps its connection: it is the agent that ends it.
+    agent.join();
+    eventually("the client knows", || client.is_closed());
+    assert_eq!(aggregator.told().requests["acme"], 1);
 }
 
 fn reason(error: &hyper::Error) -> Option<h2::Reason> {

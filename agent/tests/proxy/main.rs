@@ -6,9 +6,12 @@
 mod aggregator;
 mod support;
 
+mod admin;
 mod cli;
 mod closing;
+mod counting;
 mod handover;
 mod http2;
+mod pool;
 mod relay;
 mod session;

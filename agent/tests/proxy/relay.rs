@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::Shutdown,
+    net::{Shutdown, SocketAddr, TcpStream},
 };
 
 use crate::{
@@ -308,4 +308,60 @@ fn told_to_stop_twice_the_agent_does_not_wait() {
     let mut rest = Vec::new();
     assert_eq!(busy.read_to_end(&mut rest).unwrap_or(0), 0);
     agent.join();
+}
+
+/// What the application reads before the first byte of a client, where it is told who the client is
+/// (haproxy.org, doc/proxy-protocol.txt, section 2.2).
+fn announcement(client: &TcpStream, agent: &Agent) -> Vec<u8> {
+    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (client.local_addr().unwrap(), agent.address) else {
+        panic!("both are addresses of IPv4");
+    };
+    // The signature; version 2 and PROXY; TCP over IPv4; a length of 12.
+    let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c".to_vec();
+    header.extend(from.ip().octets());
+    header.extend(to.ip().octets());
+    header.extend(from.port().to_be_bytes());
+    header.extend(to.port().to_be_bytes());
+    assert_eq!(header.len(), 28);
+    header
+}
+
+#[test]
+fn the_application_is_told_who_the_client_is_on_each_connection() {
+    const ROUNDS: usize = 3;
+    let upstream = Upstream::new();
+    let agent = Agent::with(upstream.address(), |config| config.proxy_protocol = true);
+    let mut client = client(&agent);
+    let announced = announcement(&client, &agent);
+    for _ in 0..ROUNDS {
+        // It comes before the client has said anything.
+        let mut server = upstream.accept_next(&announced);
+        client.write_all(&get("a")).unwrap();
+        assert_eq!(read_exactly(&mut server, get("a").len()), get("a"));
+        server.write_all(OK).unwrap();
+        assert_eq!(read_exactly(&mut client, OK.len()), OK);
+        // The application closes the idle connection; nothing but the request has come on it.
+        server.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(read_all(&mut server).unwrap(), b"");
+    }
+    let mut last = upstream.accept_next(&announced);
+    drop(client);
+    assert_eq!(read_all(&mut last).unwrap(), b"");
+    agent.expect("requests_total{outcome=\"success\"}", ROUNDS as u64);
+    agent.expect("connections_total", 1);
+    // The headers are the agent's own bytes, and not passed on.
+    agent.expect("received_bytes_total", (ROUNDS * get("a").len()) as u64);
+}
+
+#[test]
+fn a_server_that_is_told_who_the_client_is_may_speak_first() {
+    let upstream = Upstream::new();
+    let agent = Agent::with(upstream.address(), |config| config.proxy_protocol = true);
+    let mut client = client(&agent);
+    let mut server = upstream.accept_next(&announcement(&client, &agent));
+    server.write_all(b"220 ready\r\n").unwrap();
+    assert_eq!(read_exactly(&mut client, 11), b"220 ready\r\n");
+    client.write_all(b"EHLO x\r\n").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_all(&mut server).unwrap(), b"EHLO x\r\n");
 }

@@ -13,10 +13,17 @@ const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 
 /// Sends requests of these tenants over one connection.
 fn requests(agent: &Agent, upstream: &Upstream, tenants: &[&str]) {
+    let heads = tenants
+        .iter()
+        .map(|tenant| format!("GET / HTTP/1.1\r\nX-Tenant: {tenant}\r\n\r\n"));
+    exchanges(agent, upstream, heads);
+}
+
+/// Sends these requests over one connection, each after the answer to the one before.
+fn exchanges(agent: &Agent, upstream: &Upstream, requests: impl IntoIterator<Item = String>) {
     let mut client = client(agent);
     let mut server = upstream.accept();
-    for tenant in tenants {
-        let request = format!("GET / HTTP/1.1\r\nX-Tenant: {tenant}\r\n\r\n");
+    for request in requests {
         client.write_all(request.as_bytes()).unwrap();
         read_exactly(&mut server, request.len());
         server.write_all(OK).unwrap();
@@ -185,6 +192,45 @@ fn limits_are_applied_at_a_border_and_answered() {
     }
     limits.sort_unstable();
     assert_eq!(limits, [(1, 1), (60_000_000, 0)]);
+}
+
+#[test]
+fn rules_are_replaced_while_requests_go_on() {
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    let agent = agent(&upstream, aggregator.url());
+    // One tenant stands in the header, another in the query.
+    let counts_for = |tenant: &str, times: u64| {
+        let request = "GET /?t=q HTTP/1.1\r\nX-Tenant: a\r\n\r\n".to_owned();
+        exchanges(&agent, &upstream, [request]);
+        eventually("it is counted", || {
+            aggregator.told().requests.get(tenant) == Some(&times)
+        });
+    };
+    let push = |version: u64, rules: &[&str]| {
+        aggregator.told().config = Some(v1::Config {
+            version,
+            tenant_rules: rules.iter().map(|rule| (*rule).to_owned()).collect(),
+            ..v1::Config::default()
+        });
+        eventually("it is applied", || {
+            aggregator.told().config_applied.last() == Some(&version)
+        });
+    };
+    // Those that the agent was started with.
+    counts_for("a", 1);
+    push(8, &["query:t"]);
+    assert_eq!(aggregator.told().config_applied, [8]);
+    counts_for("q", 1);
+    // One that cannot be read: the ones before stay, all of them.
+    push(9, &["header:x-tenant", "nowhere:t"]);
+    counts_for("q", 2);
+    agent.expect("tenant_rules_refused_total", 1);
+    push(10, &[]);
+    counts_for("a", 2);
+    let told = aggregator.told();
+    assert_eq!(told.requests.len(), 2, "{:?}", told.requests);
+    assert_eq!(told.config_applied, [8, 9, 10]);
+    assert_eq!((told.hellos.len(), told.duplicates), (1, 0));
 }
 
 #[test]

@@ -73,10 +73,20 @@ impl Agent {
         thread.join().unwrap();
     }
 
+    /// A connection to the admin server.
+    pub(crate) fn admin(&self) -> TcpStream {
+        patient(TcpStream::connect(self.admin).unwrap())
+    }
+
     /// Status and body of a path of the admin server.
     pub(crate) fn get(&self, path: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(self.admin).unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
+        self.ask("GET", path)
+    }
+
+    /// Status and body of what the admin server answers to this method.
+    pub(crate) fn ask(&self, method: &str, path: &str) -> (u16, String) {
+        let mut stream = self.admin();
+        let request = format!("{method} {path} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).unwrap();
         let answer = String::from_utf8(read_all(&mut stream).unwrap()).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
@@ -85,12 +95,20 @@ impl Agent {
 
     /// A metric, without `coalmine_agent_`.
     pub(crate) fn metric(&self, name: &str) -> Option<u64> {
+        self.scrape(name).map(|value| value.parse().unwrap())
+    }
+
+    /// A metric of time, without `coalmine_agent_`.
+    pub(crate) fn seconds(&self, name: &str) -> f64 {
+        self.scrape(name).unwrap().parse().unwrap()
+    }
+
+    fn scrape(&self, name: &str) -> Option<String> {
         let (_, text) = self.get("/metrics");
-        let line = text.lines().find_map(|line| {
+        text.lines().find_map(|line| {
             let rest = line.strip_prefix("coalmine_agent_")?.strip_prefix(name)?;
-            rest.strip_prefix(' ')
-        });
-        line.map(|value| value.parse().unwrap())
+            rest.strip_prefix(' ').map(str::to_owned)
+        })
     }
 
     /// Waits until the metric has the value.

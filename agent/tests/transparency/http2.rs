@@ -437,3 +437,30 @@ fn a_server_of_http_1_answers_a_client_of_http_2() {
         .opaque([Opaque::BadResponse, Opaque::Http2Framing])
         .check();
 }
+
+#[test]
+fn the_client_is_announced_before_the_preface() {
+    exchange(
+        "announced",
+        &[request(1, "a"), request(3, "b")],
+        &[answer(3, "500"), answer(1, "200")],
+    )
+    .announced()
+    .followed()
+    .counts(&[("a", Success), ("b", ServerError)])
+    .check();
+    let first = settings(&[(3, 100)]);
+    let client = [opening(), settings_ack(), request(1, "a")].concat();
+    let answered = [settings_ack(), answer(1, "200")].concat();
+    Case::new("announced, and the application speaks first")
+        .client([read(&first), send_all(&client), read(&answered), Step::Close])
+        .application([
+            send_all(&first),
+            read(&client),
+            send_all(&answered),
+            Step::ExpectEof,
+        ])
+        .announced()
+        .counts(&[("a", Success)])
+        .check();
+}

@@ -235,6 +235,36 @@ fn the_application_resets() {
         .check();
 }
 
+/// So long that most of it goes from socket to socket inside the kernel.
+#[test]
+fn long_answers_that_are_cut_off() {
+    const WHOLE: usize = 1 << 20;
+    let begun = filling(300 << 10);
+    let length = format!("Content-Length: {WHOLE}");
+    let chunk = [format!("{WHOLE:x}\r\n").as_bytes(), &begun].concat();
+    for (name, said) in [
+        ("of a length", answer("200 OK", &[&length], &begun)),
+        (
+            "in one chunk",
+            answer("200 OK", &["Transfer-Encoding: chunked"], chunk),
+        ),
+    ] {
+        Case::until_close(format!("{name}, by a close"), get("a"), &said)
+            .counts(&[("a", UpstreamReset)])
+            .check();
+        Case::new(format!("{name}, by a reset"))
+            .client([
+                send_all(get("a")),
+                read(&said),
+                Step::Say("read"),
+                Step::ExpectReset,
+            ])
+            .application([read(get("a")), send_all(&said), Step::Hear("read"), Step::Reset])
+            .counts(&[("a", UpstreamReset)])
+            .check();
+    }
+}
+
 #[test]
 fn the_client_resets() {
     let half = answer("200 OK", &[LENGTH], b"hello");

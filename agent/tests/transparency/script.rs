@@ -80,11 +80,13 @@ pub(crate) struct Trace {
     pub(crate) end: End,
 }
 
-/// What both sides saw.
+/// What both sides saw, and how many bytes each of them sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seen {
     pub(crate) client: Trace,
     pub(crate) application: Trace,
+    pub(crate) sent_by_client: u64,
+    pub(crate) sent_by_application: u64,
 }
 
 /// The sides of a connection, as positions in what they have in common.
@@ -138,6 +140,7 @@ pub(crate) fn play(
         let client = common.perform(CLIENT, stream, client);
         (client, application.join().unwrap())
     });
+    let sides = common.lock().sides;
     match (client, application) {
         (Ok(client), Ok(application)) => {
             // What is still open is closed by the client first.
@@ -146,6 +149,8 @@ pub(crate) fn play(
             Ok(Seen {
                 client: client.trace,
                 application: application.trace,
+                sent_by_client: sides[CLIENT].sent,
+                sent_by_application: sides[APPLICATION].sent,
             })
         }
         (Err(client), Err(application)) => Err(format!("client: {client}\napplication: {application}")),

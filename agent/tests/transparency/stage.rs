@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coalmine_agent::observer::Opaque;
+use coalmine_agent::{config::Config, observer::Opaque};
 use coalmine_proto::names::{Outcome, Outcomes};
 
 use crate::{
@@ -17,6 +17,14 @@ use crate::{
     script::{Seen, Step, play, read, send_all},
     support::{Agent, PATIENCE},
 };
+
+/// How long the header of the PROXY protocol is, version 2, for TCP over IPv4 (haproxy.org,
+/// doc/proxy-protocol.txt, section 2.2).
+const ANNOUNCEMENT_BYTES: usize = 28;
+
+/// All of it before the ports, on loopback: the signature, version and command, family, length, both addresses.
+const ANNOUNCEMENT: &[u8; ANNOUNCEMENT_BYTES - 4] =
+    b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\x01\x7f\0\0\x01";
 
 /// How many requests of a tenant ended how.
 pub(crate) type Counted = BTreeMap<(String, Outcome), u64>;
@@ -31,6 +39,12 @@ pub(crate) struct Case {
     counted: Counted,
     /// Each of these is a right reason not to follow the connection; none: it is followed to its end.
     opaque: Vec<Opaque>,
+    /// Requests that no correct server accepts.
+    malformed: u64,
+    /// Requests that are not followed to their end, where the case says how many.
+    unfollowed: Option<u64>,
+    /// The agent says who the client is.
+    is_announced: bool,
     /// Another connection follows, to see that the agent lives.
     is_followed: bool,
 }
@@ -47,6 +61,22 @@ pub(crate) struct Counts {
     pub(crate) counted: Counted,
     /// Connections that were not followed, by reason.
     pub(crate) opaque: BTreeMap<String, u64>,
+    malformed: u64,
+    unfollowed: u64,
+    /// Answers whose time to the first byte was taken.
+    first_bytes: u64,
+    /// Bytes that were passed on to the application, and to clients.
+    received_bytes: u64,
+    sent_bytes: u64,
+}
+
+/// Bytes that each side has sent, and the other has read.
+#[derive(Debug, Default)]
+struct Traffic {
+    sent_up: u64,
+    read_up: u64,
+    sent_down: u64,
+    read_down: u64,
 }
 
 /// An application's listener on loopback.
@@ -65,6 +95,9 @@ impl Case {
             application: Vec::new(),
             counted: Counted::new(),
             opaque: Vec::new(),
+            malformed: 0,
+            unfollowed: None,
+            is_announced: false,
             is_followed: false,
         }
     }
@@ -123,6 +156,24 @@ impl Case {
         self
     }
 
+    /// So many requests are ones that no correct server accepts: they are counted as that and nothing else.
+    pub(crate) fn malformed(mut self, count: u64) -> Self {
+        self.malformed = count;
+        self
+    }
+
+    /// So many requests are not followed to their end, and not counted.
+    pub(crate) fn unfollowed(mut self, count: u64) -> Self {
+        self.unfollowed = Some(count);
+        self
+    }
+
+    /// The agent says who the client is, before the first byte of the client; nothing else is different.
+    pub(crate) fn announced(mut self) -> Self {
+        self.is_announced = true;
+        self
+    }
+
     /// Another connection follows, which must work.
     pub(crate) fn followed(mut self) -> Self {
         self.is_followed = true;
@@ -143,9 +194,12 @@ impl Case {
         let direct = self
             .play(address, &listener)
             .map_err(|why| format!("directly: {why}"))?;
-        let stage = Stage::with_rules(address, &self.rules);
+        let stage = Stage::with(address, |config| {
+            config.tenant = self.rules.iter().map(|rule| rule.parse().unwrap()).collect();
+            config.proxy_protocol = self.is_announced;
+        });
         let through = self
-            .play(stage.address(), &listener)
+            .play_through(&stage, &listener)
             .map_err(|why| format!("through the agent: {why}"))?;
         for (side, direct, through) in [
             ("client", &direct.client, &through.client),
@@ -157,13 +211,18 @@ impl Case {
                 ));
             }
         }
+        let mut traffic = Traffic::default();
+        traffic.add(&through);
         let mut connections = 1;
         let mut expected = self.counted.clone();
         if self.is_followed {
             connections += 1;
-            let next = Self::exchange("the next connection", get("next"), OK);
-            next.play(stage.address(), &listener)
+            let mut next = Self::exchange("the next connection", get("next"), OK);
+            next.is_announced = self.is_announced;
+            let seen = next
+                .play_through(&stage, &listener)
                 .map_err(|why| format!("the next connection: {why}"))?;
+            traffic.add(&seen);
             let tenant = if self.rules == ["header:x-tenant"] {
                 "next"
             } else {
@@ -171,16 +230,55 @@ impl Case {
             };
             *expected.entry((tenant.to_owned(), Outcome::Success)).or_default() += 1;
         }
-        self.judge(&stage.finish(connections)?, &expected)
+        let counts = stage.finish(connections)?;
+        self.judge(&counts, &expected)?;
+        counts.judge_first_bytes()?;
+        traffic.judge(&counts)
     }
 
     fn play(&self, address: SocketAddr, listener: &TcpListener) -> Result<Seen, String> {
         play(address, listener, &self.client, &self.application)
     }
 
+    /// Plays it through the agent. What the agent says of the client is looked at, and is not part of what the
+    /// application sees.
+    fn play_through(&self, stage: &Stage, listener: &TcpListener) -> Result<Seen, String> {
+        if !self.is_announced {
+            return self.play(stage.address(), listener);
+        }
+        let mut application = vec![Step::Read(ANNOUNCEMENT_BYTES)];
+        application.extend_from_slice(&self.application);
+        let mut seen = play(stage.address(), listener, &self.client, &application)?;
+        let announcement: Vec<u8> = seen.application.bytes.drain(..ANNOUNCEMENT_BYTES).collect();
+        let (before_ports, ports) = announcement.split_at(ANNOUNCEMENT.len());
+        // The client's port is any; the other is the one to which it has connected.
+        if before_ports != ANNOUNCEMENT || ports[2..] != stage.address().port().to_be_bytes() {
+            return Err(format!(
+                "the client is announced with {}",
+                announcement.escape_ascii()
+            ));
+        }
+        Ok(seen)
+    }
+
     fn judge(&self, counts: &Counts, expected: &Counted) -> Result<(), String> {
         if counts.counted != *expected {
             return Err(format!("counted {:?}, not {expected:?}", counts.counted));
+        }
+        if counts.malformed != self.malformed {
+            return Err(format!(
+                "{} requests are malformed, not {}",
+                counts.malformed, self.malformed
+            ));
+        }
+        if self
+            .unfollowed
+            .is_some_and(|expected| expected != counts.unfollowed)
+        {
+            return Err(format!(
+                "{} requests are not followed, not {:?}",
+                counts.unfollowed, self.unfollowed
+            ));
         }
         let reasons: Vec<&str> = self.opaque.iter().map(|reason| reason.as_str()).collect();
         let seen: Vec<&str> = counts.opaque.keys().map(String::as_str).collect();
@@ -199,22 +297,67 @@ impl Case {
     }
 }
 
+// === impl Counts ===
+
+impl Counts {
+    /// Each request that was answered has a time to the first byte of its answer.
+    fn judge_first_bytes(&self) -> Result<(), String> {
+        let answered = self.counted.iter().filter(|((_, of), _)| of.is_answered());
+        let answered: u64 = answered.map(|(_, count)| count).sum();
+        // 101 is an interim answer, behind which no final one comes (RFC 9110, section 15.2.2).
+        let switched = self.opaque.get(Opaque::Upgrade.as_str()).copied().unwrap_or(0);
+        if self.first_bytes + switched != answered {
+            return Err(format!(
+                "{} times to the first byte of {answered} answers, of which {switched} switch protocols",
+                self.first_bytes
+            ));
+        }
+        Ok(())
+    }
+}
+
+// === impl Traffic ===
+
+impl Traffic {
+    fn add(&mut self, seen: &Seen) {
+        self.sent_up += seen.sent_by_client;
+        self.read_up += seen.application.bytes.len() as u64;
+        self.sent_down += seen.sent_by_application;
+        self.read_down += seen.client.bytes.len() as u64;
+    }
+
+    /// What the agent has passed on is no less than what was read, and no more than what was sent.
+    fn judge(&self, counts: &Counts) -> Result<(), String> {
+        for (name, read, passed, sent) in [
+            ("received", self.read_up, counts.received_bytes, self.sent_up),
+            ("sent", self.read_down, counts.sent_bytes, self.sent_down),
+        ] {
+            if passed < read || passed > sent {
+                return Err(format!(
+                    "{name}_bytes_total is {passed}; {read} bytes were read, and {sent} sent"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 // === impl Stage ===
 
 impl Stage {
     /// An agent before the application at `upstream`, with the usual rule.
     pub(crate) fn new(upstream: SocketAddr) -> Self {
-        Self::with_rules(upstream, &["header:x-tenant"])
+        Self::with(upstream, |_| {})
     }
 
-    fn with_rules(upstream: SocketAddr, rules: &[&str]) -> Self {
+    fn with(upstream: SocketAddr, change: impl FnOnce(&mut Config)) -> Self {
         let aggregator = Aggregator::start();
         let agent = Agent::with(upstream, |config| {
             config.aggregator = aggregator.url();
             // The system's connections are not asked for: there are many agents.
             config.pool_port = 0;
             config.window = Duration::from_millis(10);
-            config.tenant = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+            change(config);
         });
         Self { agent, aggregator }
     }
@@ -239,6 +382,11 @@ impl Stage {
             return Err(format!("{} sessions", told.hellos.len()));
         }
         let counted = counted(&told);
+        let scraped = |name: &str| metric(&text, name).ok_or_else(|| format!("there is no metric {name}"));
+        let in_flight = scraped("in_flight_requests")?;
+        if in_flight != 0 {
+            return Err(format!("{in_flight} requests are under way when all is over"));
+        }
         // What was scraped and what was sent are two accounts of the same requests.
         for outcome in Outcome::ALL {
             let name = outcome.as_str();
@@ -260,6 +408,11 @@ impl Stage {
         Ok(Counts {
             counted,
             opaque: reasons.collect(),
+            malformed: scraped("malformed_requests_total")?,
+            unfollowed: scraped("unfollowed_requests_total")?,
+            first_bytes: scraped("time_to_first_byte_seconds_count")?,
+            received_bytes: scraped("received_bytes_total")?,
+            sent_bytes: scraped("sent_bytes_total")?,
         })
     }
 

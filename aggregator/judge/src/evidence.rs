@@ -14,6 +14,9 @@
 //!
 //! `offset` is OpenTelemetry's index of the first count. `latency`, its `over_sla`, `underflow`, `overflow` and
 //! `sum_ns`, `probes` (active checks of the tenant), and `pool` may be absent. Rows are written in the order of tenant, then arm.
+//!
+//! A pool may also say `"at_least":true` (there may have been more waits), `"estimated":true` (requests stand for
+//! acquires, which are not counted) and `"agents":3` (so many agents reported one).
 
 use borsh::{BorshDeserialize, BorshSerialize};
 use coalmine_proto::{
@@ -145,6 +148,15 @@ pub struct Pool {
     pub used: u64,
     /// Most connections that the pool may open.
     pub max: u64,
+    /// Not all waits were counted: there may have been as many as acquires.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub at_least: bool,
+    /// Acquires were not counted: requests stand for them, of which there may be more or fewer.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub estimated: bool,
+    /// Agents that reported a pool; none where nobody has counted them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agents: Option<u32>,
 }
 
 impl Latency {
@@ -250,6 +262,11 @@ struct RowLatency {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 const fn is_zero(value: &u64) -> bool {
     *value == 0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 impl Window {
@@ -480,6 +497,22 @@ mod tests {
         assert_eq!(window.rows[0].canary.requests, 107);
         assert_eq!(window.rows[0].canary.latency.as_ref().unwrap().over(350_000), 1);
         assert_eq!(window.to_json(), EXAMPLE);
+    }
+
+    #[test]
+    fn what_is_not_counted_of_a_pool_stands_only_where_it_is_so() {
+        let window = Window::from_json(EXAMPLE).unwrap();
+        let pool = window.pool[0];
+        assert_eq!((pool.at_least, pool.estimated, pool.agents), (false, false, None));
+        let said = r#""max":10,"at_least":true,"estimated":true,"agents":3}"#;
+        let line = EXAMPLE.replace(r#""max":10}"#, said);
+        let window = Window::from_json(&line).unwrap();
+        let pool = window.pool[0];
+        assert_eq!(
+            (pool.at_least, pool.estimated, pool.agents),
+            (true, true, Some(3))
+        );
+        assert_eq!(window.to_json(), line);
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub struct Agent {
     pub gone: bool,
     pub(super) first_start_ms: u64,
     pub(super) sealed_until_ms: u64,
-    /// Between the last window of an earlier life that ended without Bye and the first of this one: what was
-    /// counted there and not sent is lost.
+    /// A time of which not all is here. Between the last window of an earlier life that ended without Bye and the first
+    /// of this one, what was counted and not sent is lost; and what is in windows without a time is in no slot.
     pub(super) hole: Option<(u64, u64)>,
     pub(super) last_seen_ms: u64,
     /// Whether what this epoch sent to an earlier data directory is known: not so at first if it had sent any.
@@ -74,6 +74,31 @@ impl Agent {
         self.recent.push_back((batch.seq, content_hash(batch)));
     }
 
+    /// Takes note of the time of a batch that was applied.
+    pub(super) fn reach(&mut self, batch: &Batch<'_>) {
+        if batch.is_undated() {
+            return self.lose_track();
+        }
+        self.said.hear(batch);
+        if self.first_start_ms == 0 {
+            self.first_start_ms = batch.start_ms;
+        }
+        if let Some((from, u64::MAX)) = self.hole {
+            self.hole = (from < batch.start_ms).then_some((from, batch.start_ms));
+        }
+        let end_ms = batch.start_ms.saturating_add(u64::from(batch.length_ms));
+        self.sealed_until_ms = self.sealed_until_ms.max(end_ms);
+    }
+
+    /// From the end of the last window that has a time to the start of the next, the slots have not all of this agent.
+    /// A hole that is there already becomes longer: it may not be judged yet.
+    fn lose_track(&mut self) {
+        if self.sealed_until_ms > 0 {
+            let from = self.hole.map_or(self.sealed_until_ms, |(from, _)| from);
+            self.hole = Some((from, u64::MAX));
+        }
+    }
+
     /// Refuses a batch that was applied before with another content, as far as that is known.
     pub(super) fn recognise(&self, batch: &Batch<'_>) -> Result<(), BookError> {
         if batch.rows.is_empty() && batch.pools.is_empty() {
@@ -92,7 +117,7 @@ impl Agent {
         self.connected && self.last_seen_ms + silent_ms >= now_ms
     }
 
-    /// Whether what an earlier life of the agent counted in a slot may be lost.
+    /// Whether something that the agent counted in a slot may not be in it.
     pub(super) fn has_hole(&self, start_ms: u64, end_ms: u64) -> bool {
         self.hole.is_some_and(|(from, to)| from < end_ms && start_ms < to)
     }
@@ -103,7 +128,8 @@ impl Agent {
     }
 }
 
-/// A hash of what a batch says, the same in this process for the same content.
+/// A hash of what a batch says, the same in this process for the same content. The length is not in it: whether the
+/// window has a time may be decided otherwise when it comes again.
 fn content_hash(batch: &Batch<'_>) -> u64 {
     let rows = batch.rows.iter().map(|row| {
         let latency = row.latency.map(|latency| {
@@ -118,5 +144,5 @@ fn content_hash(batch: &Batch<'_>) -> u64 {
         (row.tenant, row.outcomes.0, latency, row.limit_us, row.over)
     });
     let rows: Vec<_> = rows.collect();
-    foldhash::fast::FixedState::default().hash_one((batch.start_ms, batch.length_ms, rows, batch.pools))
+    foldhash::fast::FixedState::default().hash_one((batch.start_ms, rows, batch.pools))
 }

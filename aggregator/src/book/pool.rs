@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::{BookError, Build};
 
-/// Most pools of one batch.
+/// Most pools of one batch, and of one agent in a slot.
 pub const MAX_POOLS: usize = 64;
 
 /// Longest name of a pool, in bytes.
@@ -49,7 +49,12 @@ struct PoolCell {
     acquires: u64,
     waits: u64,
     timeouts: u64,
-    /// Of the last report.
+    /// Some of the waits were not counted.
+    at_least: bool,
+    /// Requests stand for some of the acquires.
+    estimated: bool,
+    /// Of the last report; not more than `max`, and none where that is not known: how full such a pool is nobody could
+    /// say.
     used: u64,
     max: u64,
 }
@@ -71,7 +76,7 @@ pub(super) struct PoolsImage {
 struct AgentPoolsImage {
     #[prost(string, tag = "1")]
     instance: String,
-    /// With the counts of the slot, and used and max as they were reported last.
+    /// With the counts of the slot and what is not counted of them, and used and max as they were reported last.
     #[prost(message, repeated, tag = "2")]
     pools: Vec<v1::Pool>,
 }
@@ -189,7 +194,7 @@ impl PoolEvents {
 // === impl SlotPools ===
 
 impl SlotPools {
-    /// Takes an agent's next report.
+    /// Takes an agent's next report. What happened at pools with more names than are kept is added to the last.
     pub(super) fn take(&mut self, instance: &str, pools: &[v1::Pool]) {
         // Pools without a name of their own are one.
         let mut reported: BTreeMap<&str, PoolCell> = BTreeMap::new();
@@ -198,16 +203,21 @@ impl SlotPools {
         }
         let kept = self.0.entry(instance.to_owned()).or_default();
         for (name, report) in reported {
-            kept.entry(name.to_owned()).or_default().follow(&report);
+            if let Some(cell) = kept.get_mut(name) {
+                cell.follow(&report);
+            } else if kept.len() < MAX_POOLS {
+                kept.insert(name.to_owned(), report);
+            } else if let Some(mut last) = kept.last_entry() {
+                last.get_mut().add_events(&report);
+            }
         }
     }
 
-    /// Adds all of them to a sum; pools whose maximum is not known count no connections, since nobody could say how full
-    /// they are.
+    /// Adds all of them to a sum. Since no pool counts more connections in use than it may open, one that does not keep
+    /// to its maximum cannot make the others look full.
     fn add_to(&self, sum: &mut PoolCell) {
         for cell in self.0.values().flat_map(BTreeMap::values) {
-            let used = if cell.max > 0 { cell.used } else { 0 };
-            sum.add(&PoolCell { used, ..*cell });
+            sum.add(cell);
         }
     }
 
@@ -248,8 +258,10 @@ pub(super) fn evidence_of<'a>(
     builds: impl Iterator<Item = &'a SlotPools>,
 ) -> Option<evidence::Pool> {
     let mut sum: Option<PoolCell> = None;
+    let mut agents = BTreeSet::new();
     for pools in builds {
         pools.add_to(sum.get_or_insert_default());
+        agents.extend(pools.0.keys());
     }
     let sum = sum?;
     Some(evidence::Pool {
@@ -259,6 +271,9 @@ pub(super) fn evidence_of<'a>(
         timeouts: sum.timeouts,
         used: sum.used,
         max: sum.max,
+        at_least: sum.at_least,
+        estimated: sum.estimated,
+        agents: Some(u32::try_from(agents.len()).unwrap_or(u32::MAX)),
     })
 }
 
@@ -270,7 +285,9 @@ impl PoolCell {
             acquires: pool.acquires,
             waits: pool.waits,
             timeouts: pool.timeouts,
-            used: pool.used,
+            at_least: pool.waits_at_least,
+            estimated: pool.acquires_estimated,
+            used: pool.used.min(pool.max),
             max: pool.max,
         }
     }
@@ -293,6 +310,8 @@ impl PoolCell {
         self.acquires = self.acquires.saturating_add(other.acquires);
         self.waits = self.waits.saturating_add(other.waits);
         self.timeouts = self.timeouts.saturating_add(other.timeouts);
+        self.at_least |= other.at_least;
+        self.estimated |= other.estimated;
     }
 
     fn image(&self, name: &str) -> v1::Pool {
@@ -303,6 +322,8 @@ impl PoolCell {
             timeouts: self.timeouts,
             used: self.used,
             max: self.max,
+            waits_at_least: self.at_least,
+            acquires_estimated: self.estimated,
             ..v1::Pool::default()
         }
     }

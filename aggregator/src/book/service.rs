@@ -1,6 +1,6 @@
 //! One service: its tenants, slots, totals and agents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use coalmine_judge::evidence::{Coverage, Pool, TenantWindow, Window};
 use coalmine_proto::{
@@ -24,6 +24,10 @@ pub struct Service {
     pub(super) slot_ms: u64,
     pub(super) names: HashMap<TenantName, u32>,
     pub(super) tenants: Vec<TenantName>,
+    /// Tenants that the policy lists: places are kept for them.
+    listed: BTreeSet<TenantName>,
+    /// How many of `tenants` it does not list.
+    unlisted: usize,
     /// Tenants in the order of their names; rebuilt when there are new ones.
     pub(super) sorted: Vec<u32>,
     pub(super) slots: BTreeMap<u64, BTreeMap<Build, Vec<Cell>>>,
@@ -40,7 +44,8 @@ pub struct Service {
     pub(super) judged_until_ms: u64,
     /// Slots that start before this are not kept: nobody will judge them.
     pub(super) keep_from_ms: u64,
-    /// Per arm: requests in declared gaps, and requests that came after their slot was judged.
+    /// Per arm: requests in declared gaps, and requests that are in no slot's evidence, because they came after it was
+    /// judged or because nobody knows when they were.
     pub(super) gaps: BTreeMap<Arm, u64>,
     pub(super) late: BTreeMap<Arm, u64>,
     pub(super) windows: u64,
@@ -56,6 +61,8 @@ impl Service {
             slot_ms: DEFAULT_SLOT_MS,
             names: HashMap::default(),
             tenants: Vec::new(),
+            listed: BTreeSet::new(),
+            unlisted: 0,
             sorted: Vec::new(),
             slots: BTreeMap::new(),
             pools: BTreeMap::new(),
@@ -177,25 +184,42 @@ impl Service {
         (self.windows, self.tenant_windows, self.duplicates)
     }
 
+    /// Keeps places for tenants. Who has a place depends on these and on the order in which names came, and on nothing
+    /// else: windows that are read again give the same numbers.
+    pub(super) fn list(&mut self, listed: BTreeSet<TenantName>) {
+        self.listed = listed;
+        let is_unlisted = |tenant: &&TenantName| !self.listed.contains(*tenant);
+        self.unlisted = self.tenants.iter().filter(is_unlisted).count();
+    }
+
     pub(super) fn intern(&mut self, tenant: &TenantName) -> u32 {
         if let Some(number) = self.names.get(tenant) {
             return *number;
-        }
-        if self.tenants.len() >= MAX_TENANTS {
-            return self.names.get(OVERFLOW_TENANT).copied().unwrap_or_default();
         }
         if self.tenants.is_empty() {
             // There is always a place for those beyond the limit: number 0.
             self.add_tenant(&TenantName::overflow());
             return self.intern(tenant);
         }
+        if !self.has_place_for(tenant) {
+            return self.names.get(OVERFLOW_TENANT).copied().unwrap_or_default();
+        }
         self.add_tenant(tenant)
+    }
+
+    /// Whether a new tenant gets a number. Names come from requests and are never given up, so those that anybody can
+    /// make up must leave room for those that the policy lists.
+    fn has_place_for(&self, tenant: &TenantName) -> bool {
+        let kept = self.listed.len().min(MAX_TENANTS / 2);
+        self.tenants.len() < MAX_TENANTS
+            && (self.unlisted < MAX_TENANTS - kept || self.listed.contains(tenant))
     }
 
     pub(super) fn add_tenant(&mut self, tenant: &TenantName) -> u32 {
         // MAX_TENANTS fits.
         let number = u32::try_from(self.tenants.len()).unwrap_or(u32::MAX);
         self.tenants.push(tenant.clone());
+        self.unlisted += usize::from(!self.listed.contains(tenant));
         self.names.insert(tenant.clone(), number);
         if let Some(journal) = &mut self.journal {
             journal.note_name(number);
@@ -272,28 +296,23 @@ impl Service {
         }
         let declared = applied.gap_requests.saturating_sub(agent.gap_requests);
         agent.remember(batch);
-        agent.said.hear(batch);
+        agent.reach(batch);
         agent.based = true;
         agent.applied_seq = batch.seq;
         agent.applied = applied;
         agent.gap_requests = applied.gap_requests;
         agent.gap_errors = gap_errors;
-        if agent.first_start_ms == 0 {
-            agent.first_start_ms = batch.start_ms;
-        }
-        if let Some((from, u64::MAX)) = agent.hole {
-            agent.hole = (from < batch.start_ms).then_some((from, batch.start_ms));
-        }
-        let end_ms = batch.start_ms.saturating_add(u64::from(batch.length_ms));
-        agent.sealed_until_ms = agent.sealed_until_ms.max(end_ms);
         let build = agent.build.clone();
         self.count(&build, batch, latencies, declared);
         self.count_pools(instance, &build, batch);
         Ok(Applied::Now)
     }
 
-    /// The slot of a batch, if it is kept: it is neither judged nor let go.
+    /// The slot of a batch, if it has one that is kept: it is neither judged nor let go.
     fn kept_slot(&self, batch: &Batch<'_>) -> Option<u64> {
+        if batch.is_undated() {
+            return None;
+        }
         let slot = batch.start_ms / self.slot_ms * self.slot_ms;
         (slot >= self.judged_until_ms && slot >= self.keep_from_ms).then_some(slot)
     }
@@ -355,7 +374,7 @@ impl Service {
             }
         }
         let slot = batch.start_ms / self.slot_ms * self.slot_ms;
-        let late = slot < self.judged_until_ms;
+        let late = batch.is_undated() || slot < self.judged_until_ms;
         let kept = self.kept_slot(batch);
         if let Some(journal) = &mut self.journal {
             journal.note_rows(build, kept, batch.rows.iter().map(|row| row.tenant));

@@ -1,6 +1,8 @@
 //! Tests of the book: exactly once, whatever comes twice, late, out of order or not at all.
 
+mod places;
 mod pools;
+mod times;
 
 use coalmine_proto::{
     histogram::Histogram,
@@ -20,6 +22,8 @@ struct Sender {
     sent: u64,
     failed: u64,
     gaps: u64,
+    /// Length of the windows that it sends.
+    length_ms: u32,
 }
 
 impl Sender {
@@ -41,6 +45,7 @@ impl Sender {
             sent: 0,
             failed: 0,
             gaps: 0,
+            length_ms: 1_000,
         };
         sender.connect(book, epoch * 100 + 1, 0);
         sender
@@ -97,7 +102,7 @@ impl Sender {
         let batch = Batch {
             seq,
             start_ms,
-            length_ms: 1_000,
+            length_ms: self.length_ms,
             rows: if requests > 0 { vec![row] } else { Vec::new() },
             cumulative: Totals {
                 requests: self.sent + self.gaps,

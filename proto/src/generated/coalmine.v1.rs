@@ -232,6 +232,12 @@ pub struct Pool {
     /// Callers that wait for a connection.
     #[prost(uint64, tag = "9")]
     pub waiters: u64,
+    /// There may have been more waits than `waits`: the application does not count them all.
+    #[prost(bool, tag = "10")]
+    pub waits_at_least: bool,
+    /// The application does not count acquires: requests that ended stand for them.
+    #[prost(bool, tag = "11")]
+    pub acquires_estimated: bool,
 }
 /// Context of the pod, shown beside a decision and never judged.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,10 +1,11 @@
 //! An application with a real connection pool before a real PostgreSQL: what the tests of connection pools look at.
 //!
 //! A request works for a while without the database and then asks it once. `/metrics` has what the pool counts, under the
-//! names that the agent knows for bb8.
+//! names that the agent knows for bb8, and how many requests failed for a reason that has nothing to do with the pool.
 
 use std::{
     net::SocketAddr,
+    num::NonZeroU64,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -35,6 +36,9 @@ const QUERY: &str = "SELECT pg_sleep(0.008)";
 /// Requests that have come.
 static COME: AtomicU64 = AtomicU64::new(0);
 
+/// Of these, how many failed by `--fail-every`.
+static FAILED: AtomicU64 = AtomicU64::new(0);
+
 /// The command line.
 #[derive(Debug, Parser)]
 struct Options {
@@ -47,13 +51,31 @@ struct Options {
     /// Connections of the pool; all of them are open all the time
     #[arg(long)]
     connections: u32,
+    /// How long a request waits for a connection before it fails; as long as bb8 has it, if not given
+    #[arg(long, value_name = "N")]
+    timeout_ms: Option<NonZeroU64>,
+    /// One request in so many fails without asking for a connection; none, if not given
+    #[arg(long, value_name = "N")]
+    fail_every: Option<NonZeroU64>,
 }
 
-async fn answer(State(pool): State<Connections>) -> (StatusCode, String) {
+/// What requests are answered with.
+#[derive(Clone)]
+struct Application {
+    pool: Connections,
+    fail_every: Option<NonZeroU64>,
+}
+
+async fn answer(State(application): State<Application>) -> (StatusCode, String) {
     let (shortest, longest) = WORK_MS;
     let number = COME.fetch_add(1, Ordering::Relaxed);
     let work_ms = shortest + number * 17 % (longest - shortest + 1);
     tokio::time::sleep(Duration::from_millis(work_ms)).await;
+    let Application { pool, fail_every } = application;
+    if fail_every.is_some_and(|every| number.is_multiple_of(every.get())) {
+        FAILED.fetch_add(1, Ordering::Relaxed);
+        return (StatusCode::INTERNAL_SERVER_ERROR, "one in so many\n".to_owned());
+    }
     match ask(&pool).await {
         Ok(()) => (StatusCode::OK, "fine\n".to_owned()),
         Err(problem) => (StatusCode::INTERNAL_SERVER_ERROR, problem),
@@ -66,7 +88,8 @@ async fn ask(pool: &Connections) -> Result<(), String> {
     asked.map_err(|error| error.to_string())
 }
 
-async fn metrics(State(pool): State<Connections>) -> impl IntoResponse {
+async fn metrics(State(application): State<Application>) -> impl IntoResponse {
+    let pool = application.pool;
     let state = pool.state();
     let counted = &state.statistics;
     // The counters are not read at one instant.
@@ -85,6 +108,11 @@ async fn metrics(State(pool): State<Connections>) -> impl IntoResponse {
         ("bb8_get_direct_total", "counter", counted.get_direct),
         ("bb8_get_waited_total", "counter", counted.get_waited),
         ("bb8_get_timed_out_total", "counter", counted.get_timed_out),
+        (
+            "application_failures_total",
+            "counter",
+            FAILED.load(Ordering::Relaxed),
+        ),
     ] {
         text.push_str(&format!("# TYPE {name} {kind}\n{name} {value}\n"));
     }
@@ -100,17 +128,21 @@ async fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let manager = PostgresConnectionManager::new_from_stringlike(&options.postgres, NoTls)
         .with_context(|| format!("--postgres {} is not understood", options.postgres))?;
-    let pool = Pool::builder()
+    let mut pool = Pool::builder()
         .max_size(options.connections)
-        .min_idle(options.connections)
-        .build(manager)
-        .await
-        .context("the pool cannot be filled")?;
-    let application = Router::new()
+        .min_idle(options.connections);
+    if let Some(timeout_ms) = options.timeout_ms {
+        pool = pool.connection_timeout(Duration::from_millis(timeout_ms.get()));
+    }
+    let pool = pool.build(manager).await.context("the pool cannot be filled")?;
+    let router = Router::new()
         .route("/metrics", get(metrics))
         .fallback(answer)
-        .with_state(pool);
+        .with_state(Application {
+            pool,
+            fail_every: options.fail_every,
+        });
     let listener = TcpListener::bind(options.listen).await?;
-    axum::serve(listener, application).await?;
+    axum::serve(listener, router).await?;
     Ok(())
 }

@@ -13,6 +13,9 @@ const HEADER_BYTES: usize = 9;
 const DEFAULT_FRAME_BYTES: u32 = 16 * 1024;
 const LARGEST_FRAME_BYTES: u32 = (1 << 24) - 1;
 
+/// gRPC's own setting (grpc/proposal/G1-true-binary-metadata.md).
+const TRUE_BINARY_METADATA: u16 = 0xfe03;
+
 /// A buffer of at most this size is kept for the next frame that comes in pieces.
 const KEPT_BYTES: usize = 256;
 
@@ -87,6 +90,8 @@ pub(super) struct Settings {
     pub(super) table_size: Option<u32>,
     /// The longest frame that the other side may send.
     pub(super) frame_bytes: Option<u32>,
+    /// The other side may send values of binary fields as they are.
+    pub(super) takes_binary: bool,
 }
 
 /// The frames of one direction.
@@ -473,6 +478,7 @@ impl Settings {
                     settings.frame_bytes = Some(value);
                 }
                 5 => return Err(Opaque::Http2Framing),
+                TRUE_BINARY_METADATA => settings.takes_binary = value == 1,
                 _ => {}
             }
         }

@@ -3,7 +3,7 @@
 //! What is kept of a field differs between requests and answers, so that is for a [`Table`] to decide.
 //! All blocks of a direction must be read, whosever they are: each changes the table for those after it.
 
-use super::{super::Opaque, huffman};
+use super::{super::Opaque, huffman, table::statics};
 
 /// The largest dynamic table that is followed; a peer that uses more makes the connection opaque.
 pub(super) const MAX_TABLE_SIZE: usize = 64 * 1024;
@@ -62,8 +62,9 @@ pub(super) struct Decoder<T> {
     table: T,
     /// The most that the other side lets the table be.
     limit: usize,
-    /// The limit is below what the table may have: the next block must begin with a new size
-    /// (RFC 7541, section 4.2).
+    /// The limit is below what the table may have, and no new size came since. A block should begin with one
+    /// (RFC 7541, section 4.2), but senders that never use the table leave it out; until it comes, nobody
+    /// knows which entries there are.
     must_resize: bool,
 }
 
@@ -85,6 +86,10 @@ impl<T: Table> Decoder<T> {
         &self.table
     }
 
+    pub(super) fn table_mut(&mut self) -> &mut T {
+        &mut self.table
+    }
+
     /// The other side's limit is known to who sends the blocks, from the next one on.
     pub(super) fn set_limit(&mut self, limit: usize) {
         self.limit = limit;
@@ -102,17 +107,26 @@ impl<T: Table> Decoder<T> {
                 self.resize(size, is_start)?;
                 continue;
             }
-            if self.must_resize {
-                return Err(Opaque::Hpack);
-            }
             is_start = false;
             if first & 0x80 != 0 {
                 let index = integer(&mut rest, first, 7).ok_or(Opaque::Hpack)?;
+                self.check(index)?;
                 self.table.indexed(index, list)?;
             } else {
                 let literal = Literal::read(&mut rest, first).ok_or(Opaque::Hpack)?;
+                if let Name::Index(index) = literal.name {
+                    self.check(index)?;
+                }
                 self.table.literal(&literal, list)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses an entry of the dynamic table while it is not known what that has.
+    fn check(&self, index: usize) -> Result<(), Opaque> {
+        if self.must_resize && statics(index).is_none() {
+            return Err(Opaque::Hpack);
         }
         Ok(())
     }

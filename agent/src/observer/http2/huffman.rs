@@ -37,6 +37,7 @@ const INVALID: u16 = 0;
 
 static TABLES: [[u16; 256]; TABLE_COUNT] = tables();
 
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
 const fn codes() -> [u32; SYMBOLS] {
     let mut codes = [0; SYMBOLS];
     let mut next = 0;
@@ -56,6 +57,7 @@ const fn codes() -> [u32; SYMBOLS] {
     codes
 }
 
+#[allow(clippy::indexing_slicing, reason = "evaluated by the compiler")]
 const fn tables() -> [[u16; 256]; TABLE_COUNT] {
     let mut tables = [[INVALID; 256]; TABLE_COUNT];
     let mut used = 1;
@@ -92,6 +94,12 @@ struct Bits<'c> {
     rest: &'c [u8],
 }
 
+/// A table has an entry for each byte.
+#[allow(clippy::indexing_slicing, reason = "no byte is beyond the 256 entries")]
+fn entry_of(table: &[u16; 256], byte: u8) -> u16 {
+    table[usize::from(byte)]
+}
+
 /// Gives the bytes of a string in turn to `put`; none if it is no Huffman code.
 pub(super) fn decode(coded: &[u8], mut put: impl FnMut(u8)) -> Option<()> {
     let mut next = Bits {
@@ -102,7 +110,7 @@ pub(super) fn decode(coded: &[u8], mut put: impl FnMut(u8)) -> Option<()> {
     let first = &TABLES[0];
     loop {
         next.fill();
-        let entry = first[usize::from(next.byte_after(0))];
+        let entry = entry_of(first, next.byte_after(0));
         let (symbol, length) = if entry & BRANCH == 0 {
             (entry, u32::from(entry >> 8))
         } else if next.count < 8 {
@@ -163,7 +171,7 @@ impl Bits<'_> {
         while entry & BRANCH != 0 {
             used += 8;
             let table = TABLES.get(usize::from(entry & !BRANCH))?;
-            entry = table[usize::from(self.byte_after(used))];
+            entry = entry_of(table, self.byte_after(used));
         }
         let length = used + u32::from(entry >> 8);
         // A code that is not whole is no filling either: that has less than a byte.

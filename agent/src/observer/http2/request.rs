@@ -11,6 +11,9 @@ use super::{
 };
 use crate::tenant::{Head, Header};
 
+/// The most that the fields of a block may come to, the bytes that are not kept included: it bounds the work.
+const MAX_BLOCK_BYTES: usize = 16 * MAX_HEAD_BYTES;
+
 /// Less than this that nobody refers to any more is left where it is.
 const MIN_DEAD_BYTES: usize = 512;
 
@@ -27,10 +30,15 @@ pub(super) struct RequestHead {
     protocol: Option<Field>,
     host: Option<Field>,
     content_length: Option<u64>,
+    timeout_ns: Option<u64>,
     is_grpc: bool,
     has_regular: bool,
     /// A field was among them that no request may have.
     is_refused: bool,
+    /// There are more fields than are kept.
+    is_cut: bool,
+    /// Bytes of those that are not.
+    cut_bytes: usize,
 }
 
 /// Where a name stands, directly followed by its value.
@@ -52,6 +60,7 @@ enum Known {
     Host,
     ContentType,
     ContentLength,
+    GrpcTimeout,
     Te,
     /// No request may have a field of this name (RFC 9113, sections 8.2 and 8.3).
     Refused,
@@ -64,6 +73,8 @@ pub(super) struct RequestTable {
     dynamic: Dynamic<Stored>,
     /// Names and values of the entries, the oldest first, after what evicted ones have left.
     text: Vec<u8>,
+    /// The server takes values of binary fields as they are.
+    takes_binary: bool,
 }
 
 #[derive(Debug)]
@@ -98,13 +109,23 @@ impl RequestHead {
             _ => self.has_method() && self.has_target(),
         };
         let has_length = !is_last || self.content_length.unwrap_or(0) == 0;
-        !self.is_refused && names_target && has_length && self.names_one_host()
+        !self.is_refused && names_target && has_length
     }
 
     /// Whether these may be the fields after a request's body.
     pub(super) fn is_trailers(&self) -> bool {
+        !self.is_refused && !self.has_pseudo()
+    }
+
+    /// Whether a field of those that only a request has is among them.
+    pub(super) fn has_pseudo(&self) -> bool {
         let pseudo = [self.method, self.scheme, self.authority, self.path, self.protocol];
-        !self.is_refused && pseudo.iter().all(Option::is_none)
+        pseudo.iter().any(Option::is_some)
+    }
+
+    /// Whether there are more fields than are kept, so that nobody knows what the others say.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut
     }
 
     /// What the request asks for.
@@ -121,16 +142,29 @@ impl RequestHead {
         self.content_length
     }
 
+    /// How long a caller of gRPC waits, if it says so.
+    pub(super) fn timeout_ns(&self) -> Option<u64> {
+        self.timeout_ns.filter(|_| self.kind() == Kind::Grpc)
+    }
+
     /// Adds a field that was put at the end of the text.
     fn add(&mut self, field: Field, known: Known, is_refused: bool) -> Result<(), Opaque> {
-        if self.text.len() > MAX_HEAD_BYTES {
-            return Err(Opaque::HeadTooLong);
-        }
-        if self.fields.len() >= MAX_HEADERS {
-            return Err(Opaque::TooManyHeaders);
+        if self.is_cut || self.text.len() > MAX_HEAD_BYTES || self.fields.len() >= MAX_HEADERS {
+            self.text.truncate(field.start);
+            return self.leave_out(field.name.saturating_add(field.value));
         }
         self.fields.push(field);
         self.is_refused |= is_refused || !self.accepts(field, known);
+        Ok(())
+    }
+
+    /// Passes over a field of so many bytes, and all that follow.
+    fn leave_out(&mut self, bytes: usize) -> Result<(), Opaque> {
+        self.is_cut = true;
+        self.cut_bytes = self.cut_bytes.saturating_add(bytes);
+        if self.text.len().saturating_add(self.cut_bytes) > MAX_BLOCK_BYTES {
+            return Err(Opaque::HeadTooLong);
+        }
         Ok(())
     }
 
@@ -162,10 +196,15 @@ impl RequestHead {
                 true
             }
             Known::ContentLength => {
-                let Some(length) = length_of(self.value(field)) else {
+                let Some(length) = number_of(self.value(field)) else {
                     return false;
                 };
                 *self.content_length.get_or_insert(length) == length
+            }
+            Known::GrpcTimeout => {
+                // One that is none is for the server to answer.
+                self.timeout_ns = self.timeout_ns.or(timeout_of(self.value(field)));
+                true
             }
             Known::Te => self.value(field).eq_ignore_ascii_case(b"trailers"),
             Known::Refused => false,
@@ -191,16 +230,12 @@ impl RequestHead {
         !is_http || path.starts_with(b"/") || (is_options && path == b"*")
     }
 
-    /// Whether the authority and the host, if both are given, are the same.
-    fn names_one_host(&self) -> bool {
-        let (Some(authority), Some(host)) = (self.authority, self.host) else {
-            return true;
-        };
+    /// Whether an authority and a host are the same.
+    fn is_one_host(&self, authority: &[u8], host: &[u8]) -> bool {
         let port: &[u8] = match self.scheme.map(|scheme| self.value(scheme)) {
             Some(b"https") => b":443",
             _ => b":80",
         };
-        let (authority, host) = (self.value(authority), self.value(host));
         without(authority, port).eq_ignore_ascii_case(without(host, port))
     }
 
@@ -247,10 +282,13 @@ impl Head for RequestHead {
 
     fn host(&self) -> Header<'_> {
         let authority = self.authority.map(|field| self.value(field));
-        let host = authority
-            .filter(|authority| !authority.is_empty())
-            .or_else(|| self.host.map(|field| self.value(field)));
-        host.map_or(Header::Missing, Header::of_host)
+        let authority = authority.filter(|authority| !authority.is_empty());
+        match (authority, self.host.map(|field| self.value(field))) {
+            // Servers differ in which of the two they read.
+            (Some(authority), Some(host)) if !self.is_one_host(authority, host) => Header::Differing,
+            (Some(host), _) | (None, Some(host)) => Header::of_host(host),
+            (None, None) => Header::Missing,
+        }
     }
 
     fn target(&self) -> &[u8] {
@@ -286,6 +324,7 @@ impl Known {
             b"host" => Self::Host,
             b"content-type" => Self::ContentType,
             b"content-length" => Self::ContentLength,
+            b"grpc-timeout" => Self::GrpcTimeout,
             b"te" => Self::Te,
             b"connection" | b"keep-alive" | b"proxy-connection" | b"transfer-encoding" | b"upgrade" => {
                 Self::Refused
@@ -319,10 +358,16 @@ impl Table for RequestTable {
 
     fn indexed(&mut self, index: usize, head: &mut RequestHead) -> Result<(), Opaque> {
         if let Some((name, value)) = statics(index) {
+            if head.is_cut {
+                return head.leave_out(name.len().saturating_add(value.len()));
+            }
             let field = head.copy(name.as_bytes(), value.as_bytes());
             return head.add(field, Known::of_static(index), false);
         }
         let stored = self.dynamic.get(index).ok_or(Opaque::Hpack)?;
+        if head.is_cut {
+            return head.leave_out(stored.field.name.saturating_add(stored.field.value));
+        }
         let (name, value) = (
             stored.field.name_in(&self.text),
             stored.field.value_in(&self.text),
@@ -347,13 +392,15 @@ impl Table for RequestTable {
             name: value_start.saturating_sub(start),
             value: head.text.len().saturating_sub(value_start),
         };
-        let is_refused = !is_value(head.value(field));
-        head.add(field, known, is_refused)?;
+        let (name, value) = (head.name(field), head.value(field));
+        let is_taken = is_value(value) || (self.takes_binary && is_binary(name, value));
+        let is_refused = !is_taken;
+        // The table gets it even if the head is cut before it.
         if literal.is_kept {
             let text = head.text.get(start..).unwrap_or_default();
             self.store(text, field, known, is_refused);
         }
-        Ok(())
+        head.add(field, known, is_refused)
     }
 
     fn max_size(&self) -> usize {
@@ -367,6 +414,12 @@ impl Table for RequestTable {
 }
 
 impl RequestTable {
+    /// The server says that it takes values of binary fields as they are. What it once took may still be on
+    /// the way.
+    pub(super) fn allow_binary(&mut self) {
+        self.takes_binary = true;
+    }
+
     /// Bytes of memory.
     pub(super) fn footprint(&self) -> usize {
         self.dynamic.footprint().saturating_add(self.text.capacity())
@@ -439,18 +492,18 @@ fn is_name(name: &[u8]) -> bool {
     !name.is_empty() && name.iter().all(allowed)
 }
 
-/// Whether a value has none of the characters that end a line or a string elsewhere, and no white space at
-/// its ends (section 8.2.1 too).
+/// Whether a value has none of the characters that end a line or a string elsewhere (section 8.2.1 too).
+/// White space at its ends, which that section forbids as well, is not looked at: most servers accept it.
 fn is_value(value: &[u8]) -> bool {
-    if [value.first(), value.last()]
-        .iter()
-        .any(|end| matches!(end, Some(b' ' | b'\t')))
-    {
-        return false;
-    }
     // Without leaving the loop early, so that many bytes are looked at with one instruction.
     let bad = |bad: bool, byte: &u8| bad | matches!(byte, b'\0' | b'\r' | b'\n');
     !value.iter().fold(false, bad)
+}
+
+/// Whether this is binary metadata of gRPC that is sent as it is, behind a byte 0, and not as Base64
+/// (grpc/proposal/G1-true-binary-metadata.md).
+fn is_binary(name: &[u8], value: &[u8]) -> bool {
+    name.ends_with(b"-bin") && value.first() == Some(&0)
 }
 
 /// Whether this is the content type of a gRPC call. gRPC-Web's is not: its status stands in the body.
@@ -459,8 +512,24 @@ fn is_grpc(value: &[u8]) -> bool {
     rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';' | b' ')))
 }
 
+/// The value of `grpc-timeout`: at most eight digits and a unit (grpc/doc/PROTOCOL-HTTP2.md).
+fn timeout_of(value: &[u8]) -> Option<u64> {
+    let (unit, digits) = value.split_last()?;
+    let unit_ns: u64 = match unit {
+        b'H' => 3_600_000_000_000,
+        b'M' => 60_000_000_000,
+        b'S' => 1_000_000_000,
+        b'm' => 1_000_000,
+        b'u' => 1_000,
+        b'n' => 1,
+        _ => return None,
+    };
+    let number = number_of(digits).filter(|_| digits.len() <= 8)?;
+    Some(number.saturating_mul(unit_ns))
+}
+
 /// Digits and nothing else.
-fn length_of(value: &[u8]) -> Option<u64> {
+fn number_of(value: &[u8]) -> Option<u64> {
     let digits = value.iter().all(u8::is_ascii_digit);
     let text = std::str::from_utf8(value).ok().filter(|_| digits)?;
     text.parse().ok()
@@ -489,9 +558,36 @@ mod tests {
             assert_eq!(Known::of(name), Known::Refused, "{name:?}");
         }
         assert_eq!(Known::of(b"x-tenant_id~1"), Known::Other);
-        assert!(is_value(b"a \t\x01\xff") && is_value(b""));
-        for value in [&b"a\r"[..], b"\nb", b"a\0b", b" a", b"a\t"] {
+        assert!(is_value(b" a \t\x01\xff ") && is_value(b""));
+        for value in [&b"a\r"[..], b"\nb", b"a\0b"] {
             assert!(!is_value(value), "{value:?}");
+        }
+        assert!(is_binary(b"x-bin", b"\0\r\n\0") && is_binary(b"x-bin", b"\0"));
+        assert!(!is_binary(b"x-bin", b"") && !is_binary(b"x-bin", b"a\0") && !is_binary(b"x-bi", b"\0"));
+    }
+
+    #[test]
+    fn timeouts_of_grpc() {
+        for (value, expected) in [
+            ("1H", Some(3_600_000_000_000)),
+            ("2M", Some(120_000_000_000)),
+            ("3S", Some(3_000_000_000)),
+            ("100m", Some(100_000_000)),
+            ("007u", Some(7_000)),
+            ("0n", Some(0)),
+            ("99999999n", Some(99_999_999)),
+            ("99999999H", Some(u64::MAX)),
+            ("", None),
+            ("S", None),
+            ("1", None),
+            ("1s", None),
+            ("+1S", None),
+            ("-1S", None),
+            ("1.5S", None),
+            ("1 S", None),
+            ("100000000n", None),
+        ] {
+            assert_eq!(timeout_of(value.as_bytes()), expected, "{value}");
         }
     }
 

@@ -12,6 +12,9 @@ const KEPT_PLACES: usize = 32;
 
 const FIRST_PLACES: usize = 4;
 
+/// Stands for a number that a request does not say.
+pub(super) const NOT_SAID: u64 = u64::MAX;
+
 /// One stream of the client.
 #[derive(Debug)]
 pub(super) struct Stream {
@@ -21,14 +24,17 @@ pub(super) struct Stream {
     pub(super) kind: Kind,
     pub(super) has_request_ended: bool,
     pub(super) has_answer_ended: bool,
-    /// Bytes of the body that are to come, if the request says how many there are.
-    pub(super) body_left: Option<u64>,
+    /// Bytes of the body that are to come, or [`NOT_SAID`].
+    pub(super) body_left: u64,
+    /// How long the caller waits for the whole answer, or [`NOT_SAID`].
+    pub(super) timeout_ns: u64,
     started_ns: u64,
     /// When the head of the answer began, once it is complete.
     answered_ns: Option<u64>,
     /// 0 until the head of the answer is complete, and if it has no status.
     status: u16,
-    is_event_stream: bool,
+    /// The length of the answer says nothing about speed.
+    is_stream: bool,
 }
 
 /// Where a request's outcome stands.
@@ -61,11 +67,12 @@ impl Stream {
             kind: Kind::Http,
             has_request_ended: false,
             has_answer_ended: false,
-            body_left: None,
+            body_left: NOT_SAID,
+            timeout_ns: NOT_SAID,
             started_ns,
             answered_ns: None,
             status: 0,
-            is_event_stream: false,
+            is_stream: false,
         }
     }
 
@@ -74,11 +81,12 @@ impl Stream {
         self.answered_ns.is_some()
     }
 
-    /// The head of the answer is complete.
-    pub(super) fn answer(&mut self, answer: &Answer, started_ns: u64) {
+    /// The head of the answer is complete, and perhaps all of it.
+    pub(super) fn answer(&mut self, answer: &Answer, is_last: bool, started_ns: u64) {
+        let is_conversation = self.kind == Kind::Grpc && !self.has_request_ended && !is_last;
         self.answered_ns = Some(started_ns);
         self.status = answer.status.filter(|_| !answer.is_interim()).unwrap_or(0);
-        self.is_event_stream = answer.is_event_stream;
+        self.is_stream = answer.is_event_stream || is_conversation;
     }
 
     /// Whether the answer opened a tunnel: nothing that follows is part of it.
@@ -88,11 +96,30 @@ impl Stream {
 
     /// The outcome of an answer that is complete, with the gRPC status that stood at its end.
     pub(super) fn outcome(&self, grpc_status: Option<u32>) -> Outcome {
-        match (self.kind, self.status) {
+        match (self.kind, self.status, grpc_status) {
             // No client accepts an answer without a status.
-            (_, 0) => Outcome::ServerError,
-            (Kind::Grpc, 200) => Outcome::of_grpc_status(grpc_status.unwrap_or(GRPC_UNKNOWN)),
-            (_, status) => Outcome::of_http_status(status),
+            (_, 0, _) => Outcome::ServerError,
+            (Kind::Grpc, 200, code) => Outcome::of_grpc_status(code.unwrap_or(GRPC_UNKNOWN)),
+            // Callers of gRPC read other statuses as grpc/doc/http-grpc-status-mapping.md says: they believe
+            // the gRPC status first (not all believe OK there), and take 401 for UNAUTHENTICATED, 403 for
+            // PERMISSION_DENIED, and all others for what is the service's failure.
+            (Kind::Grpc, _, Some(code @ 1..)) => Outcome::of_grpc_status(code),
+            (Kind::Grpc, 401 | 403, _) => Outcome::ClientError,
+            (Kind::Grpc, _, _) => Outcome::ServerError,
+            (_, status, _) => Outcome::of_http_status(status),
+        }
+    }
+
+    /// The outcome of a request that the client resets. One that has waited until its deadline got no answer
+    /// in time.
+    pub(super) fn given_up(&self, now_ns: u64) -> Outcome {
+        let waited = now_ns.saturating_sub(self.started_ns);
+        // gRPC's C core announces up to 3 % more than it waits, and the head was under way for a while.
+        let shortest = self.timeout_ns.saturating_sub(self.timeout_ns / 16);
+        if self.timeout_ns != NOT_SAID && waited >= shortest {
+            Outcome::Timeout
+        } else {
+            Outcome::ClientAbort
         }
     }
 
@@ -103,7 +130,7 @@ impl Stream {
             let times = Times {
                 total_ns: now_ns.saturating_sub(self.started_ns),
                 first_byte_ns,
-                is_stream: self.is_event_stream,
+                is_stream: self.is_stream,
             };
             sink.end(tenant, outcome, times);
         }
@@ -126,12 +153,12 @@ impl Stream {
 
     /// Takes bytes of the request's body; false if it said that there would be fewer.
     pub(super) fn take_body(&mut self, length: u64) -> bool {
-        let Some(left) = &mut self.body_left else {
+        if self.body_left == NOT_SAID {
             return true;
-        };
-        match left.checked_sub(length) {
-            Some(rest) => {
-                *left = rest;
+        }
+        match self.body_left.checked_sub(length) {
+            Some(left) => {
+                self.body_left = left;
                 true
             }
             None => false,
@@ -140,7 +167,7 @@ impl Stream {
 
     /// Whether the body may end here.
     pub(super) fn has_body(&self) -> bool {
-        self.body_left.is_none_or(|left| left == 0)
+        matches!(self.body_left, 0 | NOT_SAID)
     }
 }
 
@@ -283,6 +310,23 @@ mod tests {
             let taken: BTreeSet<u32> = streams.take_all().map(|stream| stream.id).collect();
             prop_assert_eq!(taken, open);
             prop_assert!(streams.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_caller_gives_up_at_its_deadline_or_before() {
+        let mut stream = Stream::new(1, 1000);
+        assert_eq!(stream.given_up(u64::MAX), Outcome::ClientAbort);
+        stream.timeout_ns = 1600;
+        for (now_ns, outcome) in [
+            (0, Outcome::ClientAbort),
+            (1000, Outcome::ClientAbort),
+            (2499, Outcome::ClientAbort),
+            (2500, Outcome::Timeout),
+            (2600, Outcome::Timeout),
+            (u64::MAX, Outcome::Timeout),
+        ] {
+            assert_eq!(stream.given_up(now_ns), outcome, "at {now_ns}");
         }
     }
 

@@ -1,6 +1,7 @@
 //! Tests of the observer of HTTP/2: whole connections, built from frames by hand.
 
 mod blocks;
+mod grpc;
 mod hostile;
 
 use coalmine_proto::names::Outcome::*;
@@ -37,6 +38,7 @@ struct Notes {
     ended: Vec<(String, Outcome)>,
     times: Vec<Times>,
     forgotten: Vec<String>,
+    passed_over: usize,
     malformed: usize,
     opaque: Option<Opaque>,
     open: usize,
@@ -68,6 +70,10 @@ impl Sink for Notes {
     fn forget(&mut self, tenant: TenantId) {
         self.open -= 1;
         self.forgotten.push(self.tenants[tenant.0 as usize].clone());
+    }
+
+    fn passed_over(&mut self) {
+        self.passed_over += 1;
     }
 
     fn malformed(&mut self) {
@@ -214,15 +220,6 @@ fn get(stream: u32, tenant: &str) -> Vec<u8> {
     headers(stream, END_STREAM, &[&POST[..], &[("t", tenant)]].concat())
 }
 
-fn call(stream: u32, tenant: &str) -> Vec<u8> {
-    let request = post(
-        stream,
-        tenant,
-        &[("content-type", "application/grpc"), ("te", "trailers")],
-    );
-    [request, data(stream, END_STREAM, 7)].concat()
-}
-
 fn data(stream: u32, flags: u8, length: usize) -> Vec<u8> {
     frame(DATA, flags, stream, &vec![0; length])
 }
@@ -366,48 +363,6 @@ fn answers_that_no_client_accepts() {
 }
 
 #[test]
-fn grpc_outcomes_stand_in_the_trailers() {
-    let end = |status: &str| -> Vec<Vec<u8>> {
-        let head = headers(1, 0, &[(":status", "200"), ("content-type", "application/grpc")]);
-        vec![
-            head,
-            data(1, 0, 12),
-            headers(1, END_STREAM, &[("grpc-status", status)]),
-        ]
-    };
-    for (code, outcome) in [
-        ("0", Success),
-        ("5", ClientError),
-        ("14", ServerError),
-        ("99", ServerError),
-        ("x", ServerError),
-        ("", ServerError),
-    ] {
-        check(&[q(&[call(1, "a")]), a(&end(code))], &[("a", outcome)], None);
-    }
-    // A call that is no gRPC does not look at it.
-    check(&[q(&[get(1, "a")]), a(&end("14"))], &[("a", Success)], None);
-}
-
-#[test]
-fn grpc_answers_without_a_body() {
-    let only = |status, code| headers(1, END_STREAM, &[(":status", status), ("grpc-status", code)]);
-    for (answer, outcome) in [
-        (only("200", "0"), Success),
-        (only("200", "3"), ClientError),
-        (only("200", "8"), ServerError),
-        (only("503", "0"), ServerError),
-        (only("404", "0"), ClientError),
-        (status(1, END_STREAM, "200"), ServerError),
-    ] {
-        check(&[q(&[call(1, "a")]), a(&[answer])], &[("a", outcome)], None);
-    }
-    // Without trailers the call has no status, which is UNKNOWN.
-    let answer = a(&[status(1, 0, "200"), data(1, END_STREAM, 9)]);
-    check(&[q(&[call(1, "a")]), answer], &[("a", ServerError)], None);
-}
-
-#[test]
 fn padding_and_priority_are_passed_over() {
     let fields = block(&[&POST[..], &[("t", "a")]].concat());
     let padded = [&[4_u8, 0, 0, 0, 0, 255][..], &fields, &[0; 4]].concat();
@@ -539,10 +494,17 @@ fn resets() {
     );
     assert_eq!(notes.malformed, 0);
     assert!(observer.is_quiet() && observer.footprint() > 0);
-    // The same for trailers of a request that the server did not want to hear.
+    // The same for trailers of a request that the server did not want to hear, even if the client has passed
+    // over numbers of streams.
     let trailers = frame(HEADERS, END_STREAM | END_HEADERS, 1, &late);
+    let late = q(&[data(1, 0, 1), trailers]);
     check(
-        &[request, a(&[reset(1, 0)]), q(&[data(1, 0, 1), trailers])],
+        &[request.clone(), a(&[reset(1, 0)]), late.clone()],
+        &[("a", UpstreamReset)],
+        None,
+    );
+    check(
+        &[request, q(&[get(9, "c")]), a(&[reset(1, 0)]), late],
         &[("a", UpstreamReset)],
         None,
     );

@@ -118,8 +118,13 @@ impl Findings {
                 Requirement::Pool => judge.service.is_pool_proven(),
             };
             if !proven {
+                let obstacle = match requirement {
+                    Requirement::Pool => judge.service.pool_obstacle(),
+                    Requirement::Errors | Requirement::Latency => None,
+                };
+                let obstacle = obstacle.map_or_else(String::new, |obstacle| format!("; {obstacle}"));
                 self.missing.push(format!(
-                    "not yet proven that {} ({} canary requests so far)",
+                    "not yet proven that {} ({} canary requests so far){obstacle}",
                     claim(judge, *requirement),
                     group.totals.canary.requests
                 ));

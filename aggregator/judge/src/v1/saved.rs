@@ -1,7 +1,7 @@
 //! The state of a judgement as bytes, so that it can be gone on with, or a decision judged again, from the middle.
 //!
 //! ```text
-//! "judge-fx/1 state 1\n", and then in Borsh: the clock; the names of the tenants in the order of their numbers, and how
+//! "judge-fx/1 state 2\n", and then in Borsh: the clock; the names of the tenants in the order of their numbers, and how
 //! many were admitted together each time; the tenants; blocks that wait; fleet and cohorts; the service
 //! ```
 //!
@@ -16,7 +16,7 @@ use coalmine_proto::names::TenantName;
 use std::{collections::VecDeque, sync::Arc};
 
 /// What a saved state begins with.
-const FORM: &[u8] = b"judge-fx/1 state 1\n";
+const FORM: &[u8] = b"judge-fx/1 state 2\n";
 
 /// Why a state cannot be gone on with.
 fn not_sound(problem: &str) -> String {

@@ -49,6 +49,9 @@ pub(crate) fn with_everything(window: &mut Window) {
         timeouts: waits / 5,
         used: if number > 30 { 10 } else { 4 },
         max: 10,
+        at_least: false,
+        estimated: false,
+        agents: None,
     };
     window.pool = vec![
         pool(Arm::Canary, 150, number % 7),

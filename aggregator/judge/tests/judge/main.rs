@@ -13,5 +13,6 @@ mod golden;
 mod interop;
 mod memory;
 mod metrics;
+mod pool;
 mod saved;
 mod verdicts;

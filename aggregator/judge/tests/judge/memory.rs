@@ -96,6 +96,9 @@ fn what_is_required_must_go_on_being_measured() {
             timeouts: 0,
             used: 1,
             max: 9,
+            at_least: false,
+            estimated: false,
+            agents: None,
         };
         Window {
             pool: if number <= 60 {

@@ -215,6 +215,9 @@ fn pools(canary: (u64, u64, u64), baseline: (u64, u64, u64), used: u64) -> Vec<P
         timeouts,
         used,
         max: 10,
+        at_least: false,
+        estimated: false,
+        agents: None,
     };
     vec![pool(Arm::Canary, canary, used), pool(Arm::Baseline, baseline, 5)]
 }

@@ -58,6 +58,15 @@ fn whoever_goes_on_with_a_saved_state_says_the_same_for_ever() {
             });
             if policy == EVERYTHING {
                 with_everything(&mut window);
+                // What is not counted, and who does not report, is remembered too.
+                for pool in &mut window.pool {
+                    pool.at_least = number.is_multiple_of(5);
+                    pool.estimated = (30..34).contains(&number);
+                    pool.agents = (number > 10).then_some(number as u32 % 4);
+                }
+                if number == 47 {
+                    window.pool.clear();
+                }
             }
             let outcome = whole.step(&window).unwrap();
             deadlines += usize::from(outcome.deadline.is_some());

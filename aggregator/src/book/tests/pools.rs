@@ -1,5 +1,6 @@
 //! Tests of the book: what agents say of connection pools and pods.
 
+use coalmine_agent::pool::PoolRow;
 use coalmine_judge::evidence;
 use coalmine_proto::{
     names::Arm,
@@ -21,6 +22,7 @@ fn pool(name: &str, acquires: u64, waits: u64, used: u64, max: u64) -> Pool {
         idle: max.saturating_sub(used),
         max,
         waiters: u64::from(used == max),
+        ..Pool::default()
     }
 }
 
@@ -116,6 +118,9 @@ fn events_add_up_and_connections_are_those_of_the_last_report() {
                 timeouts: 3,
                 used: 2 + 1 + 3,
                 max: 5 + 9 + 4,
+                at_least: false,
+                estimated: false,
+                agents: Some(2),
             },
             evidence::Pool {
                 arm: Arm::Baseline,
@@ -124,6 +129,9 @@ fn events_add_up_and_connections_are_those_of_the_last_report() {
                 timeouts: 0,
                 used: 4,
                 max: 8,
+                at_least: false,
+                estimated: false,
+                agents: Some(1),
             },
         ]
     );
@@ -145,6 +153,134 @@ fn pools_without_a_name_of_their_own_are_one() {
         panic!("{:?}", window.pool);
     };
     assert_eq!((pool.acquires, pool.waits, pool.used, pool.max), (60, 6, 5, 10));
+}
+
+#[test]
+fn what_is_not_all_counted_is_said_of_the_whole_arm_and_slot() {
+    let mut book = long_slots();
+    let mut first = Sender::new(&mut book, "a", Arm::Canary, 1);
+    let mut second = Sender::new(&mut book, "b", Arm::Canary, 2);
+    let mut baseline = Sender::new(&mut book, "c", Arm::Baseline, 3);
+    let exact = pool("orders", 10, 1, 1, 5);
+    let at_least = Pool {
+        waits_at_least: true,
+        ..exact.clone()
+    };
+    let estimated = Pool {
+        acquires_estimated: true,
+        ..exact.clone()
+    };
+    first.says(&mut book, 0, &[at_least], None).unwrap();
+    // What is said later does not take it back.
+    first
+        .says(&mut book, 1_000, std::slice::from_ref(&exact), None)
+        .unwrap();
+    second
+        .says(&mut book, 0, &[pool("stock", 10, 1, 1, 5), estimated], None)
+        .unwrap();
+    baseline.says(&mut book, 0, &[exact], None).unwrap();
+    let mut copy = long_slots();
+    for piece in book.image() {
+        copy.load(&piece).unwrap();
+    }
+    let window = book.freeze(&comparison(), 0, 1, 4_000);
+    let said = |pool: &evidence::Pool| (pool.arm, pool.at_least, pool.estimated, pool.agents);
+    assert_eq!(
+        window.pool.iter().map(said).collect::<Vec<_>>(),
+        [
+            (Arm::Canary, true, true, Some(2)),
+            (Arm::Baseline, false, false, Some(1)),
+        ]
+    );
+    assert_eq!(copy.freeze(&comparison(), 0, 1, 4_000).pool, window.pool);
+    let line = window.to_json();
+    assert!(
+        line.contains("\"max\":15,\"at_least\":true,\"estimated\":true,\"agents\":2}"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_pool_beyond_its_maximum_does_not_make_the_others_look_full() {
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "a", Arm::Canary, 1);
+    let pools = [
+        pool("overflowing", 10, 0, 15, 5),
+        pool("idle", 10, 0, 0, 10),
+        pool("unlimited", 10, 0, 40, 0),
+        // Pools without a name of their own are one, of which the same holds.
+        pool("", 10, 0, 15, 5),
+        pool("", 10, 0, 0, 10),
+    ];
+    canary.says(&mut book, 0, &pools, None).unwrap();
+    let window = book.freeze(&comparison(), 0, 1, 1_000);
+    assert_eq!((window.pool[0].used, window.pool[0].max), (10, 30));
+}
+
+#[test]
+fn the_names_of_an_agents_pools_in_a_slot_are_bounded_and_no_event_is_lost() {
+    let frozen = |write_down: bool| {
+        let mut book = long_slots();
+        let mut canary = Sender::new(&mut book, "a", Arm::Canary, 1);
+        for (start_ms, letter) in [(0, 'a'), (1_000, 'b'), (2_000, 'a')] {
+            let named = |n: usize| Pool {
+                waits_at_least: letter == 'b',
+                ..pool(&format!("{letter}{n:02}"), 10, 1, 1, 2)
+            };
+            let pools: Vec<Pool> = (0..MAX_POOLS).map(named).collect();
+            canary.says(&mut book, start_ms, &pools, None).unwrap();
+            if write_down {
+                let pieces = book.image();
+                let mut copy = long_slots();
+                for piece in &pieces {
+                    copy.load(piece).unwrap();
+                }
+                assert_eq!(copy.image(), pieces);
+                book = copy;
+                canary.connect(&mut book, 1_000 + start_ms, start_ms + 1_000);
+            }
+        }
+        book.freeze(&comparison(), 0, 1, 60_000).pool
+    };
+    let pools = frozen(false);
+    let most = MAX_POOLS as u64;
+    assert_eq!((pools[0].acquires, pools[0].waits), (3 * 10 * most, 3 * most));
+    // The connections are those of the pools that are kept.
+    assert_eq!((pools[0].used, pools[0].max), (most, 2 * most));
+    assert!(pools[0].at_least);
+    assert_eq!(frozen(true), pools);
+}
+
+/// A batch that is refused is sent again for ever, so no agent may send one.
+#[test]
+fn whatever_an_application_says_of_its_pools_the_agent_sends_what_is_taken() {
+    let most = u64::MAX;
+    let row = PoolRow {
+        name: "~".repeat(128),
+        acquires: Some(0),
+        acquires_estimated: false,
+        waits: most,
+        waits_at_least: true,
+        timeouts: most,
+        wait_ns: most,
+        used: most,
+        idle: most,
+        max: most,
+        waiters: most,
+    };
+    let uncounted = PoolRow {
+        acquires: None,
+        ..row.clone()
+    };
+    let mut book = book();
+    let mut canary = Sender::new(&mut book, "a", Arm::Canary, 1);
+    let mut added = row.clone();
+    added.add(&uncounted);
+    for row in [row, uncounted, added] {
+        let pools = vec![row.to_wire(); MAX_POOLS];
+        let said = canary.says(&mut book, 0, &pools, None);
+        assert_eq!(said, Ok(Applied::Now), "{row:?}");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use super::super::{
-    super::Opaque,
+    super::{MAX_HEADERS, Opaque},
     hpack::Decoder,
     huffman,
     request::{RequestHead, RequestTable},
@@ -282,7 +282,13 @@ fn a_lower_limit_must_be_heeded() {
     let mut decoder = Decoder::<RequestTable>::default();
     assert!(read(&mut decoder, &kept("name", "value")).is_ok());
     decoder.set_limit(50);
-    assert_eq!(read(&mut decoder, &[0x82]), Err(Opaque::Hpack));
+    // Senders that never use the table do not mind: until a size comes, only its entries are in doubt.
+    for entry in [&[0xbe_u8][..], &[0x7e, 1, b'x'], &[0x0f, 47, 1, b'x']] {
+        assert_eq!(read(&mut decoder, entry), Err(Opaque::Hpack), "{entry:x?}");
+    }
+    let others = [&[0x82, 0x04, 1, b'/'][..], &[0x00, 1, b'a', 1, b'b']].concat();
+    let expected = [(":method", "GET"), (":path", "/"), ("a", "b")];
+    assert_eq!(read(&mut decoder, &others), Ok(pairs(&expected)));
     assert_eq!(
         read(&mut decoder, &[0x3f, 20, 0x82]),
         Err(Opaque::Hpack),
@@ -346,6 +352,19 @@ fn an_entry_may_take_its_name_from_one_that_it_evicts() {
     assert!(read(&mut decoder, &block).is_ok());
     assert_eq!(decoder.table().size(), 0);
     assert_eq!(read(&mut decoder, &[0xbe]), Err(Opaque::Hpack));
+}
+
+#[test]
+fn what_is_left_out_of_a_head_is_in_the_table() {
+    let mut decoder = Decoder::<RequestTable>::default();
+    let many = vec![0x90; 300];
+    let fields = read(&mut decoder, &[many, kept("late", "1"), vec![0xbe]].concat()).unwrap();
+    assert_eq!(fields.len(), MAX_HEADERS);
+    assert!(fields.iter().all(|(name, _)| name == "accept-encoding"));
+    assert_eq!(read(&mut decoder, &[0xbe]), Ok(pairs(&[("late", "1")])));
+    // Even what is left out must be there.
+    let missing = [vec![0x90; 300], vec![0xbf]].concat();
+    assert_eq!(read(&mut decoder, &missing), Err(Opaque::Hpack));
 }
 
 #[test]
