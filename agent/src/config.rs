@@ -31,8 +31,8 @@ What it does to a request:
   An HTTP/1 connection that the application closes between two requests is opened again for the client.
 
 What leaves the pod:
-  Counts for each tenant and window, and what the pod and its connection pool use. No path, header, address
-  or body. Without the aggregator, requests go on and windows wait in --ring.
+  Counts for each tenant and window, and what the pod and its connection pool use. No path, header or body,
+  and no client's address. Without the aggregator, requests go on and windows wait in --ring.
 
 What it may take:
   --max-connections, --max-tenants and --ring bound it; SIGTERM lets requests end for as long as --drain.";

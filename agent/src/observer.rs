@@ -15,6 +15,7 @@
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
+mod account;
 mod body;
 mod head;
 mod http1;
@@ -98,11 +99,13 @@ pub enum Opaque {
     Http2Framing,
     /// A header block of HTTP/2 that cannot be decompressed.
     Hpack,
+    /// All connections together need more memory for what is not complete than there is.
+    Memory,
 }
 
 impl Opaque {
     /// How many reasons there are.
-    pub const COUNT: usize = 13;
+    pub const COUNT: usize = 14;
 
     /// All reasons, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
@@ -119,6 +122,7 @@ impl Opaque {
         Self::Tls,
         Self::Http2Framing,
         Self::Hpack,
+        Self::Memory,
     ];
 
     /// The reason's name in labels.
@@ -137,6 +141,7 @@ impl Opaque {
             Self::Tls => "tls",
             Self::Http2Framing => "http2_framing",
             Self::Hpack => "hpack",
+            Self::Memory => "memory_limit",
         }
     }
 }

@@ -9,7 +9,7 @@
 //! scrape before), [`Pools`] (what happened since the window before).
 //!
 //! It is never the cause of trouble: one request at a time, over one connection that is kept; an application
-//! that is slow is asked less often, and whatever it answers, memory is bounded.
+//! that is slow is given up in time, and whatever it answers, memory is bounded.
 
 mod counters;
 mod exposition;

@@ -57,6 +57,10 @@ impl Incomplete {
         self.bytes.is_empty()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes
     }

@@ -6,6 +6,7 @@ use coalmine_proto::names::Outcome;
 
 use super::{
     MAX_PIPELINED, Opaque, Sink, TenantId, Times,
+    account::Account,
     body::{Body, Progress},
     head::{Incomplete, Method, Request, Response, no_headers},
 };
@@ -17,6 +18,7 @@ pub struct Http1 {
     response: Side,
     request_head: Incomplete,
     response_head: Incomplete,
+    account: Account,
     pending: VecDeque<Pending>,
     /// When the first byte of the request that is being read came.
     started_ns: u64,
@@ -64,6 +66,7 @@ impl Default for Http1 {
             response: Side::Idle,
             request_head: Incomplete::default(),
             response_head: Incomplete::default(),
+            account: Account::default(),
             pending: VecDeque::new(),
             started_ns: 0,
             answered_ns: 0,
@@ -284,7 +287,13 @@ impl Http1 {
             };
             self.request_head.clear();
         }
+        self.account_for_heads()?;
         Ok(taken)
+    }
+
+    fn account_for_heads(&mut self) -> Result<(), Opaque> {
+        let held = self.request_head.len() + self.response_head.len();
+        self.account.note(held).then_some(()).ok_or(Opaque::Memory)
     }
 
     fn on_response_head(&mut self, bytes: &[u8], now_ns: u64, sink: &mut impl Sink) -> Result<usize, Opaque> {
@@ -305,6 +314,7 @@ impl Http1 {
                 _ => return Err(Opaque::BadResponse),
             }
         }
+        self.account_for_heads()?;
         Ok(taken)
     }
 

@@ -39,7 +39,7 @@ use std::{cell::Cell, collections::VecDeque};
 
 use coalmine_proto::names::Outcome;
 
-use super::{Opaque, Sink};
+use super::{Opaque, Sink, account::Account};
 use frames::{Block, Data, Event, Frames, Sender, Settings};
 use hpack::{Decoder, Table};
 use request::{RequestHead, RequestTable};
@@ -73,6 +73,7 @@ pub struct Http2 {
     last_processed: u32,
     client_gone: bool,
     is_opaque: bool,
+    account: Account,
 }
 
 /// What one side sends.
@@ -94,6 +95,7 @@ impl Default for Http2 {
             last_processed: LAST_STREAM,
             client_gone: false,
             is_opaque: false,
+            account: Account::default(),
         }
     }
 }
@@ -133,7 +135,7 @@ impl Http2 {
     pub fn on_request(&mut self, mut bytes: &[u8], now_ns: u64, sink: &mut impl Sink) {
         while !self.is_opaque {
             let noted = match self.client.frames.next(&mut bytes, now_ns) {
-                Ok(None) => return,
+                Ok(None) => return self.account_for(sink),
                 Ok(Some(event)) => self.on_client(event, now_ns, sink),
                 Err(why) => Err(why),
             };
@@ -147,7 +149,7 @@ impl Http2 {
     pub fn on_response(&mut self, mut bytes: &[u8], now_ns: u64, sink: &mut impl Sink) {
         while !self.is_opaque {
             let noted = match self.server.frames.next(&mut bytes, now_ns) {
-                Ok(None) => return,
+                Ok(None) => return self.account_for(sink),
                 Ok(Some(event)) => self.on_server(event, now_ns, sink),
                 Err(why) => Err(why),
             };
@@ -413,6 +415,13 @@ impl Http2 {
             } else {
                 self.streams.insert(stream);
             }
+        }
+    }
+
+    /// Gives up where all connections together hold too much.
+    fn account_for(&mut self, sink: &mut impl Sink) {
+        if !self.account.note(self.footprint()) {
+            self.lose(Opaque::Memory, sink);
         }
     }
 

@@ -58,6 +58,8 @@ pub struct Hosts {
     pub memory_limit_bytes: Option<u64>,
     /// Open files.
     pub open_files: u64,
+    /// Connections that were not followed, since the agents began: their requests are not counted.
+    pub opaque_connections: u64,
     /// Connections to the database; none where no agent can see them.
     pub database: Option<DatabaseConnections>,
 }
@@ -181,6 +183,7 @@ impl Hosts {
             memory_bytes: sum(|host| host.memory_bytes),
             memory_limit_bytes: limit(|host| host.memory_limit_bytes),
             open_files: sum(|host| host.open_files),
+            opaque_connections: sum(|host| host.opaque_connections),
             database: DatabaseConnections::of(hosts.iter().filter_map(|(host, _)| host.database)),
         }
     }
@@ -257,6 +260,9 @@ impl fmt::Display for Hosts {
         }
         if self.open_files > 0 {
             write!(f, ", {} open files", self.open_files)?;
+        }
+        if self.opaque_connections > 0 {
+            write!(f, ", {} connections that were not followed", self.opaque_connections)?;
         }
         if let Some(database) = &self.database {
             write!(

@@ -60,6 +60,8 @@ pub enum Event {
     Ended(u32, Outcome, Times),
     /// It cannot be followed.
     Forgotten(u32),
+    /// A request that is not followed.
+    PassedOver,
     /// A request that is nobody's.
     Malformed,
     /// The connection is not followed any more.
@@ -112,7 +114,7 @@ impl Sink for Notes {
         let number = self.begun;
         self.begun += 1;
         assert!(self.open.insert(number));
-        let mut said = vec![head.host().unwrap_or_default().to_vec(), head.target().to_vec()];
+        let mut said = vec![format!("{:?}", head.host()).into_bytes(), head.target().to_vec()];
         said.extend(ASKED.iter().map(|name| match head.header(name) {
             Header::Missing => b"<missing>".to_vec(),
             Header::Value(value) => value.to_vec(),
@@ -140,6 +142,10 @@ impl Sink for Notes {
             "{tenant:?} has not begun, or has ended"
         );
         self.events.push(Event::Forgotten(tenant.0));
+    }
+
+    fn passed_over(&mut self) {
+        self.events.push(Event::PassedOver);
     }
 
     fn malformed(&mut self) {
