@@ -262,7 +262,11 @@ impl fmt::Display for Hosts {
             write!(f, ", {} open files", self.open_files)?;
         }
         if self.opaque_connections > 0 {
-            write!(f, ", {} connections that were not followed", self.opaque_connections)?;
+            write!(
+                f,
+                ", {} connections that were not followed",
+                self.opaque_connections
+            )?;
         }
         if let Some(database) = &self.database {
             write!(

@@ -67,7 +67,7 @@ const OPEN_FILES: u64 = 16_384;
 
 /// What the design has a budget for and nothing here measures.
 const NOT_MEASURED: &str = "Not measured here: linkerd2-proxy, which cannot be installed from Debian (the design's ratios to it \
-    are of another run); gRPC; HTTP/2 with larger answers or at a constant rate; TLS; a network other than loopback; \
+    are of another run); gRPC; HTTP/2 at a constant rate; TLS; a network other than loopback; \
     transparency, which the tests hold; Prometheus; face polls; the gate after a restart.";
 
 /// Measures the budgets of Coalmine's design, as ratios in one run

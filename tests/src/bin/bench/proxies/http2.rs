@@ -58,47 +58,64 @@ pub(super) async fn measure(
         program,
         core: plan.cores.load,
     };
-    let spoken = stage
-        .ways
-        .iter()
-        .filter_map(|way| Some((way.http2?, Rounds::new(way))));
-    let (addresses, mut all): (Vec<SocketAddr>, Vec<Rounds<'_>>) = spoken.unzip();
-    let mut rate = 0.0;
-    for (rounds, address) in all.iter_mut().zip(&addresses) {
-        let (first, _) = rounds.watch(clients.run(*address, FIRST)).await?;
-        rate = f64::max(rate, first.requests as f64 / first.seconds);
-    }
-    // The same for all, so that no request is cut off by a clock.
-    let requests = (rate * plan.slice.as_secs_f64()) as u64;
-    for round in 0..plan.rounds {
-        for place in 0..all.len() {
-            let next = (round + place) % all.len();
-            all[next].take(clients.run(addresses[next], requests)).await?;
-        }
-    }
     report.note(&format!(
         "\nHTTP/2: h2load, {CONNECTIONS} connections x {STREAMS} streams, one tenant; nginx speaks HTTP/1.1 to \
          applications."
     ));
-    rounds::print(&format!("HTTP/2, 1 KiB, {requests} requests"), &all);
+    let small = clients.compare(plan, stage, 1).await?;
+    ratios_of(
+        &small,
+        1,
+        [Budget::AtMost(1.08), Budget::AtMost(0.80)],
+        ratios,
+        report,
+    );
+    let large = clients.compare(plan, stage, 64).await?;
+    ratios_of(&large, 64, [Budget::None, Budget::None], ratios, report);
+    let sent = [&small, &large].map(|all| find(all, "agent").map_or(0, |agent| agent.requests));
+    Ok(sent.iter().sum())
+}
 
-    let Some(agent) = find(&all, "agent") else {
-        return Ok(0);
-    };
-    for (name, budget) in [("relay", 1.08), ("haproxy", 0.80)] {
-        let Some(other) = find(&all, name) else { continue };
+/// Compares the agent's CPU with the relay's and HAProxy's.
+fn ratios_of(all: &[Rounds<'_>], kib: usize, budgets: [Budget; 2], ratios: &mut Ratios, report: &mut Report) {
+    let Some(agent) = find(all, "agent") else { return };
+    for (name, budget) in ["relay", "haproxy"].into_iter().zip(budgets) {
+        let Some(other) = find(all, name) else { continue };
         let spread = Spread::of_ratios(&agent.cpu_us, &other.cpu_us);
-        let what = format!("agent/{name}, CPU per request, HTTP/2, 1 KiB");
-        ratios.row(&what, spread, Budget::AtMost(budget), report);
+        let what = format!("agent/{name}, CPU per request, HTTP/2, {kib} KiB");
+        ratios.row(&what, spread, budget, report);
     }
-    Ok(agent.requests)
 }
 
 // === impl H2load ===
 
 impl H2load {
+    /// Measures all ways with answers of so many KiB.
+    async fn compare<'s>(&self, plan: Plan, stage: &'s Stage, kib: usize) -> anyhow::Result<Vec<Rounds<'s>>> {
+        let spoken = stage
+            .ways
+            .iter()
+            .filter_map(|way| Some((way.http2?, Rounds::new(way))));
+        let (addresses, mut all): (Vec<SocketAddr>, Vec<Rounds<'_>>) = spoken.unzip();
+        let mut rate = 0.0;
+        for (rounds, address) in all.iter_mut().zip(&addresses) {
+            let (first, _) = rounds.watch(self.run(*address, kib, FIRST)).await?;
+            rate = f64::max(rate, first.requests as f64 / first.seconds);
+        }
+        // The same for all, so that no request is cut off by a clock.
+        let requests = (rate * plan.slice.as_secs_f64()) as u64;
+        for round in 0..plan.rounds {
+            for place in 0..all.len() {
+                let next = (round + place) % all.len();
+                all[next].take(self.run(addresses[next], kib, requests)).await?;
+            }
+        }
+        rounds::print(&format!("HTTP/2, {kib} KiB, {requests} requests"), &all);
+        Ok(all)
+    }
+
     /// Opens the connections, sends so many requests and waits for all answers.
-    async fn run(&self, target: SocketAddr, requests: u64) -> anyhow::Result<Slice> {
+    async fn run(&self, target: SocketAddr, kib: usize, requests: u64) -> anyhow::Result<Slice> {
         // Through the bench, so that it is killed with it.
         let mut command = Command::new(std::env::current_exe()?);
         command
@@ -110,7 +127,7 @@ impl H2load {
             format!("-c{CONNECTIONS}"),
             format!("-m{STREAMS}"),
             format!("-Hx-tenant-id: {}", tenant(1)),
-            format!("http://{target}/{KIB}"),
+            format!("http://{target}/{}", kib * KIB),
         ]);
         command.stdin(Stdio::null());
         let output = timeout(PATIENCE, spawn_blocking(move || command.output())).await;
