@@ -1,10 +1,11 @@
 //! The `coalmine` command.
 //!
-//! Exit codes: 0 approved or valid; 1 rolled back, or a verification failed; 2 on hold at the deadline;
-//! 3 could not find out (network, server); 64 wrong usage or input.
+//! Exit codes: 0 approved or valid; 1 rolled back, a verification failed, or an injection was refused; 2 on hold at the
+//! deadline; 3 could not find out (network, server); 64 wrong usage or input.
 
 pub(crate) mod audit;
 pub(crate) mod explain;
+mod inject;
 mod judge;
 mod policy;
 mod rollout;
@@ -109,6 +110,8 @@ enum Command {
     /// Check and compare SLA baselines, and learn their history (offline)
     #[command(subcommand)]
     Policy(policy::Command),
+    /// Put the agent into the pods of manifests that ask for it by label (offline)
+    Inject(inject::Options),
     /// Cosign checkpoints of decision logs that only grow, for somebody who cannot change them
     #[command(subcommand)]
     Witness(witness::Command),
@@ -124,7 +127,7 @@ enum Command {
 pub(crate) enum Exit {
     /// Approved, valid, done.
     Good = 0,
-    /// Rolled back, or a verification failed.
+    /// Rolled back, a verification failed, or an injection was refused.
     Bad = 1,
     /// On hold.
     Hold = 2,
@@ -231,6 +234,7 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Audit(command) => audit::run(command, output).await,
         Command::Judge(options) => judge::run(&options),
         Command::Policy(command) => policy::run(command, output),
+        Command::Inject(options) => inject::run(options, output),
         Command::Witness(command) => witness::run(command).await,
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();

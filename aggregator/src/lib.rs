@@ -4,6 +4,7 @@
 //! [`book`] holds it by service, version, tenant and time, [`rollouts`] freezes it into evidence and has it
 //! judged, [`ledger`] records the decision, [`faces`] answers with it, [`metrics`] counts all of it.
 //! [`witness`] lets somebody else vouch that the log has only grown.
+//! [`inject`] puts the agent into pods.
 //! [`server`] ties them together; [`cli`] is the `coalmine` command and [`demo`] its demonstration.
 
 pub mod ingest;
@@ -21,6 +22,8 @@ pub mod faces;
 pub mod metrics;
 
 pub mod witness;
+
+pub mod inject;
 
 pub mod server;
 

@@ -1,0 +1,209 @@
+//! Whatever a pod is like: no panic, and nothing changes but what the patch names.
+
+use proptest::{collection, prelude::*, sample, strategy::ValueTree as _, test_runner::TestCaseError};
+
+use super::*;
+
+/// Keys that mean something to the injector, and one that does not.
+const KEYS: [&str; 16] = [
+    "containers",
+    "initContainers",
+    "ports",
+    "name",
+    "containerPort",
+    "protocol",
+    "hostPort",
+    "readinessProbe",
+    "httpGet",
+    "port",
+    "restartPolicy",
+    "hostNetwork",
+    "labels",
+    "annotations",
+    "coalmine.dev/injected",
+    "a/~b",
+];
+
+const TEXTS: [&str; 8] = [
+    "http",
+    "TCP",
+    "UDP",
+    "Always",
+    "coalmine-agent",
+    "app",
+    "",
+    "\u{1F426}$(x)",
+];
+
+fn any_text() -> impl Strategy<Value = String> {
+    sample::select(TEXTS.to_vec()).prop_map(str::to_owned)
+}
+
+fn any_json() -> BoxedStrategy<Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::Bool),
+        (-1_i64..70_000).prop_map(|number| json!(number)),
+        any::<f64>().prop_map(|number| json!(number)),
+        any_text().prop_map(Value::String),
+    ];
+    leaf.prop_recursive(4, 24, 4, |inner| {
+        let key = sample::select(KEYS.to_vec()).prop_map(str::to_owned);
+        prop_oneof![
+            collection::vec(inner.clone(), 0..4).prop_map(Value::Array),
+            collection::btree_map(key, inner, 0..4).prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+    .boxed()
+}
+
+/// A pod with up to three containers, most of them good.
+fn any_pod() -> impl Strategy<Value = Value> {
+    let port = (
+        sample::select(vec!["http", "web", "grpc"]),
+        1_u16..,
+        sample::select(vec!["TCP", "TCP", "TCP", "UDP"]),
+    );
+    let port = port.prop_map(
+        |(name, number, protocol)| json!({ "name": name, "containerPort": number, "protocol": protocol }),
+    );
+    let ports = collection::vec(port, 0..2);
+    let container = (ports, sample::select(vec!["http", "web"]), any_json()).prop_map(
+        |(ports, probed, unknown)| {
+            json!({ "ports": ports, "livenessProbe": { "httpGet": { "port": probed } }, "x": unknown })
+        },
+    );
+    let lists = (
+        collection::vec(container.clone(), 1..4),
+        collection::vec(container, 0..2),
+    );
+    (lists, any_json(), any::<bool>()).prop_map(|((containers, init), unknown, has_annotations)| {
+        let mut pod = pod();
+        pod["status"] = unknown;
+        for (list, containers) in [("containers", containers), ("initContainers", init)] {
+            let named = containers.into_iter().enumerate().map(|(index, mut container)| {
+                container["name"] = json!(format!("{list}-{index}").to_lowercase());
+                container
+            });
+            pod["spec"][list] = named.collect();
+        }
+        if has_annotations {
+            pod["metadata"]["annotations"] = json!({ "a/~b": "c" });
+        }
+        pod
+    })
+}
+
+/// Every place in a document.
+fn places(value: &Value, place: &str, all: &mut Vec<String>) {
+    all.push(place.to_owned());
+    match value {
+        Value::Object(map) => {
+            for (key, value) in map {
+                places(value, &format!("{place}/{}", patch::escape(key)), all);
+            }
+        }
+        Value::Array(list) => {
+            for (index, value) in list.iter().enumerate() {
+                places(value, &format!("{place}/{index}"), all);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Takes back what the patch has done, from its end: what was replaced is as in the original, what was added is gone.
+fn undo(patched: &mut Value, operation: &Operation, original: &Value) {
+    let before = original.pointer(&operation.path);
+    if operation.op == Op::Replace {
+        *patched.pointer_mut(&operation.path).unwrap() = before.unwrap().clone();
+        return;
+    }
+    let (parent, key) = operation.path.rsplit_once('/').unwrap();
+    match patched.pointer_mut(parent).unwrap() {
+        Value::Array(list) if key == "-" => drop(list.pop().unwrap()),
+        Value::Array(list) => drop(list.remove(key.parse().unwrap())),
+        Value::Object(map) => {
+            let key = key.replace("~1", "/").replace("~0", "~");
+            match before {
+                Some(before) => drop(map.insert(key, before.clone())),
+                None => drop(map.remove(&key).unwrap()),
+            }
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// The places that a patch may name.
+fn is_ours(operation: &Operation) -> bool {
+    let path = operation.path.as_str();
+    match operation.op {
+        Op::Add => {
+            path.starts_with("/metadata/annotations")
+                || [
+                    "/spec/containers/-",
+                    "/spec/initContainers",
+                    "/spec/initContainers/0",
+                ]
+                .contains(&path)
+        }
+        Op::Replace => {
+            (path.starts_with("/spec/containers/") || path.starts_with("/spec/initContainers/"))
+                && (path.ends_with("/port") || path.ends_with("/name"))
+        }
+    }
+}
+
+fn check(pod: &Value, settings: &Settings) -> Result<(), TestCaseError> {
+    match inject(pod, settings) {
+        Injected::Patch(patch) => {
+            prop_assert!(patch.iter().all(is_ours), "{patch:?}");
+            let mut patched = injected(pod, settings);
+            config(&patched);
+            for operation in patch.iter().rev() {
+                undo(&mut patched, operation, pod);
+            }
+            prop_assert_eq!(&patched, pod);
+        }
+        Injected::Unchanged(_) => {}
+        Injected::Refused(refusal) => prop_assert!(refusal.to_string().len() < 4_000),
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn pods_change_only_where_the_patch_says(pod in any_pod()) {
+        check(&pod, &settings())?;
+        check(&pod, &ordinary())?;
+    }
+
+    #[test]
+    fn a_pod_with_anything_anywhere_does_no_harm(
+        pod in any_pod(), place in any::<sample::Index>(), odd in any_json(), list in any_json(),
+    ) {
+        let mut all = Vec::new();
+        places(&pod, "", &mut all);
+        let mut pod = pod;
+        *pod.pointer_mut(place.get::<String>(&all)).unwrap() = odd;
+        check(&pod, &settings())?;
+        if pod.get("spec").is_some_and(Value::is_object) {
+            pod["spec"]["initContainers"] = list;
+            check(&pod, &settings())?;
+            check(&pod, &ordinary())?;
+        }
+    }
+}
+
+#[test]
+fn most_of_these_pods_can_be_judged_by_their_patches() {
+    // A generator whose pods were all refused would prove nothing.
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let injected = (0..200)
+        .filter(|_| {
+            let pod = any_pod().new_tree(&mut runner).unwrap().current();
+            matches!(inject(&pod, &settings()), Injected::Patch(_))
+        })
+        .count();
+    assert!(injected >= 20, "{injected} of 200");
+}
