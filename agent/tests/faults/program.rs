@@ -200,8 +200,8 @@ impl Drop for Program {
 const FEW_FILES: &str = "COALMINE_FEW_FILES";
 
 /// Raises this process' limit of open files as far as it may be raised, and gives how many connections through an
-/// agent fit beside what other tests have open: each takes two files here and two there. A test that would be too
-/// small to show what it is to show fails, unless it is said that it may.
+/// agent fit beside what other tests have open: each takes two files here and two there. A test with less than a tenth
+/// of what it should have shows too little, and fails, unless it is said that it may.
 pub(crate) fn connections_that_fit(wanted: u64) -> u64 {
     const OTHERS: u64 = 4_000;
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
@@ -220,7 +220,7 @@ pub(crate) fn connections_that_fit(wanted: u64) -> u64 {
     let why = format!("the hard limit of open files, {limit}, allows {fit} connections instead of {wanted}");
     let may_be_few = env::var_os(FEW_FILES).is_some_and(|value| value == "1");
     assert!(
-        may_be_few,
+        may_be_few || fit >= wanted / 10,
         "{why}; raise it, or set {FEW_FILES}=1 to test with fewer"
     );
     // On standard error, where the harness shows it.
