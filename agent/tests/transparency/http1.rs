@@ -1,7 +1,7 @@
 //! Whole exchanges of HTTP/1: every kind of body, interim answers, pipelining, tunnels.
 
 use coalmine_agent::observer::Opaque;
-use coalmine_proto::names::Outcome::{ClientError, ServerError, Success};
+use coalmine_proto::names::Outcome::{ClientError, ServerError, Success, UpstreamReset};
 
 use crate::{
     messages::{FAILED, OK, OK_AND_CLOSE, answer, chunked, filling, get, request},
@@ -324,6 +324,74 @@ fn bodies_around_the_sizes_of_buffers() {
             .counts(&[("a", Success)]);
     }
     case.client([Step::Close]).application([Step::ExpectEof]).check();
+}
+
+/// An answer after a long one is looked at before it is read, whatever it turns out to be.
+#[test]
+fn answers_after_a_long_one() {
+    let length = "Content-Length: 100000";
+    let long = answer("200 OK", &[length], filling(100_000));
+    let head_only = answer("200 OK", &[length], b"");
+    let not_modified = answer("304 Not Modified", &[length], b"");
+    let interim = [&answer("103 Early Hints", &[], b"")[..], &long].concat();
+    let large_head = answer(
+        "200 OK",
+        &[&format!("X: {}", "y".repeat(9_000)), length],
+        filling(100_000),
+    );
+    let chunks = answer("200 OK", &[CHUNKED], chunked(&[50_000, 1]));
+    let head = request("HEAD / HTTP/1.1", &[TENANT], b"");
+    let mut case = Case::new("one after the other");
+    for (asked, said) in [
+        (&get("a"), &long[..]),
+        (&get("a"), OK),
+        (&get("a"), &long),
+        (&head, &head_only),
+        (&get("a"), &long),
+        (&get("a"), &not_modified),
+        (&get("a"), &long),
+        (&get("a"), &interim),
+        (&get("a"), &long),
+        (&get("a"), &large_head),
+        (&get("a"), &long),
+        (&get("a"), &chunks),
+        (&get("a"), &long),
+    ] {
+        case = case
+            .client([send_all(asked), read(said)])
+            .application([read(asked), send_all(said)])
+            .counts(&[("a", Success)]);
+    }
+    case.client([Step::Close]).application([Step::ExpectEof]).check();
+
+    let two = [get("a"), get("b")].concat();
+    Case::exchange(
+        "in a pipeline",
+        [get("a"), two].concat(),
+        [&long[..], &long, FAILED].concat(),
+    )
+    .counts(&[("a", Success), ("a", Success), ("b", ServerError)])
+    .check();
+    let cut = [&long[..], &long[..60_000]].concat();
+    Case::until_close("cut off", [get("a"), get("b")].concat(), &cut)
+        .counts(&[("a", Success), ("b", UpstreamReset)])
+        .check();
+    Case::new("byte by byte")
+        .client([
+            send_all(get("a")),
+            read(&long),
+            send_all(get("b")),
+            read(&long),
+            Step::Close,
+        ])
+        .application([read(get("a")), send_all(&long), read(get("b"))])
+        .application([
+            Step::SendSlowly(1, long[..200].to_vec()),
+            send_all(&long[200..]),
+            Step::ExpectEof,
+        ])
+        .counts(&[("a", Success), ("b", Success)])
+        .check();
 }
 
 #[test]
