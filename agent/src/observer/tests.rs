@@ -446,6 +446,31 @@ fn heads_are_bounded() {
 }
 
 #[test]
+fn what_is_asked_after_the_last_exchange_is_nobodys() {
+    let closing: &[u8] = b"GET / HTTP/1.1\r\nt: a\r\nconnection: close\r\n\r\n";
+    let close: &[u8] = b"HTTP/1.1 400 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+    let keep: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+    // The client says that it is the last.
+    check(
+        &[Q(closing), Q(GET_B), A(keep), UpstreamClosed],
+        &[("a", Success)],
+        None,
+    );
+    // The application says so, when others wait already.
+    check(
+        &[Q(GET_A), Q(GET_B), Q(GET_B), A(close), UpstreamClosed],
+        &[("a", ClientError)],
+        None,
+    );
+    let until_close: &[u8] = b"HTTP/1.1 200 OK\r\n\r\nbytes";
+    check(
+        &[Q(GET_A), Q(GET_B), A(until_close), UpstreamClosed],
+        &[("a", Success)],
+        None,
+    );
+}
+
+#[test]
 fn bare_line_feeds_are_ambiguous() {
     check(&[Q(b"GET / HTTP/1.1\nt: a\n\n")], &[], Some(NotHttp));
     check(&[Q(b"GET / HTTP/1.1\r\nx: y\nt: a\r\n\r\n")], &[], Some(NotHttp));
