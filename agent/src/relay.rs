@@ -147,6 +147,10 @@ impl Watch for Up<'_> {
         *self.active_ns = now_ns;
     }
 
+    fn answer_of(&self, _: &[u8]) -> Option<(usize, u64)> {
+        None
+    }
+
     fn room(&self) -> usize {
         usize::MAX
     }
@@ -176,6 +180,10 @@ impl Watch for Down<'_> {
     }
 
     fn moved(&mut self, _: u64) {}
+
+    fn answer_of(&self, bytes: &[u8]) -> Option<(usize, u64)> {
+        self.observer.answer_of(bytes)
+    }
 
     fn room(&self) -> usize {
         if self.observer.awaits_answer() {

@@ -131,6 +131,21 @@ impl Http1 {
         matches!(self.response, Side::Idle | Side::Head)
     }
 
+    /// Lengths of the head and of the whole of the answer that begins with these bytes. None where it is not the
+    /// answer to the only request, or has no length.
+    pub(super) fn answer_of(&self, bytes: &[u8]) -> Option<(usize, u64)> {
+        let request = self.pending.front()?;
+        let is_only = matches!(self.response, Side::Idle) && self.pending.len() == 1;
+        if !is_only || request.method == Method::Connect {
+            return None;
+        }
+        let (head, length) = Response::parse(bytes).ok()??;
+        match head.body(request.method) {
+            Body::Length(body) if body > 0 => Some((length, body.checked_add(length as u64)?)),
+            _ => None,
+        }
+    }
+
     pub(super) fn request_body_left(&self) -> u64 {
         self.request.body_left()
     }

@@ -129,6 +129,15 @@ impl Observer {
         matches!(&self.0, Protocol::Http1(http1) if http1.awaits_answer())
     }
 
+    /// Lengths of the head and of the whole of the answer that begins with these bytes, if it can be told.
+    /// Nothing is noted of it: [`on_response`](Self::on_response) is still to come.
+    pub fn answer_of(&self, bytes: &[u8]) -> Option<(usize, u64)> {
+        match &self.0 {
+            Protocol::Http1(http1) => http1.answer_of(bytes),
+            Protocol::Unknown(_) | Protocol::Http2(_) => None,
+        }
+    }
+
     /// This many bytes of a request's body were passed on; at most [`request_body_left`](Self::request_body_left).
     pub fn skip_request(&mut self, count: u64) {
         if let Protocol::Http1(http1) = &mut self.0 {

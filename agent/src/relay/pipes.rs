@@ -12,15 +12,15 @@ use std::{
 
 use rustix::{
     io::Errno,
-    pipe::{PipeFlags, SpliceFlags, pipe_with, splice},
+    pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice},
 };
 use tokio::net::TcpStream;
 
 /// Most pipes of a thread.
 const MAX_PIPES: usize = 64;
 
-/// What a pipe takes (pipe(7)).
-const PIPE_BYTES: u64 = 64 * 1024;
+/// What a pipe is asked to take: an answer of 64 KiB with its head. By itself it takes 64 KiB (pipe(7)).
+const PIPE_BYTES: usize = 128 * 1024;
 
 /// The pipes that nobody is using.
 #[derive(Debug)]
@@ -68,6 +68,9 @@ impl Pipes {
         }
         match pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) {
             Ok((read, write)) => {
+                if let Err(error) = fcntl_setpipe_size(&write, PIPE_BYTES) {
+                    tracing::debug!(%error, "a pipe stays as small as it is");
+                }
                 self.open.set(self.open.get() + 1);
                 Some(Pipe {
                     read,
@@ -107,7 +110,7 @@ impl Pipe {
 
     /// Takes bytes of the socket, at most so many; none at its end.
     pub(super) fn fill(&mut self, from: &TcpStream, most: u64) -> io::Result<usize> {
-        let most = usize::try_from(most.min(PIPE_BYTES)).unwrap_or(usize::MAX);
+        let most = usize::try_from(most).map_or(PIPE_BYTES, |most| most.min(PIPE_BYTES));
         let moved = move_bytes(from, &self.write, most);
         if let Ok(count) = &moved {
             self.held += *count;
