@@ -1,8 +1,8 @@
 //! What is known of the pod beside its requests, put into each window that was closed: the application's
 //! pools, its connections to the database, and what the pod uses of its machine.
 //!
-//! All of it is read on the control thread. None of it can hold up a window for longer than a few
-//! milliseconds: a scrape is under way by itself, and the kernel's answers come at once.
+//! All of it is read on the control thread, mostly within milliseconds; a kernel that does not answer is given
+//! up after tenths of a second and then left alone for long, and a scrape is under way by itself.
 
 use std::sync::Arc;
 
@@ -27,10 +27,9 @@ pub(crate) struct Context {
 impl Context {
     /// Of the pod in which this process runs.
     pub(crate) fn new(config: &Config, pools: Arc<Pools>) -> Self {
-        let sockets = (config.pool_port > 0).then(|| Sockets::new(config.pool_port));
         Self {
             pools,
-            sockets: sockets.and_then(Result::ok),
+            sockets: Sockets::new(config.pool_port).ok(),
             host: Host::new(),
             requests: 0,
         }
@@ -59,8 +58,10 @@ impl Context {
 
 #[cfg(test)]
 mod tests {
+    use coalmine_proto::pool::MAX_POOLS;
+
     use super::*;
-    use crate::pool::{MAX_POOLS, read};
+    use crate::pool::read;
 
     fn context() -> Context {
         Context {

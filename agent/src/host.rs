@@ -65,7 +65,7 @@ enum Source {
     Nobody,
 }
 
-/// What is used. What is not known is 0, as on the wire.
+/// What is used. What is not known is 0, as on the wire; only of processor time that is kept apart.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Usage {
     /// Processor time since some moment that stays the same.

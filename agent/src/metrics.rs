@@ -62,7 +62,7 @@ struct ReasonLabel {
     reason: &'static str,
 }
 
-/// Latency of all answered requests, as a classic histogram.
+/// Times of all answered requests, as a classic histogram.
 #[derive(Debug, Clone, Default)]
 struct Durations(Arc<Mutex<Histogram>>);
 

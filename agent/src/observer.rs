@@ -43,7 +43,8 @@ pub const MAX_PIPELINED: usize = 128;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TenantId(pub u32);
 
-/// Takes what is observed. Each `begin` is followed by one `end` or one `forget` with its tenant.
+/// Takes what is observed. Each `begin` is followed by one `end`, `forget` or `malformed` with its
+/// tenant.
 pub trait Sink {
     /// A request's head is complete.
     fn begin(&mut self, head: &dyn Head) -> TenantId;
@@ -53,8 +54,9 @@ pub trait Sink {
     fn forget(&mut self, tenant: TenantId);
     /// A request that is not followed, because too many others are or its head is too large: it is not counted.
     fn passed_over(&mut self);
-    /// A request of an HTTP/2 stream that no correct server would accept: it is nobody's, and not counted.
-    fn malformed(&mut self);
+    /// A request of an HTTP/2 stream that no correct server would accept: it is nobody's, and not counted. It
+    /// ends the `begin` with this tenant, where that was seen too late.
+    fn malformed(&mut self, begun: Option<TenantId>);
     /// The connection is not followed any more.
     fn opaque(&mut self, why: Opaque);
 }

@@ -19,15 +19,15 @@ mod scraper;
 mod sources;
 mod url;
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
 };
 
-use coalmine_proto::v1;
+use coalmine_proto::{
+    pool::{MAX_COUNT, MAX_POOLS, MAX_WAIT_NS},
+    v1,
+};
 
 pub use mapping::{CustomMetric, Quantity, Source};
 pub use reading::Reading;
@@ -37,14 +37,6 @@ pub use url::ScrapeUrl;
 use counters::Counters;
 use mapping::Mapping;
 use reading::Collector;
-
-pub(crate) use reading::MAX_POOLS;
-
-/// The largest number of events or connections that is given, which is as many as the aggregator takes.
-const MOST: u64 = 1 << 32;
-
-/// The longest time that is given, in nanoseconds; likewise.
-const MOST_WAIT_NS: u64 = 1 << 60;
 
 /// What one pool did in one window, and its state at the end of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,7 +77,7 @@ pub struct Pools {
 #[derive(Debug, Default)]
 struct State {
     counters: Counters,
-    rows: BTreeMap<String, PoolRow>,
+    rows: Vec<PoolRow>,
 }
 
 /// What an exposition says about pools.
@@ -96,6 +88,21 @@ pub fn read(bytes: &[u8], custom: &[CustomMetric]) -> Vec<Reading> {
     reader.feed(bytes, &mut collector);
     reader.finish();
     collector.finish()
+}
+
+/// Adds the pools of the window that follows to those of the same names. The aggregator takes so many pools of
+/// a window and no more: what happened at further ones is added to the last.
+pub(crate) fn merge_pools(mine: &mut Vec<PoolRow>, next: Vec<PoolRow>) {
+    for pool in next {
+        let has_room = mine.len() < MAX_POOLS;
+        if let Some(same) = mine.iter_mut().find(|same| same.name == pool.name) {
+            same.add(&pool);
+        } else if has_room {
+            mine.push(pool);
+        } else if let Some(last) = mine.last_mut() {
+            last.add_events(&pool);
+        }
+    }
 }
 
 // === impl PoolRow ===
@@ -160,12 +167,14 @@ impl PoolRow {
     /// the time of the scrape began before it and ends after it. Who gave up has waited, and who has waited
     /// has asked: the smaller number is raised, never the larger lowered.
     fn make_plausible(&mut self) {
-        self.timeouts = self.timeouts.min(MOST);
-        self.waits = self.waits.max(self.timeouts).min(MOST);
-        self.acquires = self.acquires.map(|acquires| acquires.max(self.waits).min(MOST));
-        self.wait_ns = self.wait_ns.min(MOST_WAIT_NS);
+        self.timeouts = self.timeouts.min(MAX_COUNT);
+        self.waits = self.waits.max(self.timeouts).min(MAX_COUNT);
+        self.acquires = self
+            .acquires
+            .map(|acquires| acquires.max(self.waits).min(MAX_COUNT));
+        self.wait_ns = self.wait_ns.min(MAX_WAIT_NS);
         for state in [&mut self.used, &mut self.idle, &mut self.max, &mut self.waiters] {
-            *state = (*state).min(MOST);
+            *state = (*state).min(MAX_COUNT);
         }
     }
 }
@@ -173,10 +182,10 @@ impl PoolRow {
 // === impl Pools ===
 
 impl Pools {
-    /// What happened since it was last taken, by name, with the state of the last scrape; nothing if there
+    /// What happened since it was last taken, pool by pool, with the state of the last scrape; nothing if there
     /// was no scrape since.
     pub fn take(&self) -> Vec<PoolRow> {
-        std::mem::take(&mut self.state().rows).into_values().collect()
+        std::mem::take(&mut self.state().rows)
     }
 
     /// Scrapes that were tried.
@@ -194,21 +203,12 @@ impl Pools {
     pub(crate) fn add(&self, readings: &[Reading]) {
         self.scrapes.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state();
-        let state = &mut *state;
-        let new = state.counters.next(readings);
+        let State { counters, rows } = &mut *state;
         // A pool that is not there any more has no connections.
-        for row in state.rows.values_mut() {
+        for row in rows.iter_mut() {
             (row.used, row.idle, row.max, row.waiters) = (0, 0, 0, 0);
         }
-        for row in new {
-            if let Some(same) = state.rows.get_mut(&row.name) {
-                same.add(&row);
-            } else if state.rows.len() < MAX_POOLS {
-                state.rows.insert(row.name.clone(), row);
-            } else if let Some(mut last) = state.rows.last_entry() {
-                last.get_mut().add_events(&row);
-            }
-        }
+        merge_pools(rows, counters.next(readings));
     }
 
     /// A scrape has failed. What it missed is in the next.

@@ -49,7 +49,7 @@ pub(crate) struct Proxy {
 /// The data thread's ends of the channels to the control thread.
 pub(crate) struct Channels {
     pub(crate) windows: mpsc::Sender<Sealed>,
-    pub(crate) limits: watch::Receiver<Arc<Settings>>,
+    pub(crate) settings: watch::Receiver<Arc<Settings>>,
     pub(crate) draining: watch::Sender<bool>,
 }
 
@@ -138,10 +138,10 @@ pub(crate) async fn run(
     let proxy = Rc::new(Proxy::new(config));
     let Channels {
         windows,
-        limits,
+        settings,
         draining,
     } = channels;
-    let mut sealer = Sealer::new(config.window, now_unix_ms(), windows, limits);
+    let mut sealer = Sealer::new(config.window, now_unix_ms(), windows, settings);
     tokio::select! {
         () = accept(&proxy, &listener, config.max_connections) => {}
         () = close_windows(&proxy, &mut sealer) => {}

@@ -42,8 +42,6 @@ pub struct Recorder {
     rules: Rc<[Rule]>,
     /// Those that the agent was started with.
     own_rules: Rc<[Rule]>,
-    /// Why the rules that came last are not in force, if they are not.
-    refused: Option<String>,
     max_tenants: usize,
     settings: Arc<Settings>,
     ids: Ids,
@@ -120,7 +118,6 @@ impl Recorder {
         let mut new = Self {
             own_rules: rules.clone(),
             rules,
-            refused: None,
             max_tenants,
             settings: Arc::default(),
             ids: Ids::default(),
@@ -191,18 +188,17 @@ impl Recorder {
             tracing::info!(rules = rules.len(), "other rules find the tenants from now on");
             self.rules = rules;
         }
-        self.refused = None;
     }
 
     /// The rules in force stay. Said once, and not at each new session.
     fn refuse(&mut self, why: &str) {
         self.totals.refused_rules += 1;
-        if self.refused.as_deref() != Some(why) {
+        let is_said = matches!(&self.settings.rules, PushedRules::Refused(said) if said == why);
+        if !is_said {
             tracing::error!(
                 why,
                 "the aggregator's tenant_rules cannot be used; the rules in force stay"
             );
-            self.refused = Some(why.to_owned());
         }
     }
 
@@ -327,7 +323,10 @@ impl Sink for Recorder {
         self.totals.unfollowed += 1;
     }
 
-    fn malformed(&mut self) {
+    fn malformed(&mut self, begun: Option<TenantId>) {
+        if let Some(tenant) = begun {
+            self.leave(tenant);
+        }
         self.totals.malformed += 1;
     }
 

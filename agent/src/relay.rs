@@ -50,7 +50,8 @@ const HEAD_ROOM: usize = 4 * 1024;
 /// How long a client may keep a connection on which the application has said its last answer.
 const LAST_CLOSE: Duration = Duration::from_secs(60);
 
-/// How long a client that has sent nothing may still send its first request when the agent stops.
+/// How long a client's first request is waited for when the agent stops, or when the application accepts no
+/// connection, so that the failure counts for its tenant.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// How relaying ended.
@@ -146,14 +147,6 @@ impl Watch for Up<'_> {
     fn moved(&mut self, now_ns: u64) {
         *self.active_ns = now_ns;
     }
-
-    fn answer_of(&self, _: &[u8]) -> Option<(usize, u64)> {
-        None
-    }
-
-    fn room(&self) -> usize {
-        usize::MAX
-    }
 }
 
 impl Watch for Down<'_> {
@@ -178,8 +171,6 @@ impl Watch for Down<'_> {
         self.observer.skip_response(count, now_ns, &mut *recorder);
         recorder.passed(0, count);
     }
-
-    fn moved(&mut self, _: u64) {}
 
     fn answer_of(&self, bytes: &[u8]) -> Option<(usize, u64)> {
         self.observer.answer_of(bytes)

@@ -3,7 +3,7 @@
 //! ```text
 //!   data thread (the caller's)                      control thread
 //!   accept, relay, observe, close windows  --windows-->  ring, gRPC session
-//!                                          <--limits---
+//!                                          <--settings-
 //!                                          --draining->  /livez /readyz /metrics
 //! ```
 
@@ -115,11 +115,11 @@ impl Bound {
             admin,
         } = self;
         let (windows, sealed) = mpsc::channel(WAITING_WINDOWS);
-        let (set_limits, limits) = watch::channel(Arc::new(Settings::default()));
+        let (set_settings, settings) = watch::channel(Arc::new(Settings::default()));
         let (draining, is_draining) = watch::channel(false);
         let channels = Channels {
             windows,
-            limits,
+            settings,
             draining,
         };
         let pools = Arc::new(Pools::default());
@@ -133,7 +133,7 @@ impl Bound {
             controlled.spawn_scoped(scope, move || {
                 let scraper = Scraper::of(config, pools.clone());
                 let process = Surroundings::of_process(Context::new(config, pools));
-                let session = Session::new(config, sealed, set_limits, metrics.clone(), process);
+                let session = Session::new(config, sealed, set_settings, metrics.clone(), process);
                 control.block_on(async {
                     tokio::select! {
                         () = session.run() => {}

@@ -62,8 +62,8 @@ pub struct Session<'c> {
     /// Sums of all windows that were taken: the ring must conserve them.
     taken: Sums,
     windows: mpsc::Receiver<Sealed>,
-    limits: watch::Sender<Arc<Settings>>,
-    /// Version of the limits under which the open window is recorded.
+    settings: watch::Sender<Arc<Settings>>,
+    /// Version of the settings under which the open window is recorded.
     config_version: u64,
     metrics: Metrics,
     /// Set when the last window was taken: until then it may take.
@@ -110,11 +110,11 @@ impl Surroundings {
 
 // Each select! is biased: what happens then depends on what came when, and on no lot that is drawn.
 impl<'c> Session<'c> {
-    /// A session that takes closed windows and hands on limits.
+    /// A session that takes closed windows and hands on settings.
     pub fn new(
         config: &'c Config,
         windows: mpsc::Receiver<Sealed>,
-        limits: watch::Sender<Arc<Settings>>,
+        settings: watch::Sender<Arc<Settings>>,
         metrics: Metrics,
         surroundings: Surroundings,
     ) -> Self {
@@ -124,7 +124,7 @@ impl<'c> Session<'c> {
             ring: Ring::new(config.ring_bytes),
             taken: Sums::default(),
             windows,
-            limits,
+            settings,
             config_version: 0,
             link: Link::new(config.aggregator.clone(), metrics.clone()),
             metrics,

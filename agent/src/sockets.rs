@@ -155,7 +155,8 @@ impl Sockets {
         };
         let pause = begun.elapsed().saturating_mul(SHARE).max(SHORTEST);
         self.asked = Some((now, pause));
-        looked.map(|tally| self.note(tally))
+        let say = |error: &io::Error| tracing::debug!(%error, "the database's connections are not known now");
+        looked.inspect_err(say).map(|tally| self.note(tally))
     }
 
     /// What the last look saw; what was sent again was said then.

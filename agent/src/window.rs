@@ -9,7 +9,7 @@ use coalmine_proto::{
 };
 use prost::Message as _;
 
-use crate::pool::{MAX_POOLS, PoolRow};
+use crate::pool::{PoolRow, merge_pools};
 
 /// One closed window.
 #[derive(Debug, Clone, PartialEq)]
@@ -200,21 +200,6 @@ fn merged_host(earlier: &v1::HostContext, later: v1::HostContext) -> v1::HostCon
     }
 }
 
-/// Adds the pools of the window that follows to those of the same names. The aggregator takes so many pools of
-/// a window and no more: what happened at further ones is added to the last.
-fn merge_pools(mine: &mut Vec<PoolRow>, next: Vec<PoolRow>) {
-    for pool in next {
-        let has_room = mine.len() < MAX_POOLS;
-        if let Some(same) = mine.iter_mut().find(|same| same.name == pool.name) {
-            same.add(&pool);
-        } else if has_room {
-            mine.push(pool);
-        } else if let Some(last) = mine.last_mut() {
-            last.add_events(&pool);
-        }
-    }
-}
-
 // === impl Sums ===
 
 impl Sums {
@@ -239,6 +224,8 @@ impl Sums {
 
 #[cfg(test)]
 mod tests {
+    use coalmine_proto::pool::MAX_POOLS;
+
     use super::*;
 
     fn pool(name: &str, acquires: Option<u64>, counts: u64, gauges: u64) -> PoolRow {

@@ -7,19 +7,16 @@
 // The helpers are no test functions, which clippy.toml allows to unwrap.
 #![allow(clippy::unwrap_used)]
 
-// Shared with the tests of transparency, which use more of them.
-#[allow(dead_code)]
 #[path = "transparency/frames.rs"]
+#[allow(dead_code, reason = "another binary uses all of it")]
 mod frames;
-#[allow(dead_code)]
+
 #[path = "transparency/messages.rs"]
+#[allow(dead_code, reason = "another binary uses all of it")]
 mod messages;
 
 use allocation_counter::measure;
-use coalmine_agent::{
-    observer::{Http1, Http2, Observer},
-    recorder::Recorder,
-};
+use coalmine_agent::{observer::Observer, recorder::Recorder};
 use frames::{
     END_HEADERS, END_STREAM, Encoder, Form, HEADERS, NO_FLAGS, data, frame, opening, settings, settings_ack,
 };
@@ -67,15 +64,6 @@ fn what_is_allocated_is_counted() {
 /// Exchanges of HTTP/1 on one connection, each in pieces as they are given.
 #[track_caller]
 fn check_http1(name: &str, requests: u64, sent: &[&[u8]], answered: &[&[u8]]) {
-    let mut observer = Http1::new();
-    check(name, requests, |recorder, now_ns| {
-        for piece in sent {
-            observer.on_request(piece, now_ns, recorder);
-        }
-        for piece in answered {
-            observer.on_response(piece, now_ns + 500_000, recorder);
-        }
-    });
     let mut observer = Observer::new();
     check(name, requests, |recorder, now_ns| {
         for piece in sent {
@@ -167,7 +155,7 @@ fn block(encoder: &mut Encoder, form: Form, fields: &frames::Fields<'_>) -> Vec<
 /// on another stream each time.
 #[track_caller]
 fn check_http2(name: &str, first: [&[Vec<u8>]; 2], again: [&[Vec<u8>]; 2]) {
-    let mut observer = Http2::new();
+    let mut observer = Observer::new();
     let (mut fill, mut fill_answer) = (Frames::new(first[0]), Frames::new(first[1]));
     let (mut sent, mut answered) = (Frames::new(again[0]), Frames::new(again[1]));
     let mut stream = 1;

@@ -31,7 +31,7 @@ pub use self::{
     agent::Agent,
     context::{ArmContext, DatabaseConnections, Hosts, Pools},
     image::{Changes, Piece},
-    pool::{MAX_POOLS, PoolEvents},
+    pool::MAX_POOLS,
     service::Service,
 };
 

@@ -2,11 +2,13 @@
 //!
 //! Read in this order: [`names`] (what things are called and which names are allowed), [`rule`] (where a
 //! request's tenant stands), [`histogram`] (how latency is counted), [`exposition`] (how it is shown to
-//! Prometheus), [`v1`] (the messages, generated from `proto/coalmine/v1/telemetry.proto`).
+//! Prometheus), [`pool`] (how much may be said of connection pools), [`v1`] (the messages, generated from
+//! `proto/coalmine/v1/telemetry.proto`).
 
 pub mod exposition;
 pub mod histogram;
 pub mod names;
+pub mod pool;
 pub mod rule;
 
 /// Messages and services of protocol version 1, generated and committed.

@@ -207,7 +207,11 @@ impl FromStr for Rule {
             return Err(RuleError::WhiteSpace(text.to_owned()));
         }
         let Some((place, options)) = text.split_once('|') else {
-            return Ok(Self::at(text.parse()?));
+            return Ok(Self {
+                place: text.parse()?,
+                lower: false,
+                shape: None,
+            });
         };
         let place: Place = place.parse()?;
         if matches!(place, Place::Fixed(_)) {
@@ -219,17 +223,6 @@ impl FromStr for Rule {
             lower,
             shape: pattern.map(Shape::parse).transpose()?,
         })
-    }
-}
-
-impl Rule {
-    /// A rule without options.
-    pub fn at(place: Place) -> Self {
-        Self {
-            place,
-            lower: false,
-            shape: None,
-        }
     }
 }
 

@@ -284,6 +284,14 @@ impl Play {
         }
     }
 
+    /// The gate, once it has the verdict that is expected of it.
+    fn ends_with(&self, verdict: &str) -> Value {
+        let wanted = ["ROLLBACK", "APPROVE"];
+        let gate = self.aggregator.wait_for_verdict(&self.rollout, &wanted);
+        assert_eq!(gate["verdict"], verdict, "{gate}");
+        gate
+    }
+
     /// The record of a decision that the gate has named.
     fn decision(&self, gate: &Value) -> (Value, Value) {
         let path = format!("/v1/decisions/{}", gate["decision_id"].as_str().unwrap());
@@ -369,10 +377,7 @@ fn an_exhausted_pool_is_rolled_back_although_no_request_fails() {
         tenants: 10,
         rate: 140,
     });
-    let gate = play
-        .aggregator
-        .wait_for_verdict(&play.rollout, &["ROLLBACK", "APPROVE"]);
-    assert_eq!(gate["verdict"], "ROLLBACK", "{gate}");
+    let gate = play.ends_with("ROLLBACK");
     let reason = gate["reason"].as_str().unwrap();
     assert!(
         reason.starts_with("the fleet on pool: ") && reason.contains("acquires of a connection"),
@@ -431,10 +436,7 @@ fn a_pool_that_times_out_is_rolled_back_although_its_errors_are_tolerated() {
         tenants: 1,
         rate: 100,
     });
-    let gate = play
-        .aggregator
-        .wait_for_verdict(&play.rollout, &["ROLLBACK", "APPROVE"]);
-    assert_eq!(gate["verdict"], "ROLLBACK", "{gate}");
+    let gate = play.ends_with("ROLLBACK");
     let reason = gate["reason"].as_str().unwrap();
     assert!(
         reason.starts_with("the fleet on pool: ")
@@ -463,10 +465,7 @@ fn a_pool_that_is_large_enough_is_proven_to_be() {
         tenants: 10,
         rate: 400,
     });
-    let gate = play
-        .aggregator
-        .wait_for_verdict(&play.rollout, &["ROLLBACK", "APPROVE"]);
-    assert_eq!(gate["verdict"], "APPROVE", "{gate}");
+    let gate = play.ends_with("APPROVE");
     let proven = "fewer than 1 % of the canary's acquires of a connection wait";
     assert!(gate["reason"].as_str().unwrap().contains(proven), "{gate}");
     let (_, evidence) = play.decision(&gate);

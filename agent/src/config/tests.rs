@@ -36,6 +36,29 @@ fn defaults_are_those_of_the_design() {
     );
     assert_eq!(config.connect_timeout, Duration::from_secs(5));
     assert_eq!((config.ring_bytes, config.max_tenants), (8 << 20, 20_000));
+    assert_eq!(config.idle_timeout, Duration::from_secs(3600));
+    assert_eq!((config.pool_port, config.proxy_protocol), (5432, false));
+    assert_eq!((config.pool_scrape, config.pool_metrics), (None, Vec::new()));
+}
+
+#[test]
+fn what_is_said_of_pools_and_clients_is_taken() {
+    let config = config(&[
+        "--idle-timeout=0s",
+        "--proxy-protocol",
+        "--pool-port=0",
+        "--pool-scrape=http://127.0.0.1:9100/metrics",
+        "--pool-metric=waits=a,used=b{state=busy}",
+        "--pool-metric=max=c",
+    ]);
+    assert_eq!(config.idle_timeout, Duration::ZERO);
+    assert_eq!((config.pool_port, config.proxy_protocol), (0, true));
+    let url: ScrapeUrl = "http://127.0.0.1:9100/metrics".parse().unwrap();
+    assert_eq!(config.pool_scrape, Some(url));
+    let metrics: Vec<CustomMetric> = ["waits=a", "used=b{state=busy}", "max=c"]
+        .map(|metric| metric.parse().unwrap())
+        .into();
+    assert_eq!(config.pool_metrics, metrics);
 }
 
 #[test]
@@ -105,6 +128,12 @@ fn errors_are_one_line_that_says_what_to_do() {
             "the agent's own --listen",
         ),
         ("", &["--listen=127.0.0.1:1", "--admin=127.0.0.1:1"], "are both"),
+        (
+            "",
+            &["--pool-scrape=https://app/metrics"],
+            "use http:// in the pod",
+        ),
+        ("", &["--pool-metric=wait=a"], "is no role"),
         ("", &["--log=xml"], "--log"),
         ("", &["--nonsense"], "--nonsense"),
         ("", &["stray"], "stray"),

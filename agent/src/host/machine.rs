@@ -146,6 +146,28 @@ mod tests {
     }
 
     #[test]
+    fn the_machines_time_is_added_up() {
+        let mut machine = Machine::new().unwrap();
+        let start = Instant::now();
+        machine.whole(start);
+        let mut work = 0_u64;
+        loop {
+            for number in 0..1_000_000_u64 {
+                work = std::hint::black_box(work ^ number);
+            }
+            let now = Instant::now();
+            let usage = machine.whole(now);
+            let limit = u128::from(usage.cpu_limit_milli);
+            let most = limit * (now - start).as_micros() / 1_000 + limit;
+            assert!(u128::from(usage.cpu_us.unwrap()) <= most, "{usage:?}");
+            if usage.cpu_us > Some(0) {
+                break;
+            }
+            assert!(now < start + Duration::from_secs(60), "{usage:?}");
+        }
+    }
+
+    #[test]
     fn processes_are_added_up() {
         let mut machine = Machine::new().unwrap();
         // There is none with the highest number (PID_MAX_LIMIT is 4,194,304).

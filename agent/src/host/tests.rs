@@ -296,7 +296,7 @@ fn this_host_is_read() {
     let mut host = Host::new();
     let before = host.source;
     let mut context = v1::HostContext::default();
-    host.read(&mut context);
+    host.read_at(host.looked.unwrap() + SHORTEST, &mut context);
     assert_eq!(host.source, before);
     if before != Source::Nobody {
         assert!(context.memory_bytes > 0 && context.open_files > 0, "{context:?}");

@@ -1,6 +1,6 @@
 //! Collects and reads the heads of messages.
 
-use std::mem::MaybeUninit;
+use std::{mem::MaybeUninit, str::FromStr};
 
 use super::{
     MAX_HEAD_BYTES, MAX_HEADERS, Opaque,
@@ -284,7 +284,7 @@ impl Framing {
         for header in headers {
             match header.name.len() {
                 14 if header.name.eq_ignore_ascii_case("content-length") => {
-                    let length = length_of(header.value).ok_or(Opaque::Framing)?;
+                    let length = number_of(header.value.trim_ascii()).ok_or(Opaque::Framing)?;
                     if framing
                         .length
                         .replace(length)
@@ -317,12 +317,9 @@ impl Codings {
 }
 
 /// Digits and nothing else: no sign, no list, no hexadecimal.
-fn length_of(value: &[u8]) -> Option<u64> {
-    let digits = value.trim_ascii();
-    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    std::str::from_utf8(digits).ok()?.parse().ok()
+pub(super) fn number_of<N: FromStr>(value: &[u8]) -> Option<N> {
+    let digits = value.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(value).ok().filter(|_| digits)?.parse().ok()
 }
 
 fn is_persistent(version: u8, headers: &[httparse::Header<'_>]) -> bool {
@@ -341,8 +338,10 @@ fn is_persistent(version: u8, headers: &[httparse::Header<'_>]) -> bool {
 /// Whether a Content-Type is that of server-sent events.
 pub(super) fn is_event_stream(content_type: &[u8]) -> bool {
     const NAME: &[u8] = b"text/event-stream";
-    let name = content_type.get(..NAME.len());
-    name.is_some_and(|name| name.eq_ignore_ascii_case(NAME))
+    let name = content_type.split_at_checked(NAME.len());
+    name.is_some_and(|(name, rest)| {
+        name.eq_ignore_ascii_case(NAME) && matches!(rest.first(), None | Some(b';' | b' '))
+    })
 }
 
 fn named<'a>(headers: &'a [httparse::Header<'a>], name: &str) -> impl Iterator<Item = &'a [u8]> {

@@ -277,6 +277,9 @@ impl Http1 {
         self.reusable = false;
         self.request = Side::Opaque;
         self.response = Side::Opaque;
+        self.request_head.clear();
+        self.response_head.clear();
+        self.note_heads();
     }
 
     fn on_request_head(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Result<usize, Opaque> {
@@ -307,8 +310,13 @@ impl Http1 {
     }
 
     fn account_for_heads(&mut self) -> Result<(), Opaque> {
-        let held = self.request_head.len() + self.response_head.len();
-        self.account.note(held).then_some(()).ok_or(Opaque::Memory)
+        self.note_heads().then_some(()).ok_or(Opaque::Memory)
+    }
+
+    /// Notes what incomplete heads hold; false if it is more than there is room for.
+    fn note_heads(&mut self) -> bool {
+        self.account
+            .note(self.request_head.len() + self.response_head.len())
     }
 
     fn on_response_head(&mut self, bytes: &[u8], now_ns: u64, sink: &mut impl Sink) -> Result<usize, Opaque> {
@@ -386,6 +394,7 @@ impl Http1 {
         if matches!(self.request, Side::Head) {
             self.request = Side::Idle;
             self.request_head.clear();
+            self.note_heads();
         }
     }
 
@@ -393,6 +402,7 @@ impl Http1 {
     fn lose_request(&mut self, why: Opaque, sink: &mut impl Sink) {
         self.request = Side::Opaque;
         self.request_head.clear();
+        self.note_heads();
         sink.opaque(why);
     }
 
@@ -405,6 +415,7 @@ impl Http1 {
             self.lose_request(why, sink);
         }
         self.response_head.clear();
+        self.note_heads();
         self.response = Side::Opaque;
     }
 }
@@ -469,6 +480,25 @@ mod tests {
         observer.on_request(request, 0, &mut sink);
         observer.on_response(answer, 1, &mut sink);
         assert_eq!(observer.ends_with_close(), expected, "{answer:?}");
+    }
+
+    #[test]
+    fn what_is_lost_holds_no_memory() {
+        let mut sink = Recorder::new(Vec::new(), 1);
+        let begun = [&b"GET / HTTP/1.1\r\nx: "[..], &[b'y'; 50_000]].concat();
+        let lose = |_| {
+            let mut observer = Http1::new();
+            observer.on_request(&begun, 0, &mut sink);
+            observer.on_request(&[b'y'; 20_000], 0, &mut sink);
+            assert!(observer.is_request_opaque());
+            observer
+        };
+        // All together they would have held more than there is room for.
+        let lost: Vec<Http1> = (0..1_100).map(lose).collect();
+        let mut other = Http1::new();
+        other.on_request(&begun, 0, &mut sink);
+        assert!(!other.is_request_opaque());
+        drop(lost);
     }
 
     #[test]

@@ -309,7 +309,7 @@ impl Http2 {
             stream.timeout_ns = head.timeout_ns().unwrap_or(NOT_SAID);
             stream.tenant = Some(sink.begin(head));
         } else {
-            sink.malformed();
+            sink.malformed(None);
         }
         self.streams.insert(stream);
     }

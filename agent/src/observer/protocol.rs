@@ -281,18 +281,16 @@ impl Observer {
 impl Unknown {
     /// Keeps what the server says before the client has; false if it can be no SETTINGS.
     fn remember(&mut self, bytes: &[u8]) -> bool {
-        let taken = bytes
-            .get(..MAX_EARLY_BYTES.saturating_sub(self.early.len()))
-            .unwrap_or(bytes);
-        if taken.len() < bytes.len() {
+        let before = self.early.len();
+        if before.saturating_add(bytes.len()) > MAX_EARLY_BYTES {
             return false;
         }
-        self.early.extend_from_slice(taken);
-        if may_be_settings(&self.early) {
-            return true;
+        self.early.extend_from_slice(bytes);
+        let may_be = may_be_settings(&self.early);
+        if !may_be {
+            self.early.truncate(before);
         }
-        self.early.truncate(self.early.len() - taken.len());
-        false
+        may_be
     }
 }
 

@@ -44,7 +44,7 @@ impl Sink for Notes {
         panic!("there are no streams");
     }
 
-    fn malformed(&mut self) {
+    fn malformed(&mut self, _: Option<TenantId>) {
         panic!("there are no streams");
     }
 
@@ -468,6 +468,59 @@ fn what_is_asked_after_the_last_exchange_is_nobodys() {
         &[("a", Success)],
         None,
     );
+}
+
+#[test]
+fn all_connections_together_are_bounded() {
+    // What each holds beyond 16 KiB counts against 32 MiB (account.rs).
+    let begun = [&b"GET / HTTP/1.1\r\nt: a\r\nx: "[..], &[b'y'; 60_000]].concat();
+    let begin = || {
+        let (mut notes, mut observer) = (Notes::default(), Http1::new());
+        observer.on_request(&begun, 0, &mut notes);
+        (notes.opaque, observer)
+    };
+    let mut followed = Vec::new();
+    let refused = (0..1_000).find_map(|_| match begin() {
+        (None, observer) => {
+            followed.push(observer);
+            None
+        }
+        (Some(why), observer) => Some((why, observer)),
+    });
+    let (why, refused) = refused.unwrap();
+    assert_eq!(why, Memory);
+    assert_eq!(followed.len(), (32 << 20) / (begun.len() - (16 << 10)));
+    // What is not followed holds nothing.
+    drop(followed.pop());
+    assert_eq!(begin().0, None);
+    drop(refused);
+}
+
+#[test]
+fn the_length_of_an_answer_is_told_from_its_head() {
+    let asked = |requests: &[&[u8]]| play(&[Q(&requests.concat())], 9999, 9999).1;
+    let (one, head) = (asked(&[GET_A]), OK.len() - 5);
+    for begun in [OK, &OK[..head]] {
+        assert_eq!(one.answer_of(begun), Some((head, OK.len() as u64)));
+    }
+    for other in [
+        &OK[..head - 1],
+        FAILED,
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 304 No\r\ncontent-length: 5\r\n\r\n",
+        b"HTTP/1.1 103 Hints\r\ncontent-length: 5\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
+    ] {
+        assert_eq!(one.answer_of(other), None, "{}", other.escape_ascii());
+    }
+    for requests in [
+        &[][..],
+        &[GET_A, GET_B],
+        &[b"HEAD / HTTP/1.1\r\n\r\n"],
+        &[b"CONNECT h:1 HTTP/1.1\r\n\r\n"],
+    ] {
+        assert_eq!(asked(requests).answer_of(OK), None);
+    }
 }
 
 #[test]

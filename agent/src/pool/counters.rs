@@ -5,10 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use coalmine_proto::pool::MAX_POOLS;
+
 use super::{
     PoolRow,
     mapping::{Quantity, Source},
-    reading::{MAX_POOLS, MAX_READINGS, Reading},
+    reading::{MAX_READINGS, Reading},
 };
 
 /// A pool that was missing from so many scrapes is forgotten, and is new when it comes back.

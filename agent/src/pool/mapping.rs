@@ -3,7 +3,7 @@
 use std::{collections::HashMap, str::FromStr};
 
 use super::{
-    exposition::Sample,
+    exposition::{Sample, is_of_name},
     sources::{ANY_POOL, SOURCES},
 };
 
@@ -234,9 +234,8 @@ fn condition(text: &str) -> Option<(String, String)> {
 }
 
 fn is_metric_name(name: &str) -> bool {
-    let is_part = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b':');
     let starts_well = name.bytes().next().is_some_and(|byte| !byte.is_ascii_digit());
-    starts_well && name.len() <= MAX_NAME_BYTES && name.bytes().all(is_part)
+    starts_well && name.len() <= MAX_NAME_BYTES && name.bytes().all(is_of_name)
 }
 
 // === impl Rule ===
@@ -287,15 +286,11 @@ impl Mapping {
             }
         }
         for metric in custom {
-            let name = match metric.name.strip_suffix("_total") {
-                Some(name) if !metric.role.is_gauge() => name,
-                _ => metric.name.as_str(),
-            };
             let condition = metric.condition.clone();
             new.insert(Rule {
                 source: Source::Custom,
                 role: metric.role,
-                name: name.to_owned(),
+                name: stem(&metric.name, metric.role).to_owned(),
                 pool: ANY_POOL,
                 except: None,
                 condition: condition.map(|(label, value)| (vec![label], value)),
@@ -318,11 +313,18 @@ impl Mapping {
 
 /// The names that a metric may have: OpenMetrics ends a counter's with `_total`, others may not.
 fn spellings(name: &str, role: Role) -> Vec<String> {
-    if role.is_gauge() {
-        return vec![name.to_owned()];
+    let stem = stem(name, role);
+    let mut spellings = vec![stem.to_owned()];
+    if !role.is_gauge() {
+        spellings.push(format!("{stem}_total"));
     }
-    let name = name.strip_suffix("_total").unwrap_or(name);
-    vec![name.to_owned(), format!("{name}_total")]
+    spellings
+}
+
+/// The name of a counter without `_total`; that of a gauge is left as it is.
+fn stem(name: &str, role: Role) -> &str {
+    let counter = name.strip_suffix("_total").filter(|_| !role.is_gauge());
+    counter.unwrap_or(name)
 }
 
 #[cfg(test)]

@@ -5,19 +5,15 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
 };
 
+use coalmine_proto::pool::{MAX_NAME_BYTES, MAX_POOLS};
+
 use super::{
     exposition::{Sample, Samples},
     mapping::{Mapping, Quantity, Role, Rule, Source, Unit, whole},
 };
 
-/// Most pools of an application.
-pub(crate) const MAX_POOLS: usize = 64;
-
 /// Most numbers that are taken from a scrape.
 pub(super) const MAX_READINGS: usize = 4096;
-
-/// Longest name of a pool; the rest of a longer one is cut off.
-const MAX_NAME_BYTES: usize = 128;
 
 /// An acquire that took longer than this, 10 ms, has waited. A pool that tests a connection before it gives it
 /// away does so within the time that it measures: that takes a round trip to the database, and is no wait.
@@ -115,16 +111,18 @@ impl<'a> Collector<'a> {
             self.ignored = self.ignored.saturating_add(1);
             return;
         };
-        if let Some((quantity, value)) = number
-            && self.seen.insert((quantity, series(rule, sample, "")))
-        {
-            self.readings.push(Reading {
-                pool,
-                source: rule.source,
-                quantity,
-                series: series(rule, sample, ""),
-                value,
-            });
+        if let Some((quantity, value)) = number {
+            let series = series(rule, sample, "");
+            if self.seen.insert((quantity, series)) {
+                let source = rule.source;
+                self.readings.push(Reading {
+                    pool,
+                    source,
+                    quantity,
+                    series,
+                    value,
+                });
+            }
         } else if let Some((limit_ns, value)) = bucket {
             let series = series(rule, sample, "le");
             let buckets = self.histograms.entry(series).or_insert_with(|| Buckets {
@@ -200,7 +198,7 @@ fn series(rule: &Rule, sample: &Sample<'_>, but: &str) -> u64 {
     hasher.finish()
 }
 
-/// A name that can be shown and sent anywhere: printable ASCII, and not too long.
+/// A name that can be shown and sent anywhere: printable ASCII, and the rest of one that is too long cut off.
 fn shown(name: &str) -> String {
     let chars = name.chars().take(MAX_NAME_BYTES);
     chars

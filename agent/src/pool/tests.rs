@@ -326,8 +326,11 @@ fn hostile_expositions_do_no_harm() {
     // No number is beyond what the aggregator takes.
     let large = "bb8_get_waited 9e18\nbb8_get_timed_out 9e18\nbb8_idle_connections 9e18\nbb8_max_size 9e18\n";
     let row = &last(&[before, large], &[])[0];
-    assert_eq!((row.acquires, row.waits, row.timeouts), (None, MOST, MOST));
-    assert_eq!((row.used, row.idle, row.max), (0, MOST, MOST));
+    assert_eq!(
+        (row.acquires, row.waits, row.timeouts),
+        (None, MAX_COUNT, MAX_COUNT)
+    );
+    assert_eq!((row.used, row.idle, row.max), (0, MAX_COUNT, MAX_COUNT));
     // Invalid UTF-8 costs its own line.
     let pools = Pools::default();
     let text = b"bb8_connections{pool=\"\xff\"} 1\nbb8_connections{pool=\"ok\"} 2\n";
@@ -438,13 +441,13 @@ proptest! {
             for row in each.take() {
                 let acquires = row.to_wire().acquires;
                 prop_assert!(row.timeouts <= row.waits, "{:?}", row);
-                prop_assert!(row.waits <= acquires && acquires <= MOST, "{:?}", row);
+                prop_assert!(row.waits <= acquires && acquires <= MAX_COUNT, "{:?}", row);
             }
         }
         for row in once.take() {
-            let acquires = row.acquires.unwrap_or(MOST);
+            let acquires = row.acquires.unwrap_or(MAX_COUNT);
             prop_assert!(row.timeouts <= row.waits, "{:?}", row);
-            prop_assert!(row.waits <= acquires && acquires <= MOST, "{:?}", row);
+            prop_assert!(row.waits <= acquires && acquires <= MAX_COUNT, "{:?}", row);
         }
     }
 }

@@ -48,11 +48,6 @@ impl Settings {
         }
     }
 
-    /// The latency limit of a tenant.
-    pub(super) fn limit_of(&self, name: &TenantName) -> u64 {
-        self.by_tenant.get(name).copied().unwrap_or(self.default_us)
-    }
-
     /// Whether the policy names the tenant.
     pub(super) fn lists(&self, name: &str) -> bool {
         self.by_tenant.contains_key(name)

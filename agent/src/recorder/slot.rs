@@ -77,8 +77,9 @@ impl Slot {
 
     /// Takes what the settings say of the tenant.
     pub(super) fn settle(&mut self, settings: &Settings) {
-        self.limit_us = settings.limit_of(&self.name);
-        self.is_listed = settings.lists(self.name.as_str());
+        let listed = settings.by_tenant.get(&self.name).copied();
+        self.limit_us = listed.unwrap_or(settings.default_us);
+        self.is_listed = listed.is_some();
     }
 
     /// A request begins, before the review with this number.

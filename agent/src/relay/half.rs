@@ -37,12 +37,16 @@ pub(super) trait Watch {
     /// So many of them were written.
     fn skipped(&mut self, count: u64);
     /// Bytes that had waited were written at this time.
-    fn moved(&mut self, now_ns: u64);
+    fn moved(&mut self, _now_ns: u64) {}
     /// Lengths of the head and of the whole of the answer that begins with these bytes, if it can be told; nothing
     /// of it has been seen.
-    fn answer_of(&self, bytes: &[u8]) -> Option<(usize, u64)>;
+    fn answer_of(&self, _bytes: &[u8]) -> Option<(usize, u64)> {
+        None
+    }
     /// How much is read at most while what comes next is not known.
-    fn room(&self) -> usize;
+    fn room(&self) -> usize {
+        usize::MAX
+    }
 }
 
 /// Bytes that all connections of the thread hold together from which on each holds no more than [`LITTLE`].
@@ -270,13 +274,15 @@ pub(super) fn pump<W: Watch>(
         };
         let room = watch.room().min(most);
         if half.is_long && room < most {
-            let long = ready!(peek_long(cx, from, &mut shared[..room], watch));
+            let Ok(long) = ready!(peek_long(cx, from, &mut shared[..room], watch)) else {
+                return Poll::Ready(Stop::SourceLost);
+            };
             half.is_long = long.is_some();
             if let Some((head, whole)) = long
                 && let Some(pipe) = proxy.pipes.take()
-                && let Poll::Ready(Ok(1..)) = splice_in(cx, proxy, half, from, pipe, whole)
+                && let Poll::Ready(Ok(count @ 1..)) = splice_in(cx, proxy, half, from, pipe, whole)
             {
-                half.ahead = shared[..head].to_vec();
+                half.ahead = shared[..head.min(count)].to_vec();
                 continue;
             }
         }
@@ -311,17 +317,18 @@ pub(super) fn pump<W: Watch>(
 }
 
 /// Looks at the begin of an answer without taking it. Where the answer is long, its head and body can go through
-/// the kernel together, with one packet less. None also where there is nothing to see: reading says what it is.
+/// the kernel together, with one packet less. None also at the end: reading says it again. An error is not there a
+/// second time.
 fn peek_long<W: Watch>(
     cx: &mut Context<'_>,
     from: &TcpStream,
     room: &mut [u8],
     watch: &W,
-) -> Poll<Option<(usize, u64)>> {
+) -> Poll<io::Result<Option<(usize, u64)>>> {
     let mut buffer = ReadBuf::new(room);
-    let peeked = ready!(from.poll_peek(cx, &mut buffer));
-    let answer = peeked.ok().and_then(|_| watch.answer_of(buffer.filled()));
-    Poll::Ready(answer.filter(|(_, whole)| *whole >= SPLICE_BYTES))
+    ready!(from.poll_peek(cx, &mut buffer))?;
+    let answer = watch.answer_of(buffer.filled());
+    Poll::Ready(Ok(answer.filter(|(_, whole)| *whole >= SPLICE_BYTES)))
 }
 
 /// Moves bytes of the source into the pipe, which the direction keeps if it took any; zero at the end.
@@ -411,6 +418,8 @@ mod tests {
         seen: usize,
         skipped: u64,
         body: u64,
+        /// Lengths of the head and of the whole of each answer.
+        answer: Option<(usize, u64)>,
     }
 
     impl Watch for Sums {
@@ -421,21 +430,19 @@ mod tests {
         }
 
         fn left(&self) -> u64 {
-            self.body - self.skipped
+            self.body.saturating_sub(self.skipped)
         }
 
         fn skipped(&mut self, count: u64) {
             self.skipped += count;
         }
 
-        fn moved(&mut self, _: u64) {}
-
-        fn answer_of(&self, _: &[u8]) -> Option<(usize, u64)> {
-            None
+        fn answer_of(&self, bytes: &[u8]) -> Option<(usize, u64)> {
+            self.answer.filter(|_| !bytes.is_empty())
         }
 
         fn room(&self) -> usize {
-            usize::MAX
+            if self.answer.is_some() { 4096 } else { usize::MAX }
         }
     }
 
@@ -495,6 +502,31 @@ mod tests {
     async fn a_long_body_stays_in_the_kernel() {
         pass_on(20 << 20).await;
         pass_on(u64::MAX).await;
+    }
+
+    #[tokio::test]
+    async fn a_long_answer_goes_with_its_head() {
+        const WHOLE: usize = 20_000;
+        let (mut source, mut from) = pair().await;
+        let (mut to, _destination) = pair().await;
+        let proxy = proxy();
+        let mut half = Half::new(&proxy);
+        half.is_long = true;
+        source.write_all(&[b'x'; WHOLE]).await.unwrap();
+        drop(source);
+        while from.peek(&mut [0; WHOLE]).await.unwrap() < WHOLE {}
+        let mut sums = Sums {
+            answer: Some((100, WHOLE as u64)),
+            ..Sums::default()
+        };
+        let stop = poll_fn(|cx| pump(cx, &proxy, &mut half, &mut from, &mut to, &mut sums)).await;
+        assert_eq!(
+            (stop, sums.seen, sums.skipped),
+            (Stop::Closed, 100, WHOLE as u64 - 100)
+        );
+        half.ahead = b"head".to_vec();
+        let seen = [1, 2, 9, 9].map(|count| half.written_ahead(count));
+        assert_eq!(seen, [&b"h"[..], b"ea", b"d", b""]);
     }
 
     #[tokio::test]

@@ -60,10 +60,13 @@ impl Pipes {
 
     /// An empty pipe, if there is one.
     pub(super) fn take(&self) -> Option<Pipe> {
+        if self.is_refused.get() {
+            return None;
+        }
         if let Some(free) = self.free.borrow_mut().pop() {
             return Some(free);
         }
-        if self.is_refused.get() || self.open.get() >= self.most {
+        if self.open.get() >= self.most {
             return None;
         }
         match pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) {

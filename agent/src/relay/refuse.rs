@@ -1,6 +1,6 @@
 //! What happens to a client when the application accepts no connection.
 
-use std::{future::poll_fn, io, pin::Pin, task::Poll, time::Duration};
+use std::{future::poll_fn, io, pin::Pin, task::Poll};
 
 use coalmine_proto::names::Outcome;
 use tokio::{
@@ -8,11 +8,8 @@ use tokio::{
     time::timeout,
 };
 
-use super::Relay;
+use super::{FIRST_REQUEST, Relay};
 use crate::system;
-
-/// How long the client's first request is waited for, so that the failure counts for its tenant.
-const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 impl Relay {
     /// Reads the first request, counts it as failed, and resets the connection.

@@ -221,10 +221,11 @@ impl Session<'_> {
                 tracing::debug!(
                     version = config.version,
                     limits = config.limits.len(),
-                    "new limits"
+                    rules = config.tenant_rules.len(),
+                    "new settings"
                 );
                 state.wanted = Some(config.version);
-                sealer::hand_over(&self.limits, Settings::from_wire(&config));
+                sealer::hand_over(&self.settings, Settings::from_wire(&config));
             }
             Some(aggregator_message::Kind::Drain(drain)) => {
                 let within = Duration::from_millis(drain.within_ms.into());

@@ -13,8 +13,8 @@ use coalmine_proto::names::Outcome;
 use crate::{
     aggregator::Aggregator,
     program::{Program, SLACK_BYTES},
-    stage::{self, OK, Stage, connect, exchange, get, patient, read_head},
-    support::{self, Agent, Upstream, client, read_all, read_exactly},
+    stage::{self, OK, Stage, connect, exchange, get, read_head},
+    support::{self, Agent, Upstream, client, patient, read_all, read_exactly},
 };
 
 /// An agent in front of this application, and its aggregator.

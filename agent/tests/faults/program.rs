@@ -14,8 +14,8 @@ use std::{
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 
 use crate::{
-    stage::{connect, patient},
-    support::{PATIENCE, eventually, read_all},
+    stage::connect,
+    support::{PATIENCE, eventually, patient, read_all, series},
 };
 
 /// What may be added to a bound of memory: pages of the allocator that are used in part, tables that all connections
@@ -160,11 +160,7 @@ impl Program {
         let request = b"GET /metrics HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
         stream.write_all(request).unwrap();
         let answer = String::from_utf8(read_all(&mut stream).unwrap()).unwrap();
-        let value = answer.lines().find_map(|line| {
-            let rest = line.strip_prefix("coalmine_agent_")?.strip_prefix(name)?;
-            rest.strip_prefix(' ')
-        });
-        let value = value.unwrap_or_else(|| panic!("the agent has no metric {name}"));
+        let value = series(&answer, name).unwrap_or_else(|| panic!("the agent has no metric {name}"));
         value.trim().parse().unwrap()
     }
 

@@ -13,8 +13,8 @@ use coalmine_proto::names::{Outcome, Outcomes};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt::set_socket_recv_buffer_size};
 
 use crate::{
-    aggregator::{Aggregator, Told},
-    support::{Agent, PATIENCE, Upstream, client, read_exactly},
+    aggregator::Aggregator,
+    support::{Agent, Upstream, client, patient, read_exactly},
 };
 
 /// What applications answer when nothing is wrong.
@@ -71,21 +71,8 @@ pub(crate) fn check(aggregator: &Aggregator, expected: Expected<'_>) {
     }
     let told = aggregator.told();
     assert_eq!(told.hellos.len(), 1, "names are those of one session");
-    assert_eq!(outcomes(&told), must_be);
+    assert_eq!(told.outcomes, must_be);
     assert!(told.applied.iter().all(|batch| batch.gap.is_none()));
-}
-
-fn outcomes(told: &Told) -> BTreeMap<String, Outcomes> {
-    let mut names = BTreeMap::new();
-    let mut outcomes: BTreeMap<String, Outcomes> = BTreeMap::new();
-    for batch in &told.applied {
-        names.extend(batch.names.iter().map(|name| (name.r#ref, name.name.clone())));
-        for row in &batch.rows {
-            let tenant = names[&row.tenant].clone();
-            outcomes.entry(tenant).or_default().add(&Outcomes::from_row(row));
-        }
-    }
-    outcomes
 }
 
 /// Sends a request on a connection whose other end is this, and has it answered.
@@ -147,14 +134,6 @@ pub(crate) fn connect_with_room(address: SocketAddr, bytes: usize) -> TcpStream 
     set_socket_recv_buffer_size(&socket, bytes).unwrap();
     rustix::net::connect(&socket, &address).unwrap();
     patient(TcpStream::from(socket))
-}
-
-/// A connection that does not wait for ever.
-pub(crate) fn patient(stream: TcpStream) -> TcpStream {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
-    stream.set_nodelay(true).unwrap();
-    stream
 }
 
 /// An address that is taken, so that nobody else gets it, and on which nobody listens.

@@ -2,7 +2,7 @@
 
 use std::net::TcpStream;
 
-use crate::support::{Agent, Upstream, read_all};
+use crate::support::{Agent, Upstream, is_open, read_all};
 
 /// As many connections as it has at a time (admin.rs).
 const PLACES: usize = 128;
@@ -44,6 +44,7 @@ fn connections_that_say_nothing_lose_their_places() {
     let agent = agent();
     let silent: Vec<TcpStream> = (0..PLACES).map(|_| agent.admin()).collect();
     assert_eq!(agent.get("/livez"), (200, "ok\n".to_owned()));
+    assert!(!silent.iter().all(is_open), "more than {PLACES} have a place");
     for mut stream in silent {
         let said = read_all(&mut stream).unwrap();
         assert!(said.is_empty() || said.starts_with(b"HTTP/1.1 408"), "{said:?}");

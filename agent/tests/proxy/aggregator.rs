@@ -8,9 +8,12 @@ use std::{
     thread,
 };
 
-use coalmine_proto::v1::{
-    self, AgentMessage, AggregatorMessage, agent_message, aggregator_message,
-    telemetry_server::{Telemetry, TelemetryServer},
+use coalmine_proto::{
+    names::Outcomes,
+    v1::{
+        self, AgentMessage, AggregatorMessage, agent_message, aggregator_message,
+        telemetry_server::{Telemetry, TelemetryServer},
+    },
 };
 use tokio::{runtime::Builder, sync::mpsc, sync::oneshot};
 use tokio_stream::{
@@ -27,6 +30,8 @@ pub(crate) struct Told {
     pub(crate) applied: Vec<v1::WindowBatch>,
     /// Requests by tenant.
     pub(crate) requests: BTreeMap<String, u64>,
+    /// How they ended.
+    pub(crate) outcomes: BTreeMap<String, Outcomes>,
     pub(crate) duplicates: u64,
     pub(crate) most_in_flight: u64,
     pub(crate) config_applied: Vec<u64>,
@@ -81,6 +86,7 @@ impl Aggregator {
             hellos: Vec::new(),
             applied: Vec::new(),
             requests: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
             duplicates: 0,
             most_in_flight: 0,
             config_applied: Vec::new(),
@@ -168,8 +174,9 @@ impl Told {
         }
         assert_eq!(batch.seq, self.durable() + 1, "numbers are contiguous");
         for row in &batch.rows {
-            let seen = coalmine_proto::names::Outcomes::from_row(row).seen();
-            *self.requests.entry(names[&row.tenant].clone()).or_default() += seen;
+            let (tenant, outcomes) = (&names[&row.tenant], Outcomes::from_row(row));
+            *self.requests.entry(tenant.clone()).or_default() += outcomes.seen();
+            self.outcomes.entry(tenant.clone()).or_default().add(&outcomes);
         }
         self.applied.push(batch);
         let (mut requests, mut gaps) = (self.requests.values().sum::<u64>(), 0);

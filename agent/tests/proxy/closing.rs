@@ -186,6 +186,7 @@ fn is_cut_off(begun: &[u8], drain: Duration, stop: impl FnOnce(&Agent)) {
     }
     agent.join();
     assert_eq!(aggregator.told().requests["a"], 1);
+    assert_eq!(aggregator.totals().errors, 0, "the service is not to blame");
 }
 
 #[test]

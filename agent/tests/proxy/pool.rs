@@ -16,7 +16,7 @@ use coalmine_proto::v1;
 
 use crate::{
     aggregator::Aggregator,
-    support::{Agent, Upstream, client, eventually, read_all, read_exactly},
+    support::{Agent, Upstream, client, eventually, is_open, read_all, read_exactly},
 };
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nX-Tenant: a\r\n\r\n";
@@ -32,7 +32,7 @@ const BAD_POOL: &str = "bb8_connections{pool=\"bad\"} 1\nbb8_max_size{pool=\"bad
 const BEFORE: &str = "# TYPE bb8_connections gauge
 bb8_connections{pool=\"good\"} 5
 bb8_idle_connections{pool=\"good\"} 2
-bb8_max_size{pool=\"good\"} 10
+app_pool_max{pool=\"good\"} 10
 bb8_pending_gets{pool=\"good\"} 0
 # TYPE bb8_get_started counter
 bb8_get_started_total{pool=\"good\"} 100
@@ -44,7 +44,7 @@ bb8_get_wait_time_seconds_total{pool=\"good\"} 1.5
 const AFTER: &str = "# TYPE bb8_connections gauge
 bb8_connections{pool=\"good\"} 6
 bb8_idle_connections{pool=\"good\"} 1
-bb8_max_size{pool=\"good\"} 10
+app_pool_max{pool=\"good\"} 10
 bb8_pending_gets{pool=\"good\"} 3
 # TYPE bb8_get_started counter
 bb8_get_started_total{pool=\"good\"} 107
@@ -140,14 +140,6 @@ fn goes_on(agent: &Agent, upstream: &Upstream) {
     eventually("windows go on", || windows(agent) > before);
 }
 
-/// Whether the agent has neither closed the connection nor sent anything more.
-fn is_open(stream: &TcpStream) -> bool {
-    stream.set_nonblocking(true).unwrap();
-    let peeked = stream.peek(&mut [0]);
-    stream.set_nonblocking(false).unwrap();
-    peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
-}
-
 /// All rows of pools that the aggregator has.
 fn pools(aggregator: &Aggregator) -> Vec<v1::Pool> {
     let told = aggregator.told();
@@ -164,6 +156,7 @@ fn metrics_that_misbehave_disturb_nothing() {
         config.aggregator = aggregator.url();
         let url = format!("http://{}/app/metrics?all=1", metrics.address());
         config.pool_scrape = Some(url.parse().unwrap());
+        config.pool_metrics = vec!["max=app_pool_max".parse().unwrap()];
     });
     let mut requests = 0;
 

@@ -105,10 +105,7 @@ impl Agent {
 
     fn scrape(&self, name: &str) -> Option<String> {
         let (_, text) = self.get("/metrics");
-        text.lines().find_map(|line| {
-            let rest = line.strip_prefix("coalmine_agent_")?.strip_prefix(name)?;
-            rest.strip_prefix(' ').map(str::to_owned)
-        })
+        series(&text, name).map(str::to_owned)
     }
 
     /// Waits until the metric has the value.
@@ -122,6 +119,14 @@ impl Agent {
             thread::park_timeout(Duration::from_millis(2));
         }
     }
+}
+
+/// The value of a metric in what was scraped, without `coalmine_agent_`.
+pub(crate) fn series<'t>(text: &'t str, name: &str) -> Option<&'t str> {
+    text.lines().find_map(|line| {
+        let rest = line.strip_prefix("coalmine_agent_")?.strip_prefix(name)?;
+        rest.strip_prefix(' ')
+    })
 }
 
 /// Waits for a condition.
@@ -163,7 +168,8 @@ pub(crate) fn client(agent: &Agent) -> TcpStream {
     patient(TcpStream::connect(agent.address).unwrap())
 }
 
-fn patient(stream: TcpStream) -> TcpStream {
+/// A connection that does not wait for ever.
+pub(crate) fn patient(stream: TcpStream) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     stream.set_nodelay(true).unwrap();
@@ -179,6 +185,14 @@ pub(crate) fn read_exactly(stream: &mut TcpStream, count: usize) -> Vec<u8> {
 pub(crate) fn read_all(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).map(|_| bytes)
+}
+
+/// Whether the agent has neither closed the connection nor sent anything more.
+pub(crate) fn is_open(stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).unwrap();
+    let peeked = stream.peek(&mut [0]);
+    stream.set_nonblocking(false).unwrap();
+    peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// Closes a connection with a reset.

@@ -49,7 +49,7 @@ fn listen(runtime: &Runtime) -> (TcpListener, SocketAddr) {
 fn within<T>(runtime: &Runtime, conversation: impl Future<Output = T>) -> T {
     runtime
         .block_on(async { timeout(PATIENCE, conversation).await })
-        .expect("a conversation does not end")
+        .unwrap()
 }
 
 /// As many requests as are listed.

@@ -286,6 +286,7 @@ fn a_graceful_goaway_is_no_error() {
     .concat();
     Case::until_close("one of two streams is processed", client, application)
         .counts(&[("a", Success)])
+        .unfollowed(1)
         .check();
     let client = [opening(), request(1, "a")].concat();
     let all = [

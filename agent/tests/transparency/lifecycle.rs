@@ -224,6 +224,17 @@ fn the_application_resets() {
         ])
         .counts(&[("a", Success)])
         .check();
+    let long = answer("200 OK", &["Content-Length: 100000"], filling(100_000));
+    Case::new("after a long answer")
+        .client([
+            send_all(get("a")),
+            read(&long),
+            send_all(get("a")),
+            Step::ExpectReset,
+        ])
+        .application([read(get("a")), send_all(&long), read(get("a")), Step::Reset])
+        .counts(&[("a", Success), ("a", UpstreamReset)])
+        .check();
     Case::new("in the request's head")
         .client([send_all(&get("a")[..20]), Step::ExpectReset])
         .application([Step::Read(20), Step::Reset])

@@ -6,14 +6,14 @@
 //! [`messages`] and [`frames`] (what is said), then the cases.
 
 // The helpers are no test functions, which clippy.toml allows to unwrap.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used)]
 
-// Shared with the tests of the proxy, which use more of them.
-#[allow(dead_code)]
 #[path = "../proxy/aggregator.rs"]
+#[allow(dead_code, reason = "another binary uses all of it")]
 mod aggregator;
-#[allow(dead_code)]
+
 #[path = "../proxy/support.rs"]
+#[allow(dead_code, reason = "another binary uses all of it")]
 mod support;
 
 mod frames;

@@ -12,10 +12,10 @@ use coalmine_agent::{config::Config, observer::Opaque};
 use coalmine_proto::names::{Outcome, Outcomes};
 
 use crate::{
-    aggregator::{Aggregator, Told},
+    aggregator::Aggregator,
     messages::{OK, get},
     script::{Seen, Step, play, read, send_all},
-    support::{Agent, PATIENCE},
+    support::{Agent, PATIENCE, series},
 };
 
 /// How long the header of the PROXY protocol is, version 2, for TCP over IPv4 (haproxy.org,
@@ -41,7 +41,8 @@ pub(crate) struct Case {
     opaque: Vec<Opaque>,
     /// Requests that no correct server accepts.
     malformed: u64,
-    /// Requests that are not followed to their end, where the case says how many.
+    /// Requests that are not followed to their end, where the case says how many; otherwise none, of a connection that
+    /// is followed to its end.
     unfollowed: Option<u64>,
     /// The agent says who the client is.
     is_announced: bool,
@@ -271,13 +272,11 @@ impl Case {
                 counts.malformed, self.malformed
             ));
         }
-        if self
-            .unfollowed
-            .is_some_and(|expected| expected != counts.unfollowed)
-        {
+        let unfollowed = self.unfollowed.or(self.opaque.is_empty().then_some(0));
+        if unfollowed.is_some_and(|expected| expected != counts.unfollowed) {
             return Err(format!(
-                "{} requests are not followed, not {:?}",
-                counts.unfollowed, self.unfollowed
+                "{} requests are not followed, not {unfollowed:?}",
+                counts.unfollowed
             ));
         }
         let reasons: Vec<&str> = self.opaque.iter().map(|reason| reason.as_str()).collect();
@@ -381,7 +380,7 @@ impl Stage {
         if told.hellos.len() != 1 {
             return Err(format!("{} sessions", told.hellos.len()));
         }
-        let counted = counted(&told);
+        let counted = counted(&told.outcomes);
         let scraped = |name: &str| metric(&text, name).ok_or_else(|| format!("there is no metric {name}"));
         let in_flight = scraped("in_flight_requests")?;
         if in_flight != 0 {
@@ -437,27 +436,17 @@ impl Stage {
 
 /// The value of a metric in what was scraped, without `coalmine_agent_`.
 fn metric(text: &str, name: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| {
-        let rest = line.strip_prefix("coalmine_agent_")?.strip_prefix(name)?;
-        rest.strip_prefix(' ')
-    });
-    value?.parse().ok()
+    series(text, name)?.parse().ok()
 }
 
 /// What the windows of an agent's only session say.
-fn counted(told: &Told) -> Counted {
-    let (mut names, mut counted) = (BTreeMap::new(), Counted::new());
-    for batch in &told.applied {
-        for name in &batch.names {
-            names.insert(name.r#ref, name.name.clone());
-        }
-        for row in &batch.rows {
-            let outcomes = Outcomes::from_row(row);
-            for outcome in Outcome::ALL {
-                let count = outcomes.get(outcome);
-                if count > 0 {
-                    *counted.entry((names[&row.tenant].clone(), outcome)).or_default() += count;
-                }
+fn counted(told: &BTreeMap<String, Outcomes>) -> Counted {
+    let mut counted = Counted::new();
+    for (tenant, outcomes) in told {
+        for outcome in Outcome::ALL {
+            let count = outcomes.get(outcome);
+            if count > 0 {
+                counted.insert((tenant.clone(), outcome), count);
             }
         }
     }

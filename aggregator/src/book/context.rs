@@ -5,7 +5,7 @@ use std::fmt;
 use coalmine_proto::v1::{HostContext, Pool, Sockets};
 use serde::{Deserialize, Serialize};
 
-use super::{Batch, Build, PoolEvents, SILENT_MS, Service};
+use super::{Batch, Build, SILENT_MS, Service, pool::PoolEvents};
 
 /// Connections of pools that were not reported for so long are not shown any more.
 const POOLS_STALE_MS: u64 = 30_000;
@@ -24,7 +24,10 @@ pub(super) struct Said {
 /// Connections of pools, added up.
 #[derive(Debug, Clone, Copy, Default)]
 struct Connections {
+    /// In use, of each pool not more than its maximum, as in evidence.
     used: u64,
+    /// In use, of pools whose maximum is not known.
+    unlimited: u64,
     idle: u64,
     max: u64,
     waiters: u64,
@@ -82,7 +85,7 @@ pub struct DatabaseConnections {
 /// Connection pools, added up: how they are now, and what happened since the beginning.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pools {
-    /// Connections in use.
+    /// Connections in use, of the pools of which `max` is known; of all where it is known of none.
     pub used: u64,
     /// Open connections that are not in use.
     pub idle: u64,
@@ -125,10 +128,21 @@ impl Connections {
     fn of(pools: &[Pool]) -> Self {
         let sum = |gauge: fn(&Pool) -> u64| pools.iter().map(gauge).fold(0, u64::saturating_add);
         Self {
-            used: sum(|pool| pool.used),
+            used: sum(|pool| pool.used.min(pool.max)),
+            unlimited: sum(|pool| if pool.max == 0 { pool.used } else { 0 }),
             idle: sum(|pool| pool.idle),
             max: sum(|pool| pool.max),
             waiters: sum(|pool| pool.waiters),
+        }
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self {
+            used: self.used.saturating_add(other.used),
+            unlimited: self.unlimited.saturating_add(other.unlimited),
+            idle: self.idle.saturating_add(other.idle),
+            max: self.max.saturating_add(other.max),
+            waiters: self.waiters.saturating_add(other.waiters),
         }
     }
 }
@@ -141,14 +155,15 @@ impl Service {
         let heard = self
             .agents
             .values()
-            .filter(|agent| covers(&agent.build) && !agent.gone && agent.is_alive(now_ms, SILENT_MS));
+            .filter(|agent| covers(&agent.build) && agent.is_alive(now_ms, SILENT_MS));
         let said: Vec<Said> = heard.map(|agent| agent.said).collect();
         let hosts: Vec<_> = said.iter().filter_map(|said| said.host).collect();
         let mut pool: Option<Pools> = None;
         for (_, events) in self.pool_events.iter().filter(|(build, _)| covers(build)) {
             pool.get_or_insert_default().count(events);
         }
-        for (_, connections) in said.iter().filter_map(|said| said.pools) {
+        let connections = said.iter().filter_map(|said| said.pools).map(|(_, of)| of);
+        if let Some(connections) = connections.reduce(Connections::and) {
             pool.get_or_insert_default().hold(connections);
         }
         ArmContext {
@@ -217,10 +232,16 @@ impl Pools {
     }
 
     fn hold(&mut self, connections: Connections) {
-        self.used = self.used.saturating_add(connections.used);
-        self.idle = self.idle.saturating_add(connections.idle);
-        self.max = self.max.saturating_add(connections.max);
-        self.waiters = self.waiters.saturating_add(connections.waiters);
+        let Connections {
+            used,
+            unlimited,
+            idle,
+            max,
+            waiters,
+        } = connections;
+        // A pool without a maximum must not make the others look full.
+        self.used = if max > 0 { used } else { unlimited };
+        (self.idle, self.max, self.waiters) = (idle, max, waiters);
     }
 }
 
@@ -296,4 +317,29 @@ impl fmt::Display for Pools {
 /// Thousandths of a core, in cores.
 fn cores(milli: u64) -> String {
     format!("{}.{:02}", milli / 1_000, milli % 1_000 / 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_without_a_maximum_does_not_make_the_others_look_full() {
+        let pool = |used, max| Pool {
+            used,
+            max,
+            ..Pool::default()
+        };
+        let shown = |agents: &[&[Pool]]| {
+            let agents = agents.iter().map(|pools| Connections::of(pools));
+            let mut pools = Pools::default();
+            pools.hold(agents.reduce(Connections::and).unwrap());
+            (pools.used, pools.max)
+        };
+        assert_eq!(shown(&[&[pool(2, 5), pool(40, 0)]]), (2, 5));
+        assert_eq!(shown(&[&[pool(40, 0)], &[pool(2, 5)]]), (2, 5));
+        assert_eq!(shown(&[&[pool(15, 5), pool(0, 10)], &[pool(1, 10)]]), (6, 25));
+        // Where no maximum is known, what is in use can still be said.
+        assert_eq!(shown(&[&[pool(40, 0)], &[pool(3, 0)]]), (43, 0));
+    }
 }

@@ -26,7 +26,7 @@ use coalmine_proto::{
 use prost::Message;
 
 use super::{
-    Agent, Book, Build, Introduction, PoolEvents, Service, Speaker,
+    Agent, Book, Build, Introduction, Service, Speaker,
     cell::Cell,
     context::Said,
     pool::{PoolEventsImage, PoolsImage, SlotPools},
@@ -440,7 +440,11 @@ impl Service {
             pools: self
                 .pool_events
                 .iter()
-                .map(|(build, events)| events.image(build))
+                .map(|(build, events)| PoolEventsImage {
+                    arm: build.arm as u32,
+                    version: build.version.clone(),
+                    events: *events,
+                })
                 .collect(),
         }
     }
@@ -464,12 +468,12 @@ impl Service {
                 self.latency.insert(name, latency);
             }
         }
-        for events in &image.pools {
+        for pools in &image.pools {
             let build = Build {
-                arm: arm_of(events.arm)?,
-                version: events.version.clone(),
+                arm: arm_of(pools.arm)?,
+                version: pools.version.clone(),
             };
-            self.pool_events.insert(build, PoolEvents::of_image(events));
+            self.pool_events.insert(build, pools.events);
         }
         self.judged_until_ms = self.judged_until_ms.max(image.judged_until_ms);
         self.windows = image.windows;

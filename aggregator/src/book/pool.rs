@@ -6,37 +6,34 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use coalmine_judge::evidence;
-use coalmine_proto::{names::Arm, v1};
+pub use coalmine_proto::pool::MAX_POOLS;
+use coalmine_proto::{
+    names::Arm,
+    pool::{MAX_COUNT, MAX_NAME_BYTES, MAX_WAIT_NS},
+    v1,
+};
 use prost::Message;
 
 use super::{BookError, Build};
-
-/// Most pools of one batch, and of one agent in a slot.
-pub const MAX_POOLS: usize = 64;
-
-/// Longest name of a pool, in bytes.
-const MAX_NAME_BYTES: usize = 128;
-
-/// Most events or connections of one pool that are believed in a window, as for the requests of a row.
-const MAX_COUNT: u64 = 1 << 32;
-
-/// Longest time that the callers of one pool can have waited in a window, all together: 36 years.
-const MAX_WAIT_NS: u64 = 1 << 60;
 
 /// The pools of a slot are written down in so many pieces, by the instance that reports them.
 const SHARDS: u32 = 64;
 
 /// What happened at pools, added up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct PoolEvents {
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(super) struct PoolEvents {
     /// Connections that were asked for.
-    pub acquires: u64,
+    #[prost(uint64, tag = "1")]
+    pub(super) acquires: u64,
     /// Of these, how many had to wait.
-    pub waits: u64,
+    #[prost(uint64, tag = "2")]
+    pub(super) waits: u64,
     /// Of these, how many gave up.
-    pub timeouts: u64,
+    #[prost(uint64, tag = "3")]
+    pub(super) timeouts: u64,
     /// Nanoseconds that were waited.
-    pub wait_ns: u64,
+    #[prost(uint64, tag = "4")]
+    pub(super) wait_ns: u64,
 }
 
 /// The pools of one build in one slot, by agent and name.
@@ -88,14 +85,8 @@ pub(super) struct PoolEventsImage {
     pub(super) arm: u32,
     #[prost(string, tag = "2")]
     pub(super) version: String,
-    #[prost(uint64, tag = "3")]
-    acquires: u64,
-    #[prost(uint64, tag = "4")]
-    waits: u64,
-    #[prost(uint64, tag = "5")]
-    timeouts: u64,
-    #[prost(uint64, tag = "6")]
-    wait_ns: u64,
+    #[prost(message, required, tag = "3")]
+    pub(super) events: PoolEvents,
 }
 
 /// Whether what a batch says of its pools makes sense.
@@ -153,40 +144,10 @@ impl PoolEvents {
     /// Adds what a batch reports.
     pub(super) fn take(&mut self, pools: &[v1::Pool]) {
         for pool in pools {
-            self.add(&Self {
-                acquires: pool.acquires,
-                waits: pool.waits,
-                timeouts: pool.timeouts,
-                wait_ns: pool.wait_ns,
-            });
-        }
-    }
-
-    /// Adds other events.
-    pub(super) fn add(&mut self, other: &Self) {
-        self.acquires = self.acquires.saturating_add(other.acquires);
-        self.waits = self.waits.saturating_add(other.waits);
-        self.timeouts = self.timeouts.saturating_add(other.timeouts);
-        self.wait_ns = self.wait_ns.saturating_add(other.wait_ns);
-    }
-
-    pub(super) fn image(&self, build: &Build) -> PoolEventsImage {
-        PoolEventsImage {
-            arm: build.arm as u32,
-            version: build.version.clone(),
-            acquires: self.acquires,
-            waits: self.waits,
-            timeouts: self.timeouts,
-            wait_ns: self.wait_ns,
-        }
-    }
-
-    pub(super) fn of_image(image: &PoolEventsImage) -> Self {
-        Self {
-            acquires: image.acquires,
-            waits: image.waits,
-            timeouts: image.timeouts,
-            wait_ns: image.wait_ns,
+            self.acquires = self.acquires.saturating_add(pool.acquires);
+            self.waits = self.waits.saturating_add(pool.waits);
+            self.timeouts = self.timeouts.saturating_add(pool.timeouts);
+            self.wait_ns = self.wait_ns.saturating_add(pool.wait_ns);
         }
     }
 }

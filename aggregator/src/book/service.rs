@@ -11,11 +11,11 @@ use coalmine_proto::{
 use foldhash::HashMap;
 
 use super::{
-    Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS, PoolEvents,
-    REMEMBER_GONE_MS, REMEMBER_SILENT_MS,
+    Agent, Applied, Batch, BookError, Build, Comparison, DEFAULT_SLOT_MS, MAX_TENANTS, REMEMBER_GONE_MS,
+    REMEMBER_SILENT_MS,
     cell::{Cell, latency_of},
     image::{Journal, Part},
-    pool::{self, SlotPools},
+    pool::{self, PoolEvents, SlotPools},
 };
 
 /// What is known of one service.

@@ -104,11 +104,7 @@ impl Sender {
             start_ms,
             length_ms: self.length_ms,
             rows: if requests > 0 { vec![row] } else { Vec::new() },
-            cumulative: Totals {
-                requests: self.sent + self.gaps,
-                errors: self.failed,
-                gap_requests: self.gaps,
-            },
+            cumulative: self.totals(),
             gap: (gap > 0).then_some(Gap {
                 requests: gap,
                 ..Gap::default()
@@ -116,13 +112,22 @@ impl Sender {
             pools: &[],
             host: None,
         };
-        book.apply(
-            SERVICE,
-            &self.who.instance,
-            self.session,
-            &batch,
-            start_ms + 1_000,
-        )
+        self.hand_in(book, &batch)
+    }
+
+    /// What it has counted since it began.
+    fn totals(&self) -> Totals {
+        Totals {
+            requests: self.sent + self.gaps,
+            errors: self.failed,
+            gap_requests: self.gaps,
+        }
+    }
+
+    /// The batch arrives a second after its window began.
+    fn hand_in(&self, book: &mut Book, batch: &Batch<'_>) -> Result<Applied, BookError> {
+        let now_ms = batch.start_ms + 1_000;
+        book.apply(SERVICE, &self.who.instance, self.session, batch, now_ms)
     }
 }
 

@@ -61,10 +61,6 @@ impl Operation {
                 list.insert(index, self.value.clone());
             }
             (Op::Replace, Value::Object(map)) => *map.get_mut(&last)? = self.value.clone(),
-            (Op::Replace, Value::Array(list)) => {
-                let index: usize = last.parse().ok()?;
-                *list.get_mut(index)? = self.value.clone();
-            }
             (_, _) => return None,
         }
         Some(())

@@ -231,7 +231,7 @@ fn named(value: &str) -> Result<(), String> {
 }
 
 fn number(value: &str, least: u32, most: u32) -> Result<(), String> {
-    // The agent's flags take no sign.
+    // Digits alone, though the agent's flags would take a sign.
     let is_plain = value.bytes().all(|b| b.is_ascii_digit());
     match value.parse::<u32>() {
         Ok(number) if is_plain && (least..=most).contains(&number) => Ok(()),

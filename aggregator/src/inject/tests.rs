@@ -298,6 +298,47 @@ fn the_agent_understands_every_setting() {
     assert_eq!(patched["metadata"]["annotations"]["example.com/other"], "kept");
 }
 
+/// What the injector lets pass the agent must take, and what the agent takes need not be refused.
+#[test]
+fn the_agent_takes_the_values_that_the_injector_takes() {
+    let required = [
+        "coalmine-agent",
+        "--aggregator=http://coalmine:7443",
+        "--service=checkout",
+        "--version=v2",
+        "--arm=canary",
+        "--instance=uid-1",
+    ];
+    let cases: [(Setting, &[&str]); 7] = [
+        (Setting::PoolPort, &["0", "65535", "65536", "x"]),
+        (
+            Setting::PoolScrape,
+            &[
+                "http://app",
+                "http://app:80/m?a",
+                "https://app/m",
+                "http://a@app/m",
+            ],
+        ),
+        (Setting::IdleTimeout, &["0s", "1h", "3600001ms", "5"]),
+        (Setting::Drain, &["0ms", "60m", "61m", "1d"]),
+        (Setting::MaxConnections, &["1", "4294967295", "0", "4294967296"]),
+        (Setting::MaxTenants, &["1", "1000000", "1000001", "0"]),
+        (
+            Setting::Tenant,
+            &["header:x", "fixed:a", "cookie:x", "fixed:a header:x"],
+        ),
+    ];
+    for (setting, values) in cases {
+        for value in values {
+            let flag = format!("--{}={value}", setting.as_str());
+            let args = required.into_iter().chain([flag.as_str()]);
+            let taken = Command::parse(args.map(OsString::from));
+            assert_eq!(setting.check(value).is_ok(), taken.is_ok(), "{flag}: {taken:?}");
+        }
+    }
+}
+
 #[test]
 fn an_annotation_goes_before_the_injectors_default() {
     let defaults = [(Setting::Tenant, "header:x-tenant"), (Setting::IdleTimeout, "5m")];

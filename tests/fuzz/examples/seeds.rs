@@ -10,7 +10,7 @@ use coalmine_agent::{
 use coalmine_aggregator::store;
 use coalmine_fuzz::{
     COSIGNED, FRAME_HEADER_BYTES, HERE, LOG, POLICY, checkpoints,
-    connection::{self, Deed, Event, Follows, Side, Turn},
+    connection::{self, Deed, Event, Follows, Side, Turn, frame},
     entries, evidence, frames, growth, histograms, keys, last_batch, lines, log_key, messages, proof,
     rollout, witness_key,
 };
@@ -316,12 +316,6 @@ fn http1() {
     let smuggled =
         b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
     save("smuggled", &[asks(smuggled), answers(ok)], 0, Outcome::Success);
-}
-
-/// A frame of HTTP/2 (RFC 9113, section 4.1).
-fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).unwrap();
-    [&[0, 0, length, kind, flags, 0, 0, 0, stream][..], payload].concat()
 }
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use coalmine_agent::observer::Http2;
-use coalmine_fuzz::connection::{Deed, Side, Turn, read, whole};
+use coalmine_fuzz::connection::{Deed, Side, Turn, frame, read, whole};
 use libfuzzer_sys::fuzz_target;
 
 /// The largest frame that a peer takes unasked (RFC 9113, section 4.2).
@@ -23,12 +23,6 @@ const END_HEADERS: u8 = 4;
 
 /// Most parts of a block.
 const MOST_PARTS: usize = 4;
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    let stream = stream.to_be_bytes();
-    [&length[1..], &[kind, flags], &stream, payload].concat()
-}
 
 /// The block in frames of so many bytes, but not too many frames.
 fn frames(stream: u32, block: &[u8], each: usize) -> Vec<u8> {

@@ -148,7 +148,10 @@ impl Sink for Notes {
         self.events.push(Event::PassedOver);
     }
 
-    fn malformed(&mut self) {
+    fn malformed(&mut self, begun: Option<TenantId>) {
+        if let Some(tenant) = begun {
+            self.forget(tenant);
+        }
         self.events.push(Event::Malformed);
     }
 
@@ -305,6 +308,13 @@ pub fn write(seed: u32, turns: &[Turn<'_>]) -> Vec<u8> {
         data.extend(bytes);
     }
     data
+}
+
+/// A frame of HTTP/2 (RFC 9113, section 4.1).
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let stream = stream.to_be_bytes();
+    [&length[1..], &[kind, flags], &stream, payload].concat()
 }
 
 /// What an observer says of these turns, each in one piece.

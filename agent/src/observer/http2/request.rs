@@ -4,7 +4,7 @@
 //! for all requests that refer to them.
 
 use super::{
-    super::{MAX_HEAD_BYTES, MAX_HEADERS, Opaque},
+    super::{MAX_HEAD_BYTES, MAX_HEADERS, Opaque, head::number_of},
     hpack::{Literal, Name, Table},
     stream::Kind,
     table::{Dynamic, ENTRY_OVERHEAD, Entry, statics},
@@ -524,15 +524,8 @@ fn timeout_of(value: &[u8]) -> Option<u64> {
         b'n' => 1,
         _ => return None,
     };
-    let number = number_of(digits).filter(|_| digits.len() <= 8)?;
+    let number: u64 = number_of(digits).filter(|_| digits.len() <= 8)?;
     Some(number.saturating_mul(unit_ns))
-}
-
-/// Digits and nothing else.
-fn number_of(value: &[u8]) -> Option<u64> {
-    let digits = value.iter().all(u8::is_ascii_digit);
-    let text = std::str::from_utf8(value).ok().filter(|_| digits)?;
-    text.parse().ok()
 }
 
 fn without<'h>(host: &'h [u8], port: &[u8]) -> &'h [u8] {

@@ -4,7 +4,10 @@
 //! names and values are not kept, and values that say nothing are measured, not decoded.
 
 use super::{
-    super::Opaque,
+    super::{
+        Opaque,
+        head::{is_event_stream, number_of},
+    },
     hpack::{Literal, Name as Reference, Start, Table},
     table::{Dynamic, ENTRY_OVERHEAD, Entry, statics},
 };
@@ -100,7 +103,7 @@ impl Name {
                 .and_then(status_of)
                 .map_or(Said::Nothing, Said::Status),
             Self::GrpcStatus => {
-                let code = value.whole().and_then(code_of);
+                let code = value.whole().and_then(number_of);
                 Said::GrpcStatus(code.unwrap_or(GRPC_UNKNOWN))
             }
             Self::ContentType if is_event_stream(value.bytes()) => Said::EventStream,
@@ -210,20 +213,6 @@ fn status_of(value: &[u8]) -> Option<u16> {
     }
 }
 
-fn code_of(value: &[u8]) -> Option<u32> {
-    let digits = value.iter().all(u8::is_ascii_digit);
-    let text = std::str::from_utf8(value).ok().filter(|_| digits)?;
-    text.parse().ok()
-}
-
-fn is_event_stream(value: &[u8]) -> bool {
-    const TYPE: &[u8] = b"text/event-stream";
-    let begins = value
-        .get(..TYPE.len())
-        .is_some_and(|t| t.eq_ignore_ascii_case(TYPE));
-    begins && matches!(value.get(TYPE.len()), None | Some(b';' | b' '))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,9 +224,12 @@ mod tests {
         for bad in [&b""[..], b"20", b"2000", b"099", b"2x0", b"+20"] {
             assert_eq!(status_of(bad), None, "{bad:?}");
         }
-        assert_eq!((code_of(b"14"), code_of(b"007")), (Some(14), Some(7)));
+        assert_eq!(
+            (number_of::<u32>(b"14"), number_of::<u32>(b"007")),
+            (Some(14), Some(7))
+        );
         for bad in [&b""[..], b"+1", b"x", b"99999999999"] {
-            assert_eq!(code_of(bad), None, "{bad:?}");
+            assert_eq!(number_of::<u32>(bad), None, "{bad:?}");
         }
     }
 

@@ -146,8 +146,7 @@ impl Stream {
     /// The request turned out to be one that no correct server accepts.
     pub(super) fn spoil(&mut self, sink: &mut impl Sink) {
         if let Some(tenant) = self.tenant.take() {
-            sink.forget(tenant);
-            sink.malformed();
+            sink.malformed(Some(tenant));
         }
     }
 

@@ -76,7 +76,10 @@ impl Sink for Notes {
         self.passed_over += 1;
     }
 
-    fn malformed(&mut self) {
+    fn malformed(&mut self, begun: Option<TenantId>) {
+        if let Some(tenant) = begun {
+            self.forget(tenant);
+        }
         self.malformed += 1;
     }
 

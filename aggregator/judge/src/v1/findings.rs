@@ -89,12 +89,7 @@ impl Findings {
         self.missing.extend(found.missing);
         self.units.extend(found.units);
         for reading in judge.service.readings(&judge.groups[0].bars).iter().flatten() {
-            let proven = reading.metric == Metric::Pool && judge.service.is_pool_proven();
-            let mut reading = *reading;
-            if proven && reading.state == State::Clear {
-                reading.state = State::Proven;
-            }
-            self.push(judge, &Unit::Fleet, &reading, || {
+            self.push(judge, &Unit::Fleet, reading, || {
                 judge.service.seen(reading.metric)
             });
         }

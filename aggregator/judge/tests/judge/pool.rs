@@ -219,18 +219,27 @@ fn estimated_acquires_are_compared_with_their_like() {
 
 #[test]
 fn what_was_proven_is_not_known_once_acquires_are_not_counted() {
+    let run = |judge: &mut Judge| {
+        last(judge, |number| {
+            // In the last window no scrape succeeded, which does not make it better.
+            if number == 60 {
+                return Vec::new();
+            }
+            let counted = if number > 55 { NO_ACQUIRES } else { ALL };
+            vec![
+                pool(Arm::Canary, (200, 0, 0), counted),
+                pool(Arm::Baseline, (1_800, 2, 0), counted),
+            ]
+        })
+    };
+    let outcome = run(&mut judge("  pool: { max_wait_rate: 1% }\n  required: [errors]"));
+    assert_eq!(
+        (outcome.verdict, state(&outcome)),
+        (Verdict::Approve, State::Clear)
+    );
+    // Where it is required, it is missing.
     let mut judge = judge(REQUIRED);
-    let outcome = last(&mut judge, |number| {
-        // In the last window no scrape succeeded, which does not make it better.
-        if number == 60 {
-            return Vec::new();
-        }
-        let counted = if number > 55 { NO_ACQUIRES } else { ALL };
-        vec![
-            pool(Arm::Canary, (200, 0, 0), counted),
-            pool(Arm::Baseline, (1_800, 2, 0), counted),
-        ]
-    });
+    let outcome = run(&mut judge);
     assert_eq!((outcome.verdict, state(&outcome)), (Verdict::Hold, State::NoData));
     let tree = judge.explain(&outcome, None).join("\n");
     assert!(

@@ -4,7 +4,7 @@ use coalmine_agent::pool::PoolRow;
 use coalmine_judge::evidence;
 use coalmine_proto::{
     names::Arm,
-    v1::{HostContext, Pool, Sockets, Totals},
+    v1::{HostContext, Pool, Sockets},
 };
 
 use super::{SERVICE, Sender, book, comparison};
@@ -56,22 +56,12 @@ impl Sender {
             start_ms,
             length_ms: 1_000,
             rows: Vec::new(),
-            cumulative: Totals {
-                requests: self.sent,
-                errors: self.failed,
-                gap_requests: 0,
-            },
+            cumulative: self.totals(),
             gap: None,
             pools,
             host,
         };
-        book.apply(
-            SERVICE,
-            &self.who.instance,
-            self.session,
-            &batch,
-            start_ms + 1_000,
-        )
+        self.hand_in(book, &batch)
     }
 }
 

@@ -89,6 +89,29 @@ fn manifests_are_injected_one_by_one() {
 }
 
 #[test]
+fn a_refusal_decides_how_the_command_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.yaml");
+    let ends = |manifests: &str| {
+        std::fs::write(&path, manifests).unwrap();
+        let options = Options {
+            aggregator: "http://coalmine.coalmine:7443".to_owned(),
+            image: "coalmine-agent:dev".to_owned(),
+            native_sidecar: true,
+            listen_port: 15080,
+            admin_port: 15090,
+            defaults: Vec::new(),
+            manifests: path.clone(),
+        };
+        run(options, Output::Table)
+    };
+    assert_eq!(ends(MANIFESTS).unwrap(), Exit::Bad);
+    let (good, _refused) = MANIFESTS.rsplit_once("---").unwrap();
+    assert_eq!(ends(good).unwrap(), Exit::Good);
+    assert_eq!(ends("just words").unwrap_err().exit, Exit::Usage);
+}
+
+#[test]
 fn yaml_is_read_as_kubectl_reads_it() {
     let documents = documents(MANIFESTS).unwrap();
     let secret = &documents[1]["spec"]["template"]["spec"]["volumes"][0]["secret"];

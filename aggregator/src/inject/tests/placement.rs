@@ -40,10 +40,10 @@ fn what_speaks_of_the_port_by_name_gets_its_number() {
         { "name": "quic", "containerPort": 8080, "protocol": "UDP" },
     ]);
     app["livenessProbe"] = json!({ "tcpSocket": { "port": "http" } });
-    app["startupProbe"] = json!({ "httpGet": { "port": 8080 } });
+    app["startupProbe"] = json!({ "httpGet": { "port": "http" } });
     app["lifecycle"] = json!({
         "postStart": { "httpGet": { "port": "http" } },
-        "preStop": { "tcpSocket": { "port": "quic" } },
+        "preStop": { "tcpSocket": { "port": "http" }, "httpGet": { "port": "quic" } },
     });
     // Another container's probes speak of its own ports.
     let other = json!({ "name": "other", "livenessProbe": { "httpGet": { "port": "http" } } });
@@ -57,7 +57,8 @@ fn what_speaks_of_the_port_by_name_gets_its_number() {
         assert_eq!(app["readinessProbe"]["httpGet"]["port"], 8080);
         assert_eq!(app["startupProbe"]["httpGet"]["port"], 8080);
         assert_eq!(app["lifecycle"]["postStart"]["httpGet"]["port"], 8080);
-        assert_eq!(app["lifecycle"]["preStop"]["tcpSocket"]["port"], "quic");
+        assert_eq!(app["lifecycle"]["preStop"]["tcpSocket"]["port"], 8080);
+        assert_eq!(app["lifecycle"]["preStop"]["httpGet"]["port"], "quic");
         assert_eq!(patched["spec"]["containers"][1], pod["spec"]["containers"][1]);
     }
 }
@@ -87,6 +88,18 @@ fn the_application_is_found_wherever_it_stands() {
             assert_eq!(*containers, order);
         }
     }
+}
+
+#[test]
+fn the_port_of_a_sidecar_is_not_taken_for_the_applications() {
+    let mut pod = pod();
+    pod["spec"]["initContainers"] = json!([{
+        "name": "exporter",
+        "restartPolicy": "Always",
+        "ports": [{ "name": "metrics", "containerPort": 9100 }],
+    }]);
+    let config = config(&injected(&pod, &settings()));
+    assert_eq!(config.upstream.to_string(), "127.0.0.1:8080");
 }
 
 #[test]

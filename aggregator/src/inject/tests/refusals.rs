@@ -256,7 +256,7 @@ fn every_refusal_has_a_name_and_says_what_to_do() {
 
 #[test]
 fn what_looks_like_a_refusal_and_is_none() {
-    let edits: [Edit; 8] = [
+    let edits: [Edit; 9] = [
         |pod, _| spec(pod)["hostNetwork"] = json!(false),
         |pod, _| annotate(pod, "kubernetes.io/config.source", json!("api")),
         |pod, _| spec(pod)["os"] = json!({ "name": "linux" }),
@@ -266,6 +266,8 @@ fn what_looks_like_a_refusal_and_is_none() {
         |pod, _| spec(pod)["restartPolicy"] = json!("Never"),
         // UDP and TCP do not share ports.
         |pod, _| ports(pod)[1] = json!({ "containerPort": 15080, "protocol": "UDP" }),
+        // A Service tells names apart by protocol.
+        |pod, _| ports(pod)[1]["name"] = json!("http"),
         |pod, settings| {
             spec(pod)["restartPolicy"] = json!("Always");
             settings.native_sidecar = false;

@@ -29,6 +29,15 @@ pub(crate) struct Shape {
     pub(crate) tenants: usize,
 }
 
+/// So many connections, asking for so many bytes.
+pub(crate) const fn shape(connections: usize, answer_bytes: usize) -> Shape {
+    Shape {
+        connections,
+        answer_bytes,
+        tenants: TENANTS,
+    }
+}
+
 /// All connections to one target.
 #[derive(Debug)]
 pub(crate) struct Load {

@@ -20,7 +20,7 @@ use std::{path::Path, time::Duration};
 
 use crate::{
     Plan,
-    load::{Shape, TENANTS},
+    load::TENANTS,
     report::{Budget, Report, Spread, Table},
 };
 use stage::Stage;
@@ -60,13 +60,9 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
     Ok(())
 }
 
-/// So many connections, asking for so many bytes.
-fn shape(connections: usize, answer_bytes: usize) -> Shape {
-    Shape {
-        connections,
-        answer_bytes,
-        tenants: TENANTS,
-    }
+/// Whose turn it is, round by round: each of the ways once, in an order that rotates.
+fn turns(rounds: usize, ways: usize) -> impl Iterator<Item = usize> {
+    (0..rounds).flat_map(move |round| (0..ways).map(move |place| (round + place) % ways))
 }
 
 // === impl Ratios ===

@@ -18,7 +18,7 @@ use crate::{
     agent::Agent,
     aggregator::Aggregator,
     cpu::resident_bytes,
-    load::{Load, PATIENCE, Shape, TENANTS, request},
+    load::{Load, PATIENCE, Shape, TENANTS, request, shape},
     report::{Budget, Report, Spread, Table},
     sample::tenant,
     upstream::Upstream,
@@ -142,14 +142,6 @@ impl Kind {
             }
         }
         Ok(answered)
-    }
-}
-
-const fn shape(connections: usize, answer_bytes: usize) -> Shape {
-    Shape {
-        connections,
-        answer_bytes,
-        tenants: TENANTS,
     }
 }
 

@@ -573,3 +573,33 @@ proptest! {
         check_any(&[Q(request), A(response)], step)?;
     }
 }
+
+#[test]
+fn all_connections_together_are_bounded() {
+    // Half of a block each, of which what is beyond 16 KiB counts against 32 MiB (observer/account.rs).
+    let part = frame(CONTINUATION, 0, 1, &[0x82; 16_000]);
+    let begun = [
+        client_start(),
+        frame(HEADERS, 0, 1, &[0x82; 16_000]),
+        part.repeat(2),
+    ]
+    .concat();
+    let begin = || {
+        let (mut notes, mut observer) = (Notes::default(), Http2::new());
+        observer.on_request(&begun, 0, &mut notes);
+        (notes.opaque, observer)
+    };
+    let mut followed = Vec::new();
+    let refused = (0..2_000).find_map(|_| match begin() {
+        (None, observer) => {
+            followed.push(observer);
+            None
+        }
+        (Some(why), observer) => Some((why, observer)),
+    });
+    let (why, refused) = refused.unwrap();
+    assert_eq!(why, Opaque::Memory);
+    assert_eq!(refused.footprint(), 0);
+    drop(followed.pop());
+    assert_eq!(begin().0, None, "what is not followed holds nothing");
+}

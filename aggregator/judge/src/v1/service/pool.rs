@@ -315,8 +315,13 @@ impl PoolTracks {
         } else {
             self.limit.reading(Metric::Pool, budget)
         };
-        if reading.state == State::Proven && !self.is_proven() {
-            reading.state = State::Clear;
+        // Whichever question is the more serious, safety is shown by the limit alone.
+        if matches!(reading.state, State::Clear | State::Proven) {
+            reading.state = if self.is_proven() {
+                State::Proven
+            } else {
+                State::Clear
+            };
         }
         if self.is_full() && !reading.state.is_trouble() {
             reading.state = State::Suspect;

@@ -14,14 +14,15 @@ use tokio::{task::spawn_blocking, time::timeout};
 
 use super::{
     KIB, Ratios,
-    rounds::{self, Rounds, find},
+    rounds::{self, Rounds, compare_cpu, through_agent},
     stage::Stage,
+    turns,
 };
 use crate::{
     Plan,
     child::installed,
     load::Slice,
-    report::{Budget, Report, Spread},
+    report::{Budget, Report},
     sample::tenant,
 };
 
@@ -63,28 +64,11 @@ pub(super) async fn measure(
          applications."
     ));
     let small = clients.compare(plan, stage, 1).await?;
-    ratios_of(
-        &small,
-        1,
-        [Budget::AtMost(1.08), Budget::AtMost(0.80)],
-        ratios,
-        report,
-    );
+    let budgets = [Budget::AtMost(1.08), Budget::None, Budget::AtMost(0.80)];
+    compare_cpu(&small, "HTTP/2, 1 KiB", budgets, ratios, report);
     let large = clients.compare(plan, stage, 64).await?;
-    ratios_of(&large, 64, [Budget::None, Budget::None], ratios, report);
-    let sent = [&small, &large].map(|all| find(all, "agent").map_or(0, |agent| agent.requests));
-    Ok(sent.iter().sum())
-}
-
-/// Compares the agent's CPU with the relay's and HAProxy's.
-fn ratios_of(all: &[Rounds<'_>], kib: usize, budgets: [Budget; 2], ratios: &mut Ratios, report: &mut Report) {
-    let Some(agent) = find(all, "agent") else { return };
-    for (name, budget) in ["relay", "haproxy"].into_iter().zip(budgets) {
-        let Some(other) = find(all, name) else { continue };
-        let spread = Spread::of_ratios(&agent.cpu_us, &other.cpu_us);
-        let what = format!("agent/{name}, CPU per request, HTTP/2, {kib} KiB");
-        ratios.row(&what, spread, budget, report);
-    }
+    compare_cpu(&large, "HTTP/2, 64 KiB", [Budget::None; 3], ratios, report);
+    Ok(through_agent(&small) + through_agent(&large))
 }
 
 // === impl H2load ===
@@ -104,11 +88,8 @@ impl H2load {
         }
         // The same for all, so that no request is cut off by a clock.
         let requests = (rate * plan.slice.as_secs_f64()) as u64;
-        for round in 0..plan.rounds {
-            for place in 0..all.len() {
-                let next = (round + place) % all.len();
-                all[next].take(self.run(addresses[next], kib, requests)).await?;
-            }
+        for next in turns(plan.rounds, all.len()) {
+            all[next].take(self.run(addresses[next], kib, requests)).await?;
         }
         rounds::print(&format!("HTTP/2, {kib} KiB, {requests} requests"), &all);
         Ok(all)

@@ -4,12 +4,12 @@ use std::{path::Path, time::Duration};
 
 use tokio::time::sleep;
 
-use super::{CONNECTIONS, KIB, Ratios, shape, stage::Stage};
+use super::{CONNECTIONS, KIB, Ratios, stage::Stage};
 use crate::{
     Plan,
     agent::Agent,
     cpu::resident_bytes,
-    load::{Load, Shape},
+    load::{Load, Shape, shape},
     report::{Budget, Report, Spread, Table},
 };
 

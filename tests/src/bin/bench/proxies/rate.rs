@@ -8,11 +8,13 @@ use std::{
 use tokio::task::spawn_blocking;
 
 use super::{
-    CONNECTIONS, KIB, Ratios, WARM_UP, shape,
+    CONNECTIONS, KIB, Ratios, WARM_UP,
     stage::{Stage, Way},
+    turns,
 };
 use crate::{
     Plan,
+    load::shape,
     pace::Pace,
     report::{Budget, Report, Spread, Table},
 };
@@ -50,11 +52,8 @@ pub(super) async fn measure(
         target.cpu_us.clear();
         targets.push(target);
     }
-    for round in 0..plan.rounds {
-        for place in 0..targets.len() {
-            let next = (round + place) % targets.len();
-            targets[next].round(slice).await?;
-        }
+    for next in turns(plan.rounds, targets.len()) {
+        targets[next].round(slice).await?;
     }
     report.note(&format!(
         "\nOpen loop: {RATE} requests/s over {CONNECTIONS} connections, each latency from when the request should have \

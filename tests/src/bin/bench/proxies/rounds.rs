@@ -1,10 +1,10 @@
 //! What each round of a way gave: requests a second, and what each of them cost the process in between.
 
-use super::stage::Way;
+use super::{Ratios, stage::Way};
 use crate::{
     cpu::{Usage, Used},
     load::Slice,
-    report::{Spread, Table},
+    report::{Budget, Report, Spread, Table},
 };
 
 /// A way, and its rounds so far.
@@ -89,6 +89,28 @@ impl<'s> Rounds<'s> {
 /// The rounds of a way, by name.
 pub(super) fn find<'r, 's>(all: &'r [Rounds<'s>], name: &str) -> Option<&'r Rounds<'s>> {
     all.iter().find(|rounds| rounds.way.name == name)
+}
+
+/// The agent's CPU beside that of the relay, of nginx and of HAProxy.
+pub(super) fn compare_cpu(
+    all: &[Rounds<'_>],
+    what: &str,
+    budgets: [Budget; 3],
+    ratios: &mut Ratios,
+    report: &mut Report,
+) {
+    let Some(agent) = find(all, "agent") else { return };
+    for (name, budget) in ["relay", "nginx", "haproxy"].into_iter().zip(budgets) {
+        let Some(other) = find(all, name) else { continue };
+        let what = format!("agent/{name}, CPU per request, {what}");
+        let spread = Spread::of_ratios(&agent.cpu_us, &other.cpu_us);
+        ratios.row(&what, spread, budget, report);
+    }
+}
+
+/// How many requests went through the agent.
+pub(super) fn through_agent(all: &[Rounds<'_>]) -> u64 {
+    find(all, "agent").map_or(0, |agent| agent.requests)
 }
 
 /// Prints what all gave; the first is the one that the others' requests are compared with.

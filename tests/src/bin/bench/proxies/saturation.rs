@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use super::{
     CONNECTIONS, KIB, Ratios, WARM_UP,
-    rounds::{self, Rounds, find},
-    shape,
+    rounds::{self, Rounds, compare_cpu, find, through_agent},
     stage::Stage,
+    turns,
 };
 use crate::{
     Plan,
-    load::{Load, Shape},
+    load::{Load, Shape, shape},
     report::{Budget, Report, Spread},
 };
 
@@ -72,12 +72,9 @@ async fn measured<'s>(
         target.rounds.watch(target.load.run(WARM_UP.min(slice))).await?;
         targets.push(target);
     }
-    for round in 0..plan.rounds {
-        for place in 0..targets.len() {
-            let next = (round + place) % targets.len();
-            let target = &mut targets[next];
-            target.rounds.take(target.load.run(slice)).await?;
-        }
+    for next in turns(plan.rounds, targets.len()) {
+        let target = &mut targets[next];
+        target.rounds.take(target.load.run(slice)).await?;
     }
     if (shape.connections, shape.answer_bytes) == (CONNECTIONS, KIB) {
         let divided = targets.iter_mut();
@@ -132,27 +129,6 @@ fn compare_large(all: &[Rounds<'_>], ratios: &mut Ratios, report: &mut Report) {
         let spread = Spread::of_ratios(&agent.cpu_us, &relay.cpu_us);
         ratios.row(what, spread, Budget::None, report);
     }
-}
-
-/// The agent's CPU beside that of the relay, of nginx and of HAProxy.
-fn compare_cpu(
-    all: &[Rounds<'_>],
-    what: &str,
-    budgets: [Budget; 3],
-    ratios: &mut Ratios,
-    report: &mut Report,
-) {
-    let Some(agent) = find(all, "agent") else { return };
-    for (name, budget) in ["relay", "nginx", "haproxy"].into_iter().zip(budgets) {
-        let Some(other) = find(all, name) else { continue };
-        let what = format!("agent/{name}, CPU per request, {what}");
-        let spread = Spread::of_ratios(&agent.cpu_us, &other.cpu_us);
-        ratios.row(&what, spread, budget, report);
-    }
-}
-
-fn through_agent(all: &[Rounds<'_>]) -> u64 {
-    find(all, "agent").map_or(0, |agent| agent.requests)
 }
 
 fn what_of(shape: Shape) -> String {
