@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -305,14 +306,27 @@ fn read_policies(paths: &[PathBuf]) -> Result<BTreeMap<String, Policy>, StartErr
     Ok(policies)
 }
 
-/// Runs until `stop` resolves.
+/// Runs until `stop` resolves, which it may while the start is still under way.
 pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), StartError> {
+    tokio::pin!(stop);
+    let (_lock, listeners, faces, drain) = tokio::select! {
+        started = start(&settings) => started?,
+        () = &mut stop => {
+            tracing::info!("stopping before it was ready");
+            return Ok(());
+        }
+    };
+    listen(listeners, faces, drain, stop).await
+}
+
+/// Opens and recovers what is kept; nobody is answered yet.
+async fn start(settings: &Settings) -> Result<(File, Listeners, Faces, watch::Sender<bool>), StartError> {
     let policies = read_policies(&settings.policy)?;
     let histories = read_histories(&settings.history, &policies)?;
-    let listeners = Listeners::bind(&settings).await?;
+    let listeners = Listeners::bind(settings).await?;
     let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string());
     disk::create_dir(&settings.data).map_err(|error| failed(&error))?;
-    let _lock = disk::lock(&settings.data).map_err(|error| failed(&error))?;
+    let lock = disk::lock(&settings.data).map_err(|error| failed(&error))?;
     for address in [settings.listen_grpc, settings.listen_http, settings.listen_admin] {
         if !address.ip().is_loopback() {
             tracing::warn!(%address, "listening beyond this machine, and nobody is asked who they are");
@@ -321,7 +335,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
 
     let metrics = Arc::new(Metrics::new());
     let database = match &settings.postgres {
-        Some(url) => Some(open_database(&settings, url).await?),
+        Some(url) => Some(open_database(settings, url).await?),
         None => None,
     };
     let options = ledger::Options {
@@ -420,7 +434,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
         admin = %settings.listen_admin,
         "ready"
     );
-    listen(listeners, faces, drain, stop).await
+    Ok((lock, listeners, faces, drain))
 }
 
 /// Connects to the database and takes the lease of the log.
@@ -502,18 +516,21 @@ async fn listen(
     Ok(())
 }
 
-/// Resolves at SIGTERM or SIGINT.
-pub async fn stop_signal() {
+/// Resolves at SIGTERM or SIGINT, also one that comes before it is waited for. To be called within a runtime.
+pub fn stop_signal() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
-    match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-        (Ok(mut terminate), Ok(mut interrupt)) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async {
+        match signals {
+            (Ok(mut terminate), Ok(mut interrupt)) => {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
             }
+            // Without handlers the system ends the process, which the data directory survives.
+            _ => std::future::pending().await,
         }
-        // Without handlers the system ends the process, which the data directory survives.
-        _ => std::future::pending().await,
     }
 }
 

@@ -64,7 +64,7 @@ fn run(action: Action) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| failed(&format_args!("cannot start: {error}")))?;
     let result = match action {
-        Action::Serve(settings) => runtime.block_on(serve(*settings, stop_signal())),
+        Action::Serve(settings) => runtime.block_on(async { serve(*settings, stop_signal()).await }),
         Action::Migrate(database) => runtime.block_on(migrate(&database)),
         Action::RotateKey { .. } | Action::NewLog { .. } => Ok(()),
     };

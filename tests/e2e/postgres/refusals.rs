@@ -1,7 +1,7 @@
 //! What is refused: databases that do not fit, statements that would change what is recorded, servers that are not who
 //! they should be.
 
-use std::{fs, path::Path};
+use std::{fs, net::TcpListener, path::Path};
 
 use coalmine_tests::{
     components::Aggregator,
@@ -102,6 +102,21 @@ fn a_database_that_does_not_fit_is_refused_with_a_remedy() {
     let (code, said) = migrate(path, &away);
     assert_eq!(code, Some(FAILED), "{said}");
     assert!(said.contains(&port) && !said.contains(PASSWORD), "{said}");
+}
+
+#[test]
+fn whoever_is_told_to_stop_while_it_starts_stops_in_order() {
+    let directory = tempfile::tempdir().unwrap();
+    // A database that never answers: the start waits for it.
+    let mute = TcpListener::bind("127.0.0.1:0").unwrap();
+    mute.set_nonblocking(true).unwrap();
+    let url = format!("postgres://{WRITER}@{}/{DATABASE}", mute.local_addr().unwrap());
+    let mut server = Aggregator::prepare(directory.path()).with_arguments(&["--postgres", &url]);
+    server.spawn();
+    let _asked = eventually("the database is asked", || mute.accept().ok());
+    server.terminate();
+    let log = fs::read_to_string(directory.path().join("aggregator.log")).unwrap();
+    assert!(log.contains("stopping before it was ready"), "{log}");
 }
 
 #[test]
