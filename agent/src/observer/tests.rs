@@ -456,6 +456,16 @@ fn what_is_asked_after_the_last_exchange_is_nobodys() {
         &[("a", Success)],
         None,
     );
+    check(
+        &[Q(closing), A(keep), Q(GET_B), UpstreamClosed],
+        &[("a", Success)],
+        None,
+    );
+    check(
+        &[Q(closing), Q(GET_B), UpstreamClosed],
+        &[("a", UpstreamReset)],
+        None,
+    );
     // The application says so, when others wait already.
     check(
         &[Q(GET_A), Q(GET_B), Q(GET_B), A(close), UpstreamClosed],
