@@ -16,6 +16,7 @@ mod half;
 mod pipes;
 mod refuse;
 mod renew;
+mod socket;
 mod watched;
 
 use std::{
@@ -28,7 +29,7 @@ use std::{
 };
 
 use coalmine_proto::names::Outcome;
-use rustix::{io::Errno, net::RecvFlags};
+use rustix::io::Errno;
 use tokio::{
     net::TcpStream,
     time::{Sleep, sleep},
@@ -39,6 +40,7 @@ pub(crate) use announce::header as proxy_header;
 use half::{Half, Stop, Watch};
 pub(crate) use pipes::Pipes;
 use renew::Renewed;
+use socket::peek;
 pub(crate) use watched::Watched;
 
 /// After this long without a byte, it is asked whether the application has closed before a request is sent.
@@ -216,8 +218,13 @@ impl Relay {
             return Poll::Ready(if self.is_quiet() { End::Closed } else { End::Reset });
         }
         // First what the application did: it may have closed before the next request is sent.
+        let active_ns = self.watched.active_ns;
         if let Some(end) = self.poll_down(cx) {
             return Poll::Ready(end);
+        }
+        // Whoever has answered in this turn is there.
+        if self.watched.active_ns == active_ns && self.is_stale() {
+            return Poll::Ready(End::Idle);
         }
         if let Some(end) = self.poll_up(cx) {
             return Poll::Ready(end);
@@ -320,7 +327,7 @@ impl Relay {
             proxy,
             active_ns,
         };
-        let (from, to) = (self.upstream.as_mut()?, &mut self.client);
+        let (from, to) = (self.upstream.as_ref()?, &self.client);
         match half::pump(cx, proxy, &mut self.down, from, to, &mut watch) {
             Poll::Pending => None,
             Poll::Ready(Stop::Closed) => self.upstream_closed(cx),
@@ -359,9 +366,6 @@ impl Relay {
         if self.up.is_done() {
             return None;
         }
-        if self.is_stale() {
-            return Some(End::Idle);
-        }
         let Watched {
             proxy,
             observer,
@@ -374,7 +378,7 @@ impl Relay {
             active_ns,
             renewed: &mut self.renewed,
         };
-        let (from, to) = (&mut self.client, self.upstream.as_mut()?);
+        let (from, to) = (&self.client, self.upstream.as_ref()?);
         match half::pump(cx, proxy, &mut self.up, from, to, &mut watch) {
             Poll::Pending => None,
             Poll::Ready(Stop::Closed) => {
@@ -405,6 +409,7 @@ impl Relay {
             ..
         } = &self.watched;
         if !observer.is_between_requests()
+            || self.up.is_done()
             || !self.up.is_empty()
             || proxy.now_ns().saturating_sub(*active_ns) < STALE_NS
         {
@@ -442,10 +447,4 @@ impl Relay {
             .observe(|o, now_ns, sink| o.client_reset(now_ns, sink));
         End::Reset
     }
-}
-
-/// Looks for a byte, past the runtime, which may not know of it yet.
-fn peek(stream: &TcpStream) -> Result<usize, Errno> {
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    rustix::net::recv(stream, &mut [0_u8; 1][..], flags).map(|(_, count)| count)
 }

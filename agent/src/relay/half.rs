@@ -12,12 +12,15 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    io::{AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
     task::yield_now,
 };
 
-use super::{peek, pipes::Pipe};
+use super::{
+    pipes::Pipe,
+    socket::{peek, poll_recv, poll_send},
+};
 use crate::proxy::Proxy;
 
 /// After so many bytes the other connections get their turn.
@@ -210,8 +213,8 @@ pub(super) fn pump<W: Watch>(
     cx: &mut Context<'_>,
     proxy: &Proxy,
     half: &mut Half,
-    from: &mut TcpStream,
-    to: &mut TcpStream,
+    from: &TcpStream,
+    to: &TcpStream,
     watch: &mut W,
 ) -> Poll<Stop> {
     let mut shared = proxy.buffer.borrow_mut();
@@ -235,7 +238,7 @@ pub(super) fn pump<W: Watch>(
             }
         }
         if let Some(rest) = half.waiting.get(half.written..).filter(|rest| !rest.is_empty()) {
-            match Pin::new(&mut *to).poll_write(cx, rest) {
+            match poll_send(cx, to, rest) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(count)) if count > 0 => {
                     watch.seen(&rest[..count], half.read_ns);
@@ -286,19 +289,16 @@ pub(super) fn pump<W: Watch>(
                 continue;
             }
         }
-        let mut buffer = ReadBuf::new(&mut shared[..room]);
-        match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(Ok(())) => {}
-            Poll::Ready(Err(_)) => return Poll::Ready(Stop::SourceLost),
-        }
-        let bytes = buffer.filled();
-        if bytes.is_empty() {
-            half.state = State::Ended;
-            continue;
-        }
+        let bytes = match ready!(poll_recv(cx, from, &mut shared[..room])) {
+            Ok(0) => {
+                half.state = State::Ended;
+                continue;
+            }
+            Ok(count) => &shared[..count],
+            Err(_) => return Poll::Ready(Stop::SourceLost),
+        };
         let read_ns = if W::STAMPS_READ { proxy.now_ns() } else { 0 };
-        let count = match Pin::new(&mut *to).poll_write(cx, bytes) {
+        let count = match poll_send(cx, to, bytes) {
             Poll::Pending => 0,
             Poll::Ready(Ok(count)) if count > 0 => count,
             Poll::Ready(_) => {
@@ -455,8 +455,8 @@ mod tests {
     /// Passes 32 MiB on, of which this many are spliced at first.
     async fn pass_on(body: u64) {
         const TOTAL: usize = 32 << 20;
-        let (mut source, mut from) = pair().await;
-        let (mut to, mut destination) = pair().await;
+        let (mut source, from) = pair().await;
+        let (to, mut destination) = pair().await;
         let proxy = proxy();
         let mut half = Half::new(&proxy);
         let bytes: Vec<u8> = (0..TOTAL).map(|at| (at % 251) as u8).collect();
@@ -475,7 +475,7 @@ mod tests {
         };
         let stop = poll_fn(|cx| {
             let before = sums.seen as u64 + sums.skipped;
-            let stop = pump(cx, &proxy, &mut half, &mut from, &mut to, &mut sums);
+            let stop = pump(cx, &proxy, &mut half, &from, &to, &mut sums);
             let turn = sums.seen as u64 + sums.skipped - before;
             assert!(
                 turn <= (TURN_BYTES + (128 << 10)) as u64,
@@ -507,8 +507,8 @@ mod tests {
     #[tokio::test]
     async fn a_long_answer_goes_with_its_head() {
         const WHOLE: usize = 20_000;
-        let (mut source, mut from) = pair().await;
-        let (mut to, _destination) = pair().await;
+        let (mut source, from) = pair().await;
+        let (to, _destination) = pair().await;
         let proxy = proxy();
         let mut half = Half::new(&proxy);
         half.is_long = true;
@@ -519,7 +519,7 @@ mod tests {
             answer: Some((100, WHOLE as u64)),
             ..Sums::default()
         };
-        let stop = poll_fn(|cx| pump(cx, &proxy, &mut half, &mut from, &mut to, &mut sums)).await;
+        let stop = poll_fn(|cx| pump(cx, &proxy, &mut half, &from, &to, &mut sums)).await;
         assert_eq!(
             (stop, sums.seen, sums.skipped),
             (Stop::Closed, 100, WHOLE as u64 - 100)
@@ -531,15 +531,15 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_refused_is_kept() {
-        let (mut source, mut from) = pair().await;
-        let (mut to, destination) = pair().await;
+        let (mut source, from) = pair().await;
+        let (to, destination) = pair().await;
         destination.set_zero_linger().unwrap();
         drop(destination);
         source.write_all(b"hello").await.unwrap();
         let proxy = proxy();
         let mut half = Half::new(&proxy);
         let mut sums = Sums::default();
-        let stop = poll_fn(|cx| pump(cx, &proxy, &mut half, &mut from, &mut to, &mut sums)).await;
+        let stop = poll_fn(|cx| pump(cx, &proxy, &mut half, &from, &to, &mut sums)).await;
         assert_eq!((stop, sums.seen), (Stop::DestinationLost, 0));
         half.append(b" again", 0);
         assert_eq!(half.take(), b"hello again");
