@@ -2,7 +2,7 @@
 
 mod values;
 
-use std::{ffi::OsString, net::SocketAddr, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 use coalmine_proto::{
@@ -12,6 +12,7 @@ use coalmine_proto::{
 
 use crate::pool::{CustomMetric, ScrapeUrl};
 use crate::tenant::Rule;
+use crate::window::Build;
 pub use values::Target;
 use values::{address, aggregator, bytes, duration};
 
@@ -33,6 +34,7 @@ What it does to a request:
 What leaves the pod:
   Counts for each tenant and window, and what the pod and its connection pool use. No path, header or body,
   and no client's address. Without the aggregator, requests go on and windows wait in --ring.
+  The token of --token-file goes to --aggregator with each connection, in clear text like the rest.
 
 What it may take:
   --max-connections, --max-tenants and --ring bound it; SIGTERM lets requests end for as long as --drain.";
@@ -75,6 +77,26 @@ struct Flags {
     /// Whether this pod has the new version (canary) or the one that users have today (baseline)
     #[arg(long, value_name = "canary|baseline", env = "COALMINE_AGENT_ARM")]
     arm: Option<Arm>,
+
+    /// Labels of this pod, as a volume of the downward API has them; looked at each second. The labels
+    /// coalmine.dev/arm and that of --version-label take the place of --arm and --version, which hold at the
+    /// start and wherever a label is missing or no name
+    #[arg(long, value_name = "FILE", env = "COALMINE_AGENT_LABELS_FILE")]
+    labels_file: Option<PathBuf>,
+
+    /// Label that names the version; without a value, none does
+    #[arg(
+        long,
+        value_name = "LABEL",
+        env = "COALMINE_AGENT_VERSION_LABEL",
+        default_value = "app.kubernetes.io/version"
+    )]
+    version_label: String,
+
+    /// Token that is shown to the aggregator, such as one of a projected service account; read again for each
+    /// connection
+    #[arg(long, value_name = "FILE", env = "COALMINE_AGENT_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
 
     /// Identity of this agent that survives a restart [default: $POD_UID, or HOSTNAME:PORT of --listen]
     #[arg(long, value_name = "NAME", env = "COALMINE_AGENT_INSTANCE", value_parser = name)]
@@ -185,10 +207,16 @@ pub struct Config {
     pub aggregator: String,
     /// The measured service.
     pub service: String,
-    /// Its version.
+    /// Its version, where no label says another.
     pub version: String,
-    /// Its arm.
+    /// Its arm, where no label says another.
     pub arm: Arm,
+    /// Where the pod's labels stand.
+    pub labels_file: Option<PathBuf>,
+    /// The label that names the version, if one does.
+    pub version_label: Option<String>,
+    /// Where the token for the aggregator stands.
+    pub token_file: Option<PathBuf>,
     /// Identity of the agent.
     pub instance: String,
     /// Rules that find tenants.
@@ -253,6 +281,14 @@ impl Command {
 }
 
 impl Config {
+    /// What the agent is started to measure.
+    pub(crate) fn build(&self) -> Build {
+        Build {
+            arm: self.arm,
+            version: self.version.clone(),
+        }
+    }
+
     fn from_flags(flags: Flags) -> Result<Self, UsageError> {
         let instance = match flags.instance {
             Some(instance) => instance,
@@ -276,6 +312,9 @@ impl Config {
             service: required(flags.service, "service", "the service's name")?,
             version: required(flags.version, "version", "the version of the service")?,
             arm: required(flags.arm, "arm", "canary or baseline")?,
+            labels_file: flags.labels_file,
+            version_label: Some(flags.version_label).filter(|label| !label.is_empty()),
+            token_file: flags.token_file,
             instance,
             tenant,
             window: flags.window,

@@ -26,6 +26,7 @@ pub mod backoff;
 mod context;
 pub mod handover;
 mod host;
+mod labels;
 pub mod metrics;
 pub mod pool;
 pub mod ring;

@@ -13,16 +13,26 @@ use coalmine_proto::{
 };
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, NoLabelSet, text},
-    metrics::{MetricType, TypedMetric, counter::Counter, family::Family, gauge::Gauge, info::Info},
+    metrics::{MetricType, TypedMetric, counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
 
-use crate::{config::Config, observer::Opaque, pool::Pools, recorder::Sealed, ring::Ring};
+use crate::{config::Config, observer::Opaque, pool::Pools, recorder::Sealed, ring::Ring, window::Build};
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BuildLabels {
+    agent_version: &'static str,
+    service: String,
+    version: String,
+    arm: &'static str,
+}
 
 /// All metrics of the agent. Cloning gives another handle to the same ones.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     registry: Arc<Registry>,
+    build: Family<BuildLabels, Gauge>,
+    service: String,
     requests: Family<OutcomeLabel, Counter>,
     durations: Durations,
     first_bytes: Durations,
@@ -71,6 +81,8 @@ impl Metrics {
     pub fn new(config: &Config, pools: Arc<Pools>) -> Self {
         let mut new = Self {
             registry: Arc::default(),
+            build: Family::default(),
+            service: config.service.clone(),
             requests: Family::default(),
             durations: Durations::default(),
             first_bytes: Durations::default(),
@@ -104,11 +116,12 @@ impl Metrics {
                 outcome: outcome.as_str(),
             }));
         }
-        new.registry = Arc::new(new.register(config));
+        new.registry = Arc::new(new.register());
+        new.measures(&config.build());
         new
     }
 
-    fn register(&self, config: &Config) -> Registry {
+    fn register(&self) -> Registry {
         let mut registry = Registry::with_prefix("coalmine_agent");
         let r = &mut registry;
         r.register(
@@ -233,14 +246,20 @@ impl Metrics {
             "Last batch that the aggregator has on disk",
             self.durable_seq.clone(),
         );
-        let build = vec![
-            ("agent_version", env!("CARGO_PKG_VERSION").to_owned()),
-            ("service", config.service.clone()),
-            ("version", config.version.clone()),
-            ("arm", config.arm.to_string()),
-        ];
-        r.register("build", "What runs and what it measures", Info::new(build));
+        r.register("build_info", "What runs and what it measures", self.build.clone());
         registry
+    }
+
+    /// This is measured from now on.
+    pub(crate) fn measures(&self, build: &Build) {
+        self.build.clear();
+        let labels = BuildLabels {
+            agent_version: env!("CARGO_PKG_VERSION"),
+            service: self.service.clone(),
+            version: build.version.clone(),
+            arm: build.arm.as_str(),
+        };
+        self.build.get_or_create(&labels).set(1);
     }
 
     /// A window was closed.

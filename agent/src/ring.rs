@@ -12,17 +12,26 @@
 //! each pair would be longer than [`MAX_MERGED_MS`] is the oldest unsent window dropped, and the next
 //! batch declares the gap.
 //!
-//! Invariant ("conservation"): the sums of all rows of all batches up to a number, and of all gaps that
-//! they declare, are the cumulative totals of the batch with that number.
+//! All that has a number was measured as one [`Build`]. Windows of another wait at the *turn*, until
+//! everything before them is durable; then numbers and totals begin anew. So no two builds are in one
+//! row of numbers, none of their windows become one, and a gap is declared by a batch of the build that
+//! has it: the last window that a build has before a turn is not dropped, but loses its rows.
+//!
+//! Invariant ("conservation"): the sums of all rows of all batches since the last turn up to a number,
+//! and of all gaps that they declare, are the cumulative totals of the batch with that number.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use coalmine_proto::v1;
 
-use crate::window::{Sums, Window};
+use crate::window::{Build, Sums, Window};
 
 /// Windows are not merged into longer ones than this: a longer one would hide when things happened.
 pub const MAX_MERGED_MS: u32 = 60_000;
+
+/// So many turns may wait. Labels change seldom; should they change each second while there is no
+/// aggregator, what cannot be dropped any more must not grow without bound.
+const MAX_TURNS: usize = 64;
 
 /// A window with its number, which does not change any more.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,18 +46,29 @@ pub struct Batch {
     pub gap: Option<v1::Gap>,
 }
 
+/// A window without a number.
+#[derive(Debug)]
+struct Unsent {
+    window: Window,
+    /// What it was measured as.
+    build: Arc<Build>,
+    /// What was dropped of the same build since the window before; its batch declares it.
+    gap: Option<v1::Gap>,
+}
+
 /// The ring.
 #[derive(Debug)]
 pub struct Ring {
     limit_bytes: usize,
     bytes: usize,
+    /// What everything that has a number was measured as.
+    build: Arc<Build>,
     sent: VecDeque<Batch>,
-    unsent: VecDeque<Window>,
+    unsent: VecDeque<Unsent>,
     next_seq: u64,
     /// The number of the next batch to send in this session.
     cursor: u64,
     durable: u64,
-    gap: Option<v1::Gap>,
     totals: v1::Totals,
     stats: Stats,
 }
@@ -73,27 +93,58 @@ pub struct BadAck {
 }
 
 impl Ring {
-    /// An empty ring that may take this many bytes.
-    pub fn new(limit_bytes: usize) -> Self {
+    /// An empty ring that may take this many bytes; the first windows will be measured as this build.
+    pub fn new(limit_bytes: usize, build: Arc<Build>) -> Self {
         Self {
             limit_bytes,
             bytes: 0,
+            build,
             sent: VecDeque::new(),
             unsent: VecDeque::new(),
             next_seq: 1,
             cursor: 1,
             durable: 0,
-            gap: None,
             totals: v1::Totals::default(),
             stats: Stats::default(),
         }
     }
 
-    /// Adds a closed window.
-    pub fn push(&mut self, window: Window) {
+    /// Adds a closed window, and what it was measured as.
+    pub fn push(&mut self, window: Window, build: Arc<Build>) {
         self.bytes += window.bytes();
-        self.unsent.push_back(window);
+        let is_turn = self.unsent.back().is_some_and(|last| last.build != build);
+        self.unsent.push_back(Unsent {
+            window,
+            build,
+            gap: None,
+        });
+        if is_turn && self.turns() > MAX_TURNS {
+            self.forget_oldest_turn();
+        }
         while self.bytes > self.limit_bytes && self.shrink() {}
+    }
+
+    /// What everything that has a number was measured as, and the next to get one until the next turn.
+    pub fn build(&self) -> &Build {
+        &self.build
+    }
+
+    /// Whether nothing can be numbered, and all that was is durable, because the next window is of another
+    /// build.
+    pub fn is_at_turn(&self) -> bool {
+        self.sent.is_empty() && self.unsent.front().is_some_and(|next| next.build != self.build)
+    }
+
+    /// At a turn, begins anew with number 1 and the build of the next window; says whether it was one.
+    pub fn turn(&mut self) -> bool {
+        let next = self.unsent.front().filter(|_| self.is_at_turn());
+        let Some(build) = next.map(|next| Arc::clone(&next.build)) else {
+            return false;
+        };
+        self.build = build;
+        (self.next_seq, self.cursor, self.durable) = (1, 1, 0);
+        self.totals = v1::Totals::default();
+        true
     }
 
     /// What all batches and windows take.
@@ -106,7 +157,7 @@ impl Ring {
         self.sent.len() + self.unsent.len()
     }
 
-    /// Whether everything is durable. A gap that no batch has declared yet does not count.
+    /// Whether everything is durable.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -114,7 +165,7 @@ impl Ring {
     /// Requests in what is not durable.
     pub fn requests(&self) -> u64 {
         let sent = self.sent.iter().map(|batch| batch.window.sums());
-        let unsent = self.unsent.iter().map(Window::sums);
+        let unsent = self.unsent.iter().map(|unsent| unsent.window.sums());
         sent.chain(unsent).fold(Sums::default(), Sums::plus).requests
     }
 
@@ -168,7 +219,7 @@ impl Ring {
         Ok(())
     }
 
-    /// The next batch to send; numbers the oldest unsent window if all others were sent.
+    /// The next batch to send; numbers the oldest unsent window if all others were sent. None before a turn.
     ///
     /// A window of more than `max_bytes` is sent in parts, each a batch of its own; the last reaches to its end.
     pub fn next(&mut self, max_bytes: usize) -> Option<&Batch> {
@@ -183,19 +234,29 @@ impl Ring {
     }
 
     fn number_oldest(&mut self, max_bytes: usize) -> Option<()> {
-        let mut window = self.unsent.pop_front()?;
+        if self.unsent.front()?.build != self.build {
+            return None;
+        }
+        let Unsent {
+            mut window,
+            build,
+            gap,
+        } = self.unsent.pop_front()?;
         let bytes = window.bytes();
         let fitting = rows_that_fit(&window, max_bytes);
         if fitting < window.rows.len() {
             let rest = window.split_off(fitting);
-            self.unsent.push_front(rest);
             // The remainder is a window of its own, with a frame of its own.
-            self.bytes += window.bytes() + self.unsent.front().map_or(0, Window::bytes) - bytes;
+            self.bytes += window.bytes() + rest.bytes() - bytes;
+            self.unsent.push_front(Unsent {
+                window: rest,
+                build,
+                gap: None,
+            });
         }
         let sums = window.sums();
         self.totals.requests = self.totals.requests.saturating_add(sums.requests);
         self.totals.errors = self.totals.errors.saturating_add(sums.errors);
-        let gap = self.gap.take();
         if let Some(gap) = &gap {
             self.totals.requests = self.totals.requests.saturating_add(gap.requests);
             self.totals.errors = self.totals.errors.saturating_add(gap.errors);
@@ -219,12 +280,17 @@ impl Ring {
         }
     }
 
+    /// Each unsent window with the one that follows it.
+    fn pairs(&self) -> impl Iterator<Item = (&Unsent, &Unsent)> {
+        self.unsent.iter().zip(self.unsent.iter().skip(1))
+    }
+
     /// The oldest of the pairs of neighbours that are shortest together, if it is not too long.
     fn shortest_pair(&self) -> Option<usize> {
-        let lengths = self.unsent.iter().zip(self.unsent.iter().skip(1));
-        lengths
-            .map(|(one, next)| one.length_ms.saturating_add(next.length_ms))
+        self.pairs()
             .enumerate()
+            .filter(|(_, (one, next))| one.build == next.build)
+            .map(|(at, (one, next))| (at, one.window.length_ms.saturating_add(next.window.length_ms)))
             .filter(|(_, together)| *together <= MAX_MERGED_MS)
             .min_by_key(|(_, together)| *together)
             .map(|(at, _)| at)
@@ -234,36 +300,108 @@ impl Ring {
         let Some(next) = self.unsent.remove(at + 1) else {
             return false;
         };
-        if let Some(window) = self.unsent.get_mut(at) {
-            self.bytes -= window.bytes() + next.bytes();
-            window.merge(next);
+        if let Some(Unsent { window, gap, .. }) = self.unsent.get_mut(at) {
+            self.bytes -= window.bytes() + next.window.bytes();
+            window.merge(next.window);
             self.bytes += window.bytes();
+            *gap = joined(gap.take(), next.gap);
             self.stats.merged_windows += 1;
         }
         true
     }
 
+    /// Drops the rows of the oldest window that has any to give up, and the window too unless it is the last of
+    /// its build before a turn. The newest of all stays, whatever it takes.
     fn drop_oldest(&mut self) -> bool {
-        // The newest stays, whatever it takes: it is what declares the gap.
-        if self.unsent.len() < 2 {
-            return false;
-        }
-        let Some(window) = self.unsent.pop_front() else {
+        let oldest = self.pairs().position(|(one, next)| {
+            let has_more_than_time = !(one.window.rows.is_empty() && one.window.pools.is_empty());
+            one.build == next.build || has_more_than_time
+        });
+        let Some(at) = oldest else {
             return false;
         };
-        self.bytes -= window.bytes();
-        let sums = window.sums();
-        self.stats.gap_requests = self.stats.gap_requests.saturating_add(sums.requests);
-        let gap = self.gap.get_or_insert(v1::Gap {
-            start_unix_ms: window.start_unix_ms,
-            ..v1::Gap::default()
-        });
-        gap.windows += 1;
-        gap.requests = gap.requests.saturating_add(sums.requests);
-        gap.errors = gap.errors.saturating_add(sums.errors);
-        gap.end_unix_ms = window.end_unix_ms();
+        let is_followed = self
+            .pairs()
+            .nth(at)
+            .is_some_and(|(one, next)| one.build == next.build);
+        let Some(dropped) = self.unsent.get_mut(at) else {
+            return false;
+        };
+        let before = dropped.window.bytes();
+        let gap = dropped.give_up();
+        self.stats.gap_requests = self.stats.gap_requests.saturating_add(gap.requests);
+        let gap = joined(dropped.gap.take(), Some(gap));
+        if is_followed {
+            self.bytes -= before;
+            drop(self.unsent.remove(at));
+            // The window that followed has its place now.
+            if let Some(next) = self.unsent.get_mut(at) {
+                next.gap = joined(gap, next.gap.take());
+            }
+        } else {
+            self.bytes -= before - dropped.window.bytes();
+            dropped.gap = gap;
+        }
         true
     }
+
+    /// How many turns wait.
+    fn turns(&self) -> usize {
+        self.pairs().filter(|(one, next)| one.build != next.build).count()
+    }
+
+    /// Drops everything before the oldest turn. There is no batch of its build left that could declare it.
+    fn forget_oldest_turn(&mut self) {
+        let Some(build) = self.unsent.front().map(|oldest| Arc::clone(&oldest.build)) else {
+            return;
+        };
+        let mut requests = 0_u64;
+        while self.unsent.front().is_some_and(|oldest| oldest.build == build) {
+            if let Some(Unsent { window, .. }) = self.unsent.pop_front() {
+                self.bytes -= window.bytes();
+                requests = requests.saturating_add(window.sums().requests);
+            }
+        }
+        self.stats.gap_requests = self.stats.gap_requests.saturating_add(requests);
+        tracing::error!(
+            requests,
+            arm = %build.arm,
+            version = build.version,
+            "arm or version have changed too often without an aggregator; the oldest windows are lost"
+        );
+    }
+}
+
+impl Unsent {
+    /// Gives up all but its time; gives what is missing then.
+    fn give_up(&mut self) -> v1::Gap {
+        let window = &mut self.window;
+        let sums = window.sums();
+        // Not cleared: their memory goes too.
+        window.rows = Vec::new();
+        window.pools = Vec::new();
+        v1::Gap {
+            windows: 1,
+            requests: sums.requests,
+            errors: sums.errors,
+            start_unix_ms: window.start_unix_ms,
+            end_unix_ms: window.end_unix_ms(),
+        }
+    }
+}
+
+/// Two gaps as one.
+fn joined(earlier: Option<v1::Gap>, later: Option<v1::Gap>) -> Option<v1::Gap> {
+    let (Some(one), Some(next)) = (earlier, later) else {
+        return earlier.or(later);
+    };
+    Some(v1::Gap {
+        windows: one.windows.saturating_add(next.windows),
+        requests: one.requests.saturating_add(next.requests),
+        errors: one.errors.saturating_add(next.errors),
+        start_unix_ms: one.start_unix_ms,
+        end_unix_ms: next.end_unix_ms,
+    })
 }
 
 /// How many of the rows fit into one message; at least one.

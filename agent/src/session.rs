@@ -4,9 +4,16 @@
 //! what is on it). A batch stays in the ring until the aggregator has it on disk; after a broken
 //! session it is sent again, with the same number, so that it is applied once. Whatever happens here,
 //! proxying goes on.
+//!
+//! A session and an epoch are of one build. When the pod's labels name another, what was measured as the
+//! old one is sent until it is durable; then the session ends, without Bye: the aggregator shall wait for the
+//! agent, which comes back at once, as the new build and in a new epoch, with numbers and totals of its
+//! own. So no total is of two builds.
 
 mod link;
+mod measured;
 mod stream;
+mod token;
 
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
@@ -29,9 +36,10 @@ use crate::{
     proxy::now_unix_ms,
     recorder::{Sealed, Settings},
     ring::Ring,
-    window::{Sums, Window},
+    window::{Build, Sums, Window},
 };
 use link::Link;
+use measured::Measured;
 
 /// How long the last windows may take to become durable when the agent stops.
 const FLUSH: Duration = Duration::from_secs(5);
@@ -44,7 +52,7 @@ pub type Dialling = Pin<Box<dyn Future<Output = Result<Channel, transport::Error
 
 /// What a session takes from the world outside; a simulation has another world than a process.
 pub struct Surroundings {
-    /// Names this life of the process; never 0.
+    /// Names this life of the process, never 0; once arm or version have changed, the number after it does.
     pub epoch: u64,
     /// The wall clock, in milliseconds since the Unix epoch.
     pub clock: fn() -> u64,
@@ -58,10 +66,12 @@ pub struct Surroundings {
 pub struct Session<'c> {
     config: &'c Config,
     surroundings: Surroundings,
+    /// Names what the ring numbers: this life of the process, as one build.
+    epoch: u64,
     ring: Ring,
     /// Sums of all windows that were taken: the ring must conserve them.
     taken: Sums,
-    windows: mpsc::Receiver<Sealed>,
+    windows: Measured,
     settings: watch::Sender<Arc<Settings>>,
     /// Version of the settings under which the open window is recorded.
     config_version: u64,
@@ -76,6 +86,8 @@ pub struct Session<'c> {
 enum Ended {
     /// There was none, or it broke.
     Lost(String),
+    /// There is no token to show.
+    NoToken(String),
     /// The aggregator refuses the agent.
     Rejected {
         reason: String,
@@ -83,6 +95,8 @@ enum Ended {
     },
     /// It ended in order, and another may begin.
     Again,
+    /// All windows of its build are durable, and there are others.
+    Turned,
     /// Everything is durable, and no more will come.
     Finished,
     /// Not everything became durable in time.
@@ -118,10 +132,12 @@ impl<'c> Session<'c> {
         metrics: Metrics,
         surroundings: Surroundings,
     ) -> Self {
+        let windows = Measured::new(config, windows);
         Self {
             config,
+            epoch: surroundings.epoch,
             surroundings,
-            ring: Ring::new(config.ring_bytes),
+            ring: Ring::new(config.ring_bytes, windows.build()),
             taken: Sums::default(),
             windows,
             settings,
@@ -136,6 +152,7 @@ impl<'c> Session<'c> {
     pub async fn run(mut self) {
         let mut attempt = 0;
         loop {
+            self.turn();
             let before = self.ring.durable();
             let ended = self.connect().await;
             // A session that gets nothing through, such as one that is always refused, is no success.
@@ -146,9 +163,15 @@ impl<'c> Session<'c> {
             let wait = match ended {
                 Ended::Finished => return,
                 Ended::TooLate => break,
+                // Each turn is one less that waits.
+                Ended::Turned => continue,
                 Ended::Again => backoff,
                 Ended::Lost(error) => {
                     self.link.lost(&error);
+                    backoff
+                }
+                Ended::NoToken(why) => {
+                    self.link.without_token(&why);
                     backoff
                 }
                 Ended::Rejected { reason, retry_after } => {
@@ -166,6 +189,15 @@ impl<'c> Session<'c> {
             batches = self.ring.len(),
             "the aggregator does not have the last windows; their requests are lost to it"
         );
+    }
+
+    /// At a turn of the ring, begins the epoch of the next build.
+    fn turn(&mut self) {
+        if self.ring.turn() {
+            self.epoch = self.epoch.wrapping_add(1).max(1);
+            self.metrics.ring(&self.ring);
+        }
+        self.metrics.measures(self.ring.build());
     }
 
     /// Waits for the next attempt, but less when the agent stops.
@@ -200,8 +232,8 @@ impl<'c> Session<'c> {
     }
 
     /// A window was closed; none when that was the last.
-    fn take(&mut self, sealed: Option<Sealed>) {
-        let Some(mut sealed) = sealed else {
+    fn take(&mut self, measured: Option<(Sealed, Arc<Build>)>) {
+        let Some((mut sealed, build)) = measured else {
             self.deadline = Some(Instant::now() + FLUSH);
             return;
         };
@@ -215,7 +247,7 @@ impl<'c> Session<'c> {
             errors: outcomes.errors(),
         };
         debug_assert_eq!(self.taken, seen, "each request is in one window");
-        self.ring.push(sealed.window);
+        self.ring.push(sealed.window, build);
         self.metrics.ring(&self.ring);
     }
 }

@@ -4,12 +4,21 @@ use std::collections::BTreeMap;
 
 use coalmine_proto::{
     histogram::Histogram,
-    names::{Outcomes, TenantName},
+    names::{Arm, Outcomes, TenantName},
     v1,
 };
 use prost::Message as _;
 
 use crate::pool::{PoolRow, merge_pools};
+
+/// What a window is measured as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Build {
+    /// The arm.
+    pub arm: Arm,
+    /// The version of the service.
+    pub version: String,
+}
 
 /// One closed window.
 #[derive(Debug, Clone, PartialEq)]

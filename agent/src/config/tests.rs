@@ -38,7 +38,24 @@ fn defaults_are_those_of_the_design() {
     assert_eq!((config.ring_bytes, config.max_tenants), (8 << 20, 20_000));
     assert_eq!(config.idle_timeout, Duration::from_secs(3600));
     assert_eq!((config.pool_port, config.proxy_protocol), (5432, false));
+    assert_eq!((config.labels_file, config.token_file), (None, None));
     assert_eq!((config.pool_scrape, config.pool_metrics), (None, Vec::new()));
+}
+
+#[test]
+fn what_is_said_of_the_pods_files_is_taken() {
+    let config = config(&[
+        "--labels-file=/etc/coalmine/labels",
+        "--token-file=/var/run/coalmine/token",
+    ]);
+    let labels = PathBuf::from("/etc/coalmine/labels");
+    assert_eq!(config.labels_file, Some(labels));
+    let token = PathBuf::from("/var/run/coalmine/token");
+    assert_eq!(config.token_file, Some(token));
+    let Err(error) = parse(&[GOOD, &["--token-file="]].concat()) else {
+        panic!("no file has an empty name");
+    };
+    assert!(error.to_string().contains("--token-file"), "{error}");
 }
 
 #[test]

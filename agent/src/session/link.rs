@@ -17,6 +17,7 @@ enum State {
     Unknown,
     Up,
     Lost,
+    NoToken(String),
     Rejected(String),
 }
 
@@ -61,6 +62,18 @@ impl Link {
             );
         }
         self.state = State::Lost;
+    }
+
+    pub(super) fn without_token(&mut self, why: &str) {
+        let state = State::NoToken(why.to_owned());
+        if self.state != state {
+            tracing::warn!(
+                why,
+                "there is no token for the aggregator; windows are kept and sent later, and proxying goes on; \
+                 check --token-file"
+            );
+        }
+        self.state = state;
     }
 
     pub(super) fn rejected(&mut self, reason: &str) {

@@ -15,9 +15,9 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, transport::Endpoint};
+use tonic::{Code, Request, Status, Streaming, transport::Endpoint};
 
-use super::{Ended, Session};
+use super::{Ended, Session, token};
 use crate::{pool::PoolRow, recorder::Settings, ring::Batch, sealer};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -76,6 +76,8 @@ impl Session<'_> {
     }
 
     async fn open(&mut self) -> Result<(State, Streaming<AggregatorMessage>), Ended> {
+        let token = self.config.token_file.as_deref().map(token::read).transpose();
+        let token = token.map_err(Ended::NoToken)?;
         let endpoint = Endpoint::from_shared(self.config.aggregator.clone())
             .map_err(|error| Ended::Lost(chain(&error)))?
             .connect_timeout(CONNECT_TIMEOUT)
@@ -88,14 +90,18 @@ impl Session<'_> {
         let channel = channel.map_err(|error| Ended::Lost(chain(&error)))?;
         let (outbound, messages) = mpsc::channel(MAX_UNACKED as usize + 8);
         say(&outbound, agent_message::Kind::Hello(self.hello()))?;
+        let mut request = Request::new(ReceiverStream::new(messages));
+        if let Some(token) = token {
+            request.metadata_mut().insert("authorization", token);
+        }
         let opened = timeout(HELLO_TIMEOUT, async move {
             let mut client = TelemetryClient::new(channel).max_decoding_message_size(MAX_DECODED);
-            let mut inbound = client.session(ReceiverStream::new(messages)).await?.into_inner();
+            let mut inbound = client.session(request).await?.into_inner();
             let first = inbound.message().await?;
-            Ok::<_, tonic::Status>((first, inbound))
+            Ok::<_, Status>((first, inbound))
         });
         let (first, inbound) = match self.meanwhile(opened).await.ok_or(Ended::TooLate)? {
-            Ok(opened) => opened.map_err(|status| Ended::Lost(chain(&status)))?,
+            Ok(opened) => opened.map_err(unopened)?,
             Err(_) => return Err(Ended::Lost("no answer to Hello".to_owned())),
         };
         let ack = match first.and_then(|message| message.kind) {
@@ -121,14 +127,14 @@ impl Session<'_> {
     }
 
     fn hello(&self) -> v1::Hello {
-        let config = self.config;
+        let (config, build) = (self.config, self.ring.build());
         v1::Hello {
             protocol: PROTOCOL,
             instance: config.instance.clone(),
-            epoch: self.surroundings.epoch,
+            epoch: self.epoch,
             service: config.service.clone(),
-            version: config.version.clone(),
-            arm: config.arm.to_wire().into(),
+            version: build.version.clone(),
+            arm: build.arm.to_wire().into(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             oldest_seq: self.ring.oldest_seq(),
             next_seq: self.ring.next_seq(),
@@ -158,6 +164,9 @@ impl Session<'_> {
             }
             if self.deadline.is_some() && self.ring.is_empty() {
                 return self.part(state, inbound).await;
+            }
+            if self.ring.is_at_turn() {
+                return Ended::Turned;
             }
             let is_drained = state.drain.is_some_and(|until| until <= Instant::now());
             // What was sent must be durable: ending the session discards what is still on its way.
@@ -297,6 +306,18 @@ fn to_wire(batch: &Batch, names: &mut HashMap<TenantName, u32>) -> v1::WindowBat
         config_version: window.config_version,
         host: Some(window.host),
         pools: window.pools.iter().map(PoolRow::to_wire).collect(),
+    }
+}
+
+/// The aggregator did not take the session; who has a token that it does not believe is told so by the status.
+fn unopened(status: Status) -> Ended {
+    match status.code() {
+        Code::Unauthenticated | Code::PermissionDenied => Ended::Rejected {
+            reason: status.message().to_owned(),
+            // The token may be another by then.
+            retry_after: Some(Duration::ZERO),
+        },
+        _ => Ended::Lost(chain(&status)),
     }
 }
 

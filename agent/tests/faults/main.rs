@@ -21,3 +21,4 @@ mod clients;
 mod crowd;
 mod files;
 mod flood;
+mod relabel;

@@ -26,7 +26,11 @@ use tonic::{Request, Response, Status, Streaming};
 #[derive(Debug)]
 pub(crate) struct Told {
     pub(crate) hellos: Vec<v1::Hello>,
-    /// Batches that were applied, of the only agent.
+    /// What was in `authorization`, of each session that was asked for.
+    pub(crate) tokens: Vec<Option<String>>,
+    /// Epochs of the only agent that are over: its last Hello, and requests by tenant.
+    pub(crate) ended: Vec<(v1::Hello, BTreeMap<String, u64>)>,
+    /// Batches that were applied in the present epoch. The counts that follow are of these.
     pub(crate) applied: Vec<v1::WindowBatch>,
     /// Requests by tenant.
     pub(crate) requests: BTreeMap<String, u64>,
@@ -46,6 +50,8 @@ pub(crate) struct Told {
     pub(crate) config: Option<v1::Config>,
     /// Refuse so many sessions.
     pub(crate) rejects: u32,
+    /// Do not believe so many tokens.
+    pub(crate) disbelieves: u32,
     pub(crate) max_unacked: u32,
     pub(crate) max_message_bytes: u32,
 }
@@ -84,6 +90,8 @@ impl Aggregator {
     pub(crate) fn on(address: SocketAddr) -> Self {
         let told = Arc::new(Mutex::new(Told {
             hellos: Vec::new(),
+            tokens: Vec::new(),
+            ended: Vec::new(),
             applied: Vec::new(),
             requests: BTreeMap::new(),
             outcomes: BTreeMap::new(),
@@ -96,6 +104,7 @@ impl Aggregator {
             drains_after: None,
             config: None,
             rejects: 0,
+            disbelieves: 0,
             max_unacked: 8,
             max_message_bytes: 0,
         }));
@@ -163,6 +172,16 @@ impl Told {
         Some(aggregator_message::Kind::Config(config.clone()))
     }
 
+    /// An agent in another epoch begins anew.
+    fn begin(&mut self, hello: &v1::Hello) {
+        let before = self.hellos.last().filter(|last| last.epoch != hello.epoch);
+        if let Some(before) = before.cloned() {
+            self.applied.clear();
+            self.outcomes.clear();
+            self.ended.push((before, std::mem::take(&mut self.requests)));
+        }
+    }
+
     /// Applies a batch exactly once, and checks its checksum.
     fn apply(&mut self, batch: v1::WindowBatch, names: &mut BTreeMap<u32, String>) {
         for name in &batch.names {
@@ -197,6 +216,16 @@ impl Telemetry for Service {
         &self,
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        let token = request.metadata().get("authorization");
+        let token = token.map(|token| token.to_str().unwrap().to_owned());
+        {
+            let mut told = self.0.lock().unwrap();
+            told.tokens.push(token);
+            if told.disbelieves > 0 {
+                told.disbelieves -= 1;
+                return Err(Status::unauthenticated("another token is expected here"));
+            }
+        }
         let (answers, stream) = mpsc::channel(64);
         let told = self.0.clone();
         tokio::spawn(async move {
@@ -231,6 +260,7 @@ fn hear(
     let mut told = told.lock().unwrap();
     match message.kind.unwrap() {
         agent_message::Kind::Hello(hello) => {
+            told.begin(&hello);
             told.hellos.push(hello);
             if told.rejects > 0 {
                 told.rejects -= 1;

@@ -1,6 +1,6 @@
 //! What the aggregator is told, whatever happens to the session.
 
-use std::io::Write;
+use std::{fs, io::Write};
 
 use coalmine_proto::{names::Arm, v1};
 
@@ -59,7 +59,7 @@ fn windows_reach_the_aggregator_once() {
     assert_ne!(hello.epoch, 0);
     assert_eq!(told.requests.get("a"), Some(&3));
     assert_eq!(told.requests.get("b"), Some(&1));
-    assert_eq!(told.duplicates, 0);
+    assert_eq!((told.duplicates, &told.tokens[..]), (0, &[None][..]));
     let (last, others) = told.applied.split_last().unwrap();
     assert!(
         others
@@ -241,6 +241,38 @@ fn a_refused_agent_tries_again() {
     requests(&agent, &upstream, &["a"]);
     eventually("one request", || aggregator.totals().requests == 1);
     assert_eq!(aggregator.told().hellos.len(), 2);
+}
+
+#[test]
+fn a_token_is_read_anew_for_each_session() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("token");
+    let (upstream, aggregator) = (Upstream::new(), Aggregator::start());
+    aggregator.told().disbelieves = u32::MAX;
+    let mut agent = Agent::with(upstream.address(), |config| {
+        config.aggregator = aggregator.url();
+        config.token_file = Some(file.clone());
+    });
+    requests(&agent, &upstream, &["a"]);
+    agent.expect("requests_total{outcome=\"success\"}", 1);
+    assert!(aggregator.told().tokens.is_empty(), "there is none to show");
+    let is_shown = |token: &str| {
+        let told = aggregator.told();
+        told.tokens
+            .last()
+            .is_some_and(|last| last.as_deref() == Some(token))
+    };
+    for (text, token) in [("first\n", "Bearer first"), ("second", "Bearer second")] {
+        fs::write(&file, text).unwrap();
+        eventually("it is shown", || is_shown(token));
+        assert!(aggregator.told().hellos.is_empty());
+    }
+    aggregator.told().disbelieves = 0;
+    eventually("it is believed", || aggregator.totals().requests == 1);
+    agent.expect("session_connected", 1);
+    agent.stop();
+    agent.join();
+    assert_eq!(aggregator.told().requests["a"], 1);
 }
 
 #[test]
