@@ -1,9 +1,9 @@
 # Each target is one plain command; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz image
+.PHONY: help demo test test-kubernetes lint bench fuzz image
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: deps ## Judge a rollout on this machine, with one tenant failing
 	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
@@ -15,12 +15,18 @@ test: deps lint ## Run every test; installs nginx, Prometheus, PostgreSQL and ot
 	@rustup target add x86_64-unknown-linux-musl >/dev/null 2>&1 || echo "no musl target: the static build is not tested"
 	@cargo test --workspace --locked
 
+test-kubernetes: deps ## Run the tests against a real Kubernetes API server, built with Go once and cached
+	@deploy/deps.sh nginx=nginx-light openssl=openssl
+	@tests/kubernetes/assets.sh >/dev/null
+	@cargo test --locked -p coalmine-tests --test kubernetes
+
 lint: deps ## Check the form and the lints
 	@cargo fmt --all --check
 	@cargo clippy --workspace --all-targets --locked -- -D warnings
 
 bench: deps ## Print speed and cost as ratios against peers, in one run
-	@deploy/deps.sh nginx=nginx-light haproxy=haproxy h2load=nghttp2-client /usr/lib/postgresql/15/bin/postgres=postgresql-15
+	@deploy/deps.sh nginx=nginx-light haproxy=haproxy h2load=nghttp2-client openssl=openssl \
+		/usr/lib/postgresql/15/bin/postgres=postgresql-15
 	@cargo build --release --locked -p coalmine-agent -p coalmine-aggregator
 	@cargo run --release --locked -p coalmine-tests --bin bench
 	@COALMINE_SEEDS=$(SEEDS) cargo test --locked -p coalmine-tests --test simulation -- --nocapture

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 #
 # Builds the images localhost/coalmine-agent:dev and localhost/coalmine-aggregator:dev, runs each
-# once, and fails if one has grown over its limit. Needs no container daemon.
+# once, fails if one has grown over its limit, and writes what each binary is made of to
+# target/sbom (CycloneDX). Needs no container daemon.
 #
 # Where the base image of the Dockerfiles can be neither found nor pulled, an equal one is made
 # from Debian packages and the Rust toolchain of this machine, and tagged with the same name.
@@ -164,9 +165,27 @@ check_size() {
         die "$1 is over its limit: $size, and at most $2 MB are allowed"
 }
 
+# sbom NAME: writes what the package coalmine-NAME has in its binaries, by cargo's own resolution for the
+# images' target. Build scripts and macros are not in the binaries.
+sbom() {
+    local file=target/sbom/coalmine-$1.cdx.json
+    mkdir -p target/sbom
+    cargo tree --locked --package "coalmine-$1" --target "$TARGET" --edges normal,no-proc-macro \
+        --prefix depth --format '{p}|{l}' | python3 deploy/sbom.py Cargo.lock >"$work/sbom" ||
+        die "cannot say what coalmine-$1 is made of"
+    mv "$work/sbom" "$file"
+    say "$file: $(grep -c '"bom-ref"' "$file") packages"
+}
+
+# digest IMAGE: the same source on the same base image gives the same one, since all times in it are 0.
+digest() {
+    say "$1: $(buildah images --no-trunc --format '{{.Digest}}' "$1")"
+}
+
 main() {
     [[ $(uname -m) == x86_64 ]] || die "the images are built on x86_64 only, and this is $(uname -m)"
-    need buildah
+    need buildah python3
+    command -v cargo >/dev/null || die "cargo is missing, which says what the binaries are made of"
     have_base || pull_base || build_base
     build agent
     build aggregator
@@ -174,6 +193,10 @@ main() {
     smoke localhost/coalmine-aggregator:dev coalmine-aggregator coalmine
     check_size localhost/coalmine-agent:dev "$AGENT_LIMIT_MB"
     check_size localhost/coalmine-aggregator:dev "$AGGREGATOR_LIMIT_MB"
+    digest localhost/coalmine-agent:dev
+    digest localhost/coalmine-aggregator:dev
+    sbom agent
+    sbom aggregator
 }
 
 main "$@"

@@ -10,6 +10,7 @@ mod cell;
 mod context;
 mod image;
 mod pool;
+mod roster;
 mod service;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ pub use self::{
     context::{ArmContext, DatabaseConnections, Hosts, Pools},
     image::{Changes, Piece},
     pool::MAX_POOLS,
+    roster::{Pod, Roster},
     service::Service,
 };
 
@@ -101,6 +103,8 @@ pub struct Book {
     last_session: u64,
     /// Whether it is noted what changes.
     journals: bool,
+    /// What a cluster says of its pods, where one is asked.
+    roster: Option<Roster>,
 }
 
 /// Who speaks in a session, and the numbers that it has given to names.
@@ -275,6 +279,7 @@ impl Book {
             sessions: BTreeMap::new(),
             last_session: 0,
             journals: false,
+            roster: None,
         }
     }
 
@@ -336,10 +341,17 @@ impl Book {
             .entry(who.instance.clone())
             .or_insert_with(|| Agent::new(who));
         if agent.epoch != who.epoch || agent.build != who.build {
-            let crashed = !agent.gone && agent.build == who.build && agent.sealed_until_ms > 0;
+            // At a change of its labels all of the build before is durable, and the epoch is the next one. Any other
+            // life has lost what the one before it had not sent.
+            let turned = agent.build != who.build && who.epoch == agent.epoch.wrapping_add(1).max(1);
+            let crashed = !agent.gone && !turned && agent.sealed_until_ms > 0;
             *agent = Agent {
                 hole: crashed.then_some((agent.sealed_until_ms, u64::MAX)),
-                first_start_ms: if crashed { agent.first_start_ms } else { 0 },
+                first_start_ms: if crashed && agent.build == who.build {
+                    agent.first_start_ms
+                } else {
+                    0
+                },
                 ..Agent::new(who)
             };
         }
@@ -450,9 +462,11 @@ impl Book {
         }
         let returned_ms = self.started_ms.saturating_add(self.patience.return_ms);
         let deadline = end_ms.saturating_add(self.patience.grace_ms).max(returned_ms);
+        let (patience, roster) = (self.patience.forget_ms, self.roster.as_ref());
+        let silent = service.silent(comparison, start_ms, now_ms, patience, roster);
         let mut expected = [false; 2];
-        let mut waiting = false;
-        for agent in service.expected(comparison, start_ms, now_ms, self.patience.forget_ms) {
+        let mut waiting = silent != [0; 2];
+        for agent in service.expected(comparison, start_ms, now_ms, patience) {
             expected[agent.build.arm as usize] = true;
             waiting |= !agent.has_reported(end_ms);
         }
@@ -463,8 +477,26 @@ impl Book {
     /// Freezes a slot into evidence. Windows that come later are counted, and judged no more.
     pub fn freeze(&mut self, comparison: &Comparison, start_ms: u64, number: u64, now_ms: u64) -> Window {
         let patience = self.patience;
+        let roster = self.roster.take();
         let service = self.service(&comparison.service);
-        service.freeze(comparison, start_ms, number, now_ms, patience.forget_ms)
+        let window = service.freeze(
+            comparison,
+            start_ms,
+            number,
+            now_ms,
+            patience.forget_ms,
+            roster.as_ref(),
+        );
+        self.roster = roster;
+        window
+    }
+
+    /// Takes note of the pods that there are. Before the first time nobody is held to have any.
+    pub fn enrol(&mut self, mut roster: Roster, now_ms: u64) {
+        if let Some(before) = &self.roster {
+            roster.follow(before, now_ms);
+        }
+        self.roster = Some(roster);
     }
 
     /// What the agents of both arms say of their pods and pools at present, canary first.

@@ -2,6 +2,7 @@
 
 mod admin;
 mod api;
+mod flagger;
 mod problem;
 
 pub use self::{admin::admin, api::api};

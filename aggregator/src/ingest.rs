@@ -7,6 +7,7 @@
 use std::{
     pin::Pin,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use coalmine_proto::{
@@ -24,6 +25,8 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     book::{Applied, Batch, Book, BookError, Build, Introduction, Row, Speaker, locked},
     clock,
+    identity::Identity,
+    kubernetes::tokens::NotBelieved,
     metrics::Metrics,
     store::{Entry, Store},
 };
@@ -49,6 +52,9 @@ const COMPARED_MS: u64 = 60_000;
 /// Most requests that one gap can declare.
 const MAX_GAP_REQUESTS: u64 = 1 << 40;
 
+/// After so long an agent has to prove anew who it is: its token may have ended, and its pod too.
+const PROVEN: Duration = Duration::from_secs(1_800);
+
 /// How long an agent that spoke another protocol, or nonsense, shall wait.
 const RETRY_REFUSED_MS: u32 = 30_000;
 
@@ -68,6 +74,8 @@ pub struct Ingest {
     pub news: Arc<Notify>,
     draining: watch::Receiver<bool>,
     now_ms: fn() -> u64,
+    /// How agents prove who they are, where they have to.
+    identity: Option<Arc<Identity>>,
 }
 
 /// Why a session ends before the agent ends it.
@@ -312,7 +320,14 @@ impl Ingest {
             news: Arc::new(Notify::new()),
             draining,
             now_ms: clock::now_ms,
+            identity: None,
         }
+    }
+
+    /// Takes sessions only of agents that prove who they are.
+    #[must_use]
+    pub(crate) fn with_identity(self, identity: Option<Arc<Identity>>) -> Self {
+        Self { identity, ..self }
     }
 
     /// With another clock, as in a simulation.
@@ -323,6 +338,7 @@ impl Ingest {
 
     async fn run(
         self,
+        token: Option<String>,
         mut inbound: Streaming<AgentMessage>,
         out: mpsc::Sender<Result<AggregatorMessage, Status>>,
     ) {
@@ -333,11 +349,20 @@ impl Ingest {
             Ok(_) => return self.reject(&out, "a session begins with Hello".to_owned()).await,
             Err(_) => return,
         };
+        let now_ms = (self.now_ms)();
         let who = match introduction(&hello) {
             Ok(who) => who,
             Err(reason) => return self.reject(&out, reason).await,
         };
-        let now_ms = (self.now_ms)();
+        if let Some(identity) = &self.identity
+            && let Err(problem) = identity.check(token.as_deref(), &who).await
+        {
+            self.metrics.reject("identity");
+            let (service, instance) = (&who.service, &who.instance);
+            tracing::warn!(service, instance, %problem, "whoever says that it is this agent is not believed");
+            drop(out.send(Err(problem.into())).await);
+            return;
+        }
         let skew_ms = hello.now_unix_ms.abs_diff(now_ms);
         if skew_ms > MAX_SKEW_MS {
             let reason = format!(
@@ -404,6 +429,8 @@ impl Ingest {
         });
         let acks = Arc::new(acks);
         let mut draining = self.draining.clone();
+        let proven = tokio::time::sleep(PROVEN);
+        tokio::pin!(proven);
         loop {
             let message = tokio::select! {
                 // In this order, so that the same events always give the same conversation.
@@ -416,6 +443,11 @@ impl Ingest {
                     continue;
                 }
                 () = drained(&mut draining) => {
+                    let drain = coalmine_proto::v1::Drain { within_ms: 0 };
+                    send(out, aggregator_message::Kind::Drain(drain)).await;
+                    return;
+                }
+                () = &mut proven, if self.identity.is_some() => {
                     let drain = coalmine_proto::v1::Drain { within_ms: 0 };
                     send(out, aggregator_message::Kind::Drain(drain)).await;
                     return;
@@ -542,6 +574,24 @@ impl SessionError {
     }
 }
 
+impl From<NotBelieved> for Status {
+    fn from(problem: NotBelieved) -> Self {
+        match problem {
+            NotBelieved::Refused(_) => Self::unauthenticated(problem.to_string()),
+            NotBelieved::Unavailable(_) => Self::unavailable(problem.to_string()),
+        }
+    }
+}
+
+/// The token that a request presents.
+fn bearer<T>(request: &Request<T>) -> Option<String> {
+    let header = request.metadata().get("authorization")?.to_str().ok()?;
+    let (scheme, token) = header.split_once(' ')?;
+    scheme
+        .eq_ignore_ascii_case("bearer")
+        .then(|| token.trim().to_owned())
+}
+
 /// Resolves when the server is about to stop.
 async fn drained(draining: &mut watch::Receiver<bool>) {
     // An error means that the sender is gone: the server stops as well.
@@ -562,7 +612,8 @@ impl Telemetry for Ingest {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let (out, messages) = mpsc::channel(16);
-        tokio::spawn(self.clone().run(request.into_inner(), out));
+        let token = bearer(&request);
+        tokio::spawn(self.clone().run(token, request.into_inner(), out));
         Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
     }
 }

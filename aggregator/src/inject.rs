@@ -18,14 +18,18 @@
 //!
 //! The pod is read as JSON and not as a type of its own, so that fields which this version does not know stay.
 //!
-//! Read in this order: `setting` (what can be said), `ports` (whose name the agent takes), `agent` (the container),
-//! `patch`, `refusal`, `workload` (where pods are in manifests).
+//! Read in this order: `setting` (what can be said), `ports` (whose name the agent takes), `agent` (the container and
+//! its volumes), `patch`, `refusal`, `workload` (where pods are in manifests). API servers ask through `admission` (a
+//! review and its answer), `certificate` and `server`.
 
+mod admission;
 mod agent;
+pub(crate) mod certificate;
 mod patch;
 mod ports;
 mod quantity;
 mod refusal;
+pub(crate) mod server;
 mod setting;
 mod workload;
 
@@ -48,7 +52,7 @@ pub use self::{
 };
 
 /// The name of the agent's container.
-const AGENT: &str = "coalmine-agent";
+pub(crate) const AGENT: &str = "coalmine-agent";
 
 /// The name of the agent's port for probes and metrics.
 const ADMIN_PORT_NAME: &str = "coalmine-admin";
@@ -57,9 +61,9 @@ const ADMIN_PORT_NAME: &str = "coalmine-admin";
 const APP_PORT_NAME: &str = "coalmine-app";
 
 const INJECT_LABEL: &str = "coalmine.dev/inject";
-const ARM_LABEL: &str = "coalmine.dev/arm";
-const SERVICE_LABEL: &str = "app.kubernetes.io/name";
-const VERSION_LABEL: &str = "app.kubernetes.io/version";
+pub(crate) const ARM_LABEL: &str = "coalmine.dev/arm";
+pub(crate) const SERVICE_LABEL: &str = "app.kubernetes.io/name";
+pub(crate) const VERSION_LABEL: &str = "app.kubernetes.io/version";
 
 /// What the injector is told for all pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +79,8 @@ pub struct Settings {
     pub listen_port: u16,
     /// Its port for probes and metrics.
     pub admin_port: u16,
+    /// Whom agents present a token of their pod's account to; without it they present none.
+    pub audience: Option<String>,
     /// Values of settings for pods that say nothing of their own.
     pub defaults: BTreeMap<Setting, String>,
 }
@@ -100,6 +106,14 @@ struct Identity<'p> {
 /// Says what must change in a pod, or in the template of one, so that it has an agent.
 pub fn inject(pod: &Value, settings: &Settings) -> Injected {
     decide(pod, settings).unwrap_or_else(Injected::Refused)
+}
+
+/// Reads a setting and its value from a command line.
+pub(crate) fn default_setting(text: &str) -> Result<(Setting, String), String> {
+    let bad = "give SETTING=VALUE, as in tenant=header:x-tenant-id";
+    let (name, value) = text.split_once('=').ok_or(bad)?;
+    let setting = Setting::named(name).ok_or_else(|| format!("there is no setting {name:?}; {bad}"))?;
+    Ok((setting, value.to_owned()))
 }
 
 fn decide(pod: &Value, settings: &Settings) -> Result<Injected, Refusal> {
@@ -145,12 +159,14 @@ fn decide(pod: &Value, settings: &Settings) -> Result<Injected, Refusal> {
     };
     let port = ports::choose(&containers, chosen.get(Setting::Port), settings)?;
     let agent = agent::container(&identity, &port, &chosen, settings);
-    let digest = json!({ "container": &agent, "port": port.describe() });
+    let volumes = agent::volumes(settings);
+    let digest = json!({ "container": &agent, "port": port.describe(), "volumes": &volumes });
     let digest = format!("sha256:{}", Hash::of(digest.to_string().as_bytes()));
 
     // Paths into lists come before what moves the lists' items.
     let mut patch = Vec::new();
     port.rename(&mut patch);
+    add_volumes(spec, volumes, &mut patch)?;
     patch.push(add_agent(spec, agent, settings));
     patch.push(annotate(annotations, digest));
     Ok(Injected::Patch(patch))
@@ -237,6 +253,26 @@ fn add_agent(spec: &Value, agent: Value, settings: &Settings) -> Operation {
     }
 }
 
+/// The agent's volumes come after the pod's own.
+fn add_volumes(spec: &Value, volumes: Vec<Value>, patch: &mut Vec<Operation>) -> Result<(), Refusal> {
+    let there = match spec.get("volumes") {
+        None | Some(Value::Null) => {
+            patch.push(Operation::add("/spec/volumes", Value::Array(volumes)));
+            return Ok(());
+        }
+        Some(Value::Array(there)) => there,
+        Some(_) => return Err(Refusal::malformed("volumes of the pod's spec is no list")),
+    };
+    for volume in volumes {
+        let name = volume.get("name");
+        if there.iter().any(|other| other.get("name") == name) {
+            return Err(Refusal::VolumeName(name.map(text_of).unwrap_or_default()));
+        }
+        patch.push(Operation::add("/spec/volumes/-", volume));
+    }
+    Ok(())
+}
+
 fn annotate(annotations: Option<&Map<String, Value>>, digest: String) -> Operation {
     match annotations {
         Some(_) => {
@@ -263,6 +299,7 @@ impl Settings {
             native_sidecar: true,
             listen_port: 15080,
             admin_port: 15090,
+            audience: None,
             defaults: BTreeMap::new(),
         }
     }
@@ -287,6 +324,14 @@ impl Settings {
             let (listen, admin) = (self.listen_port, self.admin_port);
             return Err(format!(
                 "the agent needs two ports, and is given {listen} and {admin}"
+            ));
+        }
+        if let Some(audience) = &self.audience
+            && (audience.is_empty() || !audience.bytes().all(|b| b.is_ascii_graphic()))
+        {
+            let text = shown(audience);
+            return Err(format!(
+                "{text} is not an audience; give a word or a URL, as in coalmine"
             ));
         }
         for (setting, value) in &self.defaults {

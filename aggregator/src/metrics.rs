@@ -5,6 +5,7 @@
 use std::{
     fmt,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use coalmine_judge::v1::{Outcome, State, Verdict};
@@ -14,7 +15,7 @@ use coalmine_proto::{
 };
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, text::encode},
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _, text::encode},
     metrics::{
         MetricType,
         counter::{ConstCounter, Counter},
@@ -27,7 +28,9 @@ use prometheus_client::{
 
 use crate::{
     book::{Book, Pools, SILENT_MS, locked},
-    clock, ledger,
+    clock,
+    inject::certificate::Certificate,
+    ledger,
 };
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -87,6 +90,23 @@ struct Kind {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Became {
+    result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Made {
+    what: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Actuated {
+    target: &'static str,
+    act: &'static str,
+    result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Version {
     version: &'static str,
 }
@@ -109,6 +129,11 @@ pub struct Metrics {
     audit_writable: Gauge,
     audit_log: Family<LogState, Gauge>,
     audit_free: Gauge,
+    admissions: Family<Became, Counter>,
+    admission_seconds: Histogram,
+    webhook_certificates: Family<Became, Counter>,
+    certificate_renewals: Family<Made, Counter>,
+    actuations: Family<Actuated, Counter>,
 }
 
 impl fmt::Debug for Metrics {
@@ -144,6 +169,11 @@ impl Metrics {
             audit_writable: Gauge::default(),
             audit_log: Family::default(),
             audit_free: Gauge::default(),
+            admissions: Family::default(),
+            admission_seconds: durations(),
+            certificate_renewals: Family::default(),
+            actuations: Family::default(),
+            webhook_certificates: Family::default(),
         };
         let info: Family<Version, Gauge> = Family::default();
         info.get_or_create(&Version {
@@ -213,6 +243,31 @@ impl Metrics {
                 "Free space where the decision log is",
                 metrics.audit_free.clone(),
             );
+            registry.register(
+                "admissions",
+                "Reviews of new pods that were answered, by what became of the pod",
+                metrics.admissions.clone(),
+            );
+            registry.register(
+                "admission_duration_seconds",
+                "Time from the head of a review to its answer",
+                metrics.admission_seconds.clone(),
+            );
+            registry.register(
+                "webhook_certificates",
+                "Certificates that the webhook was given, by what became of them",
+                metrics.webhook_certificates.clone(),
+            );
+            registry.register(
+                "webhook_certificate_renewals",
+                "Certificates and authorities that were made for the webhook",
+                metrics.certificate_renewals.clone(),
+            );
+            registry.register(
+                "actuations",
+                "Tries to act on a verdict outside, by result",
+                metrics.actuations.clone(),
+            );
         }
         metrics
     }
@@ -222,6 +277,35 @@ impl Metrics {
         if let Ok(mut registry) = self.registry.lock() {
             registry.register_collector(Box::new(BookCollector(book)));
         }
+    }
+
+    /// Adds when the webhook's certificate expires, once there is one.
+    pub(crate) fn watch_certificate(&self, certificate: Arc<Certificate>) {
+        if let Ok(mut registry) = self.registry.lock() {
+            registry.register_collector(Box::new(CertificateCollector(certificate)));
+        }
+    }
+
+    /// Counts a review that was answered: `patched`, `unchanged`, the name of a refusal, or `bad`.
+    pub(crate) fn admission(&self, result: &'static str, took: Duration) {
+        self.admissions.get_or_create(&Became { result }).inc();
+        self.admission_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts a certificate that the webhook was given: `taken` or `refused`.
+    pub(crate) fn webhook_certificate(&self, result: &'static str) {
+        self.webhook_certificates.get_or_create(&Became { result }).inc();
+    }
+
+    /// Counts a certificate or an authority that was made for the webhook.
+    pub(crate) fn certificate_renewed(&self, what: &'static str) {
+        self.certificate_renewals.get_or_create(&Made { what }).inc();
+    }
+
+    /// Counts a try to act on a verdict.
+    pub(crate) fn actuated(&self, target: &'static str, act: &'static str, result: &'static str) {
+        let labels = Actuated { target, act, result };
+        self.actuations.get_or_create(&labels).inc();
     }
 
     /// Shows whether the decision log takes records.
@@ -399,6 +483,25 @@ fn worst_labels<'a>(
 #[derive(Debug)]
 struct BookCollector(Arc<Mutex<Book>>);
 
+/// Reads the webhook's certificate when Prometheus asks.
+#[derive(Debug)]
+struct CertificateCollector(Arc<Certificate>);
+
+impl Collector for CertificateCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let Some(expires) = self.0.expires() else {
+            return Ok(());
+        };
+        let gauge = ConstGauge::<i64>::new(i64::try_from(expires).unwrap_or(i64::MAX));
+        gauge.encode(encoder.encode_descriptor(
+            "webhook_certificate_expires_seconds",
+            "When the webhook's certificate expires, seconds since the Unix epoch",
+            None,
+            MetricType::Gauge,
+        )?)
+    }
+}
+
 type Labels<'a> = Vec<(&'a str, &'a str)>;
 
 impl Collector for BookCollector {
@@ -569,7 +672,6 @@ fn counter(
 ) -> Result<(), fmt::Error> {
     let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
     for (labels, value) in values {
-        use prometheus_client::encoding::EncodeMetric as _;
         ConstCounter::<u64>::new(*value).encode(family.encode_family(labels)?)?;
     }
     Ok(())
@@ -580,7 +682,6 @@ fn encode_gauge(
     labels: &Labels<'_>,
     value: u64,
 ) -> Result<(), fmt::Error> {
-    use prometheus_client::encoding::EncodeMetric as _;
     let gauge = ConstGauge::<i64>::new(i64::try_from(value).unwrap_or(i64::MAX));
     gauge.encode(family.encode_family(labels)?)
 }

@@ -16,7 +16,7 @@ use coalmine_judge::{
     chain::Hash,
     history,
     policy::Policy,
-    record::{Body, Decision, Record, RolloutEnd, RolloutStart},
+    record::{Actuation, Body, Decision, Record, RolloutEnd, RolloutStart, Workload},
     replay::{Judged, replay_decision},
     threshold::Thresholds,
     v1,
@@ -33,6 +33,7 @@ pub use self::view::{State, View};
 use crate::{
     book::{Book, Comparison, locked},
     clock,
+    effects::{self, Effects},
     ingest::Configs,
     ledger::{AppendError, Blob, Ledger},
     metrics::Metrics,
@@ -58,6 +59,8 @@ pub struct StartRequest {
     pub key: Option<String>,
     /// Who asks.
     pub actor: Option<String>,
+    /// What is rolled out, so that it can be halted.
+    pub workload: Option<Workload>,
 }
 
 /// Why a request is refused.
@@ -93,11 +96,17 @@ struct Inner {
 
 /// What every owner needs.
 #[derive(Debug, Clone)]
-struct Shared {
-    book: Arc<Mutex<Book>>,
-    ledger: Ledger,
-    metrics: Arc<Metrics>,
-    news: Arc<Notify>,
+pub struct Shared {
+    /// Where evidence is frozen.
+    pub book: Arc<Mutex<Book>>,
+    /// Where decisions are recorded.
+    pub ledger: Ledger,
+    /// Where they are counted.
+    pub metrics: Arc<Metrics>,
+    /// Woken when the book has news.
+    pub news: Arc<Notify>,
+    /// What they do outside.
+    pub effects: Effects,
 }
 
 #[derive(Debug, Clone)]
@@ -114,9 +123,49 @@ struct Handle {
 struct Logged {
     start: RolloutStart,
     last: Option<(Decision, String)>,
+    /// Whether any of its decisions was an approval.
+    approved: bool,
     /// Whether the hold deadline that the last decision reached, if it did, has its record.
     deadline_told: bool,
     end: Option<RolloutEnd>,
+    /// What was done outside because of its decisions.
+    actuations: Vec<Actuation>,
+}
+
+/// Kinds of workloads that can be told to stop.
+const WORKLOAD_KINDS: [&str; 3] = ["Deployment", "Rollout", "Canary"];
+
+/// Whether a workload can be told to stop.
+pub(crate) fn is_haltable(workload: &Workload) -> bool {
+    WORKLOAD_KINDS.contains(&workload.kind.as_str())
+}
+
+fn check_workload(workload: &Workload) -> Result<(), String> {
+    if !is_haltable(workload) {
+        return Err(format!(
+            "workload.kind is {:.40?}, and must be one of {}",
+            workload.kind,
+            WORKLOAD_KINDS.join(", ")
+        ));
+    }
+    for (field, name) in [("namespace", &workload.namespace), ("name", &workload.name)] {
+        if !is_subdomain(name) {
+            return Err(format!(
+                "workload.{field} is {name:.40?}; give the {field} of the object as Kubernetes has it"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name is a DNS subdomain of RFC 1123, as Kubernetes has it: it becomes part of a path.
+fn is_subdomain(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let is_plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
+        let ends = [label.bytes().next(), label.bytes().last()];
+        label.bytes().all(|c| is_plain(c) || c == b'-') && ends.into_iter().all(|c| c.is_some_and(is_plain))
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 /// The rollouts of a log, gathered while it is read.
@@ -136,14 +185,17 @@ impl Logbook {
                 let logged = Logged {
                     start: start.clone(),
                     last: None,
+                    approved: false,
                     deadline_told: false,
                     end: None,
+                    actuations: Vec::new(),
                 };
                 self.rollouts.insert(start.rollout.clone(), logged);
             }
             Body::Decision(decision) => {
                 if let Some(rollout) = self.rollouts.get_mut(&decision.rollout) {
                     rollout.last = Some(((**decision).clone(), hash.to_string()));
+                    rollout.approved |= decision.finding.verdict == v1::Verdict::Approve.as_str();
                     rollout.deadline_told = false;
                 }
             }
@@ -155,6 +207,11 @@ impl Logbook {
             Body::End(end) => {
                 if let Some(rollout) = self.rollouts.get_mut(&end.rollout) {
                     rollout.end = Some(end.clone());
+                }
+            }
+            Body::Actuation(actuation) => {
+                if let Some(rollout) = self.rollouts.get_mut(&actuation.rollout) {
+                    rollout.actuations.push(actuation.clone());
                 }
             }
             // What concerns the log alone.
@@ -179,22 +236,13 @@ impl Rollouts {
     pub fn restore(
         policies: BTreeMap<String, Policy>,
         histories: Histories,
-        book: Arc<Mutex<Book>>,
-        ledger: Ledger,
-        metrics: Arc<Metrics>,
-        news: Arc<Notify>,
+        shared: Shared,
         logbook: Logbook,
     ) -> Self {
-        let shared = Shared {
-            book,
-            ledger,
-            metrics,
-            news,
-        };
         let this = Self(Arc::new(Inner {
             policies,
             histories,
-            shared: shared.clone(),
+            shared,
             handles: RwLock::default(),
             starting: tokio::sync::Mutex::default(),
         }));
@@ -213,20 +261,28 @@ impl Rollouts {
         let Logged {
             start,
             last,
+            approved,
             deadline_told,
             end,
+            actuations,
         } = logged;
         let mut view = View::new(&start);
+        view.approved = approved;
         if let Some((decision, hash)) = &last {
             view.recorded_decision(decision, hash);
         }
         if let Some(end) = end {
             view.end(&end);
-            self.keep(&start, None, view);
+            let publish = self.keep(&start, None, view);
+            // What was begun is finished, or is on record as failed; nothing else is done because of what is over.
+            if effects::is_unfinished(&actuations) {
+                self.act_on(&start, &publish, actuations);
+            }
             return;
         }
         let (commands, inbox) = mpsc::channel(8);
         let publish = self.keep(&start, Some(commands), view.clone());
+        self.act_on(&start, &publish, actuations);
         let (this, shared, shown) = (self.clone(), self.0.shared.clone(), Arc::clone(&publish));
         // The last decision is known; that it takes a while until the judge knows as much keeps nobody waiting.
         watch_over(start.rollout.clone(), publish, async move {
@@ -284,11 +340,18 @@ impl Rollouts {
     fn spawn(&self, start: &RolloutStart, owner: Owner) {
         let (commands, inbox) = mpsc::channel(8);
         let publish = self.keep(start, Some(commands), (*owner.view()).clone());
+        self.act_on(start, &publish, Vec::new());
         watch_over(
             start.rollout.clone(),
             Arc::clone(&publish),
             owner.run(inbox, publish),
         );
+    }
+
+    /// Has done outside what is shown of a rollout. `done` is what the log has of that.
+    fn act_on(&self, start: &RolloutStart, publish: &watch::Sender<Arc<View>>, done: Vec<Actuation>) {
+        let effects = self.0.shared.effects.clone();
+        tokio::spawn(effects.follow(start.clone(), publish.subscribe(), done));
     }
 
     /// Keeps a rollout; one without commands has no owner.
@@ -346,6 +409,9 @@ impl Rollouts {
                     .map_err(|error| RolloutError::Invalid(format!("{field} {error}")))?;
             }
         }
+        if let Some(workload) = &request.workload {
+            check_workload(workload).map_err(RolloutError::Invalid)?;
+        }
         if request.baseline_version.as_ref() == Some(&request.canary_version) {
             return Err(RolloutError::Invalid(format!(
                 "baseline_version and canary_version are both {}; a version cannot be compared with itself",
@@ -369,8 +435,15 @@ impl Rollouts {
                 &request.service,
                 &request.canary_version,
                 &request.baseline_version,
+                &request.workload,
             );
-            if asked != (&view.service, &view.canary_version, &view.baseline_version) {
+            let known = (
+                &view.service,
+                &view.canary_version,
+                &view.baseline_version,
+                &view.workload,
+            );
+            if asked != known {
                 return Err(RolloutError::Conflict(format!(
                     "the key {key:?} belongs to rollout {} of {} {}; use a new key",
                     view.id, view.service, view.canary_version
@@ -457,6 +530,7 @@ impl Rollouts {
             window_ms: policy.window_ms(),
             start_ms,
             actor: request.actor.unwrap_or_else(|| "api".to_owned()),
+            workload: request.workload,
         }
     }
 

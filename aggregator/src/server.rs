@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -12,16 +13,21 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use coalmine_judge::{history::History, note, policy::Policy, record::Record};
 use coalmine_proto::v1::telemetry_server::TelemetryServer;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::watch,
+};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::{
-    book::{Book, Patience, locked},
+    book::{Book, Patience, Roster, locked},
     clock,
     database::{self, DatabaseError},
     disk,
+    effects::{self, Effects},
     faces::{self, Faces},
     ingest::{Ingest, MAX_MESSAGE_BYTES, Rebuild},
+    kubernetes::{self, Cluster},
     ledger::{self, Ledger},
     metrics::Metrics,
     rollouts::{self, Histories, Logbook, Rollouts},
@@ -184,6 +190,12 @@ pub struct Settings {
     /// Seconds without a sign after which an agent is no longer expected
     #[arg(long, env = "COALMINE_FORGET_SECONDS", default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub forget_seconds: u64,
+    /// What is asked of a cluster
+    #[command(flatten)]
+    pub kubernetes: kubernetes::Settings,
+    /// What verdicts do outside
+    #[command(flatten)]
+    pub effects: effects::Settings,
     /// Form of the log lines
     #[arg(long, env = "COALMINE_LOG", default_value = "text", value_name = "FORM")]
     pub log: LogForm,
@@ -215,12 +227,21 @@ pub struct Listeners {
     grpc: TcpListener,
     http: TcpListener,
     admin: TcpListener,
+    /// Not listening: whoever connects is refused until there is an answer.
+    webhook: Option<TcpSocket>,
 }
 
 impl Listeners {
-    /// Binds all three.
+    /// Binds all.
     pub async fn bind(settings: &Settings) -> Result<Self, StartError> {
+        let webhook = match settings.kubernetes.listen_webhook {
+            Some(address) => {
+                Some(reserve(address).map_err(|error| refused("--listen-webhook", address, &error))?)
+            }
+            None => None,
+        };
         Ok(Self {
+            webhook,
             grpc: bind("--listen-grpc", settings.listen_grpc).await?,
             http: bind("--listen-http", settings.listen_http).await?,
             admin: bind("--listen-admin", settings.listen_admin).await?,
@@ -230,15 +251,28 @@ impl Listeners {
 
 async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener, StartError> {
     let listener = TcpListener::bind(address).await;
-    listener.map_err(|error| {
-        let cause = match error.kind() {
-            std::io::ErrorKind::AddrInUse => "the port is in use".to_owned(),
-            _ => error.to_string(),
-        };
-        StartError::Failed(format!(
-            "cannot listen on {address}: {cause}; stop the other process or choose another {flag}"
-        ))
-    })
+    listener.map_err(|error| refused(flag, address, &error))
+}
+
+/// Takes the port without listening.
+fn reserve(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
+fn refused(flag: &str, address: SocketAddr, error: &io::Error) -> StartError {
+    let cause = match error.kind() {
+        io::ErrorKind::AddrInUse => "the port is in use".to_owned(),
+        _ => error.to_string(),
+    };
+    StartError::Failed(format!(
+        "cannot listen on {address}: {cause}; stop the other process or choose another {flag}"
+    ))
 }
 
 /// Reads a policy, with the file's name in the error.
@@ -309,26 +343,49 @@ fn read_policies(paths: &[PathBuf]) -> Result<BTreeMap<String, Policy>, StartErr
 /// Runs until `stop` resolves, which it may while the start is still under way.
 pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), StartError> {
     tokio::pin!(stop);
-    let (_lock, listeners, faces, drain) = tokio::select! {
+    let started = tokio::select! {
         started = start(&settings) => started?,
         () = &mut stop => {
             tracing::info!("stopping before it was ready");
             return Ok(());
         }
     };
-    listen(listeners, faces, drain, stop).await
+    serve_until(started, settings.kubernetes, stop).await
+}
+
+/// All that is ready before anybody is answered.
+struct Started {
+    _lock: File,
+    listeners: Listeners,
+    faces: Faces,
+    drain: watch::Sender<bool>,
+    cluster: Option<Cluster>,
 }
 
 /// Opens and recovers what is kept; nobody is answered yet.
-async fn start(settings: &Settings) -> Result<(File, Listeners, Faces, watch::Sender<bool>), StartError> {
+async fn start(settings: &Settings) -> Result<Started, StartError> {
     let policies = read_policies(&settings.policy)?;
     let histories = read_histories(&settings.history, &policies)?;
+    settings.kubernetes.check().map_err(StartError::Usage)?;
+    let hook = settings.effects.webhook().map_err(StartError::Usage)?;
+    let halts = !settings.effects.halt.is_empty();
+    let cluster = settings
+        .kubernetes
+        .connect(halts)
+        .await
+        .map_err(StartError::Usage)?;
+    let identity = settings.kubernetes.identity(cluster.as_ref());
+    let identity = identity.map_err(StartError::Usage)?;
     let listeners = Listeners::bind(settings).await?;
     let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string());
     disk::create_dir(&settings.data).map_err(|error| failed(&error))?;
     let lock = disk::lock(&settings.data).map_err(|error| failed(&error))?;
-    for address in [settings.listen_grpc, settings.listen_http, settings.listen_admin] {
-        if !address.ip().is_loopback() {
+    for (address, asks) in [
+        (settings.listen_grpc, identity.is_some()),
+        (settings.listen_http, false),
+        (settings.listen_admin, false),
+    ] {
+        if !address.ip().is_loopback() && !asks {
             tracing::warn!(%address, "listening beyond this machine, and nobody is asked who they are");
         }
     }
@@ -406,20 +463,31 @@ async fn start(settings: &Settings) -> Result<(File, Listeners, Faces, watch::Se
         }
     };
     locked(&book).disconnect_all(started_ms);
+    if settings.kubernetes.watch_pods {
+        // Until the cluster has said which pods there are, nobody knows.
+        locked(&book).enrol(Roster::unknown(), started_ms);
+    }
     metrics.watch(Arc::clone(&book));
 
     let (drain, draining) = watch::channel(false);
     let configs = rollouts::configs(&policies, &histories);
     let ingest = Ingest::new(Arc::clone(&book), store, configs, Arc::clone(&metrics), draining);
-    let rollouts = Rollouts::restore(
-        policies,
-        histories,
-        Arc::clone(&book),
-        opened.ledger.clone(),
-        Arc::clone(&metrics),
-        Arc::clone(&ingest.news),
-        logbook,
-    );
+    let ingest = ingest.with_identity(identity);
+    let client = cluster.as_ref().map(|cluster| cluster.client.clone());
+    let shared = rollouts::Shared {
+        effects: Effects::new(
+            settings.effects.halt.iter().copied().collect(),
+            client,
+            hook,
+            opened.ledger.clone(),
+            Arc::clone(&metrics),
+        ),
+        book,
+        ledger: opened.ledger.clone(),
+        metrics: Arc::clone(&metrics),
+        news: Arc::clone(&ingest.news),
+    };
+    let rollouts = Rollouts::restore(policies, histories, shared, logbook);
     let faces = Faces {
         rollouts,
         ledger: opened.ledger,
@@ -434,7 +502,13 @@ async fn start(settings: &Settings) -> Result<(File, Listeners, Faces, watch::Se
         admin = %settings.listen_admin,
         "ready"
     );
-    Ok((lock, listeners, faces, drain))
+    Ok(Started {
+        _lock: lock,
+        listeners,
+        faces,
+        drain,
+        cluster,
+    })
 }
 
 /// Connects to the database and takes the lease of the log.
@@ -461,6 +535,36 @@ impl From<DatabaseError> for StartError {
             DatabaseError::Failed(_) => Self::Failed(error.to_string()),
         }
     }
+}
+
+/// Answers until `stop` resolves, and does what a cluster is needed for beside it.
+async fn serve_until(
+    started: Started,
+    settings: kubernetes::Settings,
+    stop: impl Future<Output = ()>,
+) -> Result<(), StartError> {
+    let Started {
+        _lock,
+        mut listeners,
+        faces,
+        drain,
+        cluster,
+    } = started;
+    let webhook = listeners.webhook.take();
+    let beside = kubernetes::run(settings, cluster, webhook, faces.clone(), drain.subscribe());
+    let mut beside = tokio::spawn(beside);
+    let result = tokio::select! {
+        result = listen(listeners, faces, drain, stop) => result,
+        Err(error) = &mut beside => {
+            return Err(StartError::Failed(format!("what a cluster is needed for has failed: {error}")));
+        }
+    };
+    if !beside.is_finished() {
+        // The webhook's last answers.
+        drop(tokio::time::timeout(STOP_WITHIN, &mut beside).await);
+    }
+    beside.abort();
+    result
 }
 
 async fn listen(

@@ -96,6 +96,7 @@ fn files_are_small_and_have_an_owner() {
         "aggregator/judge/src",
         "tests/src",
         "tests/e2e",
+        "tests/kubernetes",
         "tests/simulation",
     ] {
         rust_files(&repository().join(directory), &mut files);

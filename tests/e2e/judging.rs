@@ -86,6 +86,7 @@ fn windows(faulty: bool) -> String {
             baseline: agents(9),
             rows,
             pool: vec![pool(Arm::Canary, 200, waits), pool(Arm::Baseline, 1_800, 1)],
+            pods: None,
         };
         text.push_str(&window.to_json());
         text.push('\n');

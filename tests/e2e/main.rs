@@ -8,6 +8,7 @@ mod deadline;
 mod demo;
 mod house;
 mod judging;
+mod manifests;
 mod monitoring;
 mod pool;
 mod postgres;

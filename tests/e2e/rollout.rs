@@ -59,6 +59,7 @@ fn one_failing_tenant_is_rolled_back_and_named_and_the_others_are_not() {
     let gate = aggregator.wait_for_verdict(&rollout, &["ROLLBACK", "APPROVE"]);
     assert_eq!(gate["verdict"], "ROLLBACK", "{gate}");
     assert_eq!(gate["worst_tenant"], FAILING, "{gate}");
+    assert_eq!(aggregator.gates(), [403, 200]);
     assert!(gate["score_ppm"].as_u64().unwrap() < 950_000, "{gate}");
     // The fleet may be the first in breach; the sentence names the tenant in any case.
     assert!(
@@ -108,7 +109,13 @@ fn a_healthy_rollout_is_approved() {
     let scene = Scene::start(directory.path(), aggregator.grpc, None);
     let load = scene.load(RATE, 80_000);
     eventually("all agents report", || (aggregator.windows() >= 3).then_some(()));
+    assert_eq!(
+        aggregator.gates(),
+        [503, 503],
+        "nobody has said that it is on trial"
+    );
     let rollout = aggregator.start_rollout();
+    assert_eq!(aggregator.gates(), [403, 403], "too early to say");
     let server = format!("http://{}", aggregator.http);
     let gate = coalmine([
         "gate",
@@ -128,8 +135,10 @@ fn a_healthy_rollout_is_approved() {
         "{said}"
     );
     assert!(said["score_ppm"].as_u64().unwrap() >= 950_000);
+    assert_eq!(aggregator.gates(), [200, 403]);
     let end = coalmine(["rollout", "end", &rollout, "--server", &server]);
     assert!(end.status.success());
+    assert_eq!(aggregator.gates(), [503, 503], "it is over");
     conserves(&aggregator, scene.agents, &load.finish());
     replays(&aggregator.data);
 }

@@ -221,15 +221,23 @@ impl Aggregator {
     /// # Panics
     /// When it is refused.
     pub fn start_rollout(&self) -> String {
+        let workload = json!({ "kind": "Canary", "namespace": "shop", "name": "checkout" });
         let answer = self.post(
             "/v1/rollouts",
-            &json!({ "service": "checkout", "canary_version": "v2" }),
+            &json!({ "service": "checkout", "canary_version": "v2", "workload": workload }),
         );
         assert_eq!(answer.status, 201, "{}", answer.body);
         answer.json()["id"]
             .as_str()
             .expect("the rollout has a name")
             .to_owned()
+    }
+
+    /// What Flagger is told at its gate and at its way back, as statuses.
+    pub fn gates(&self) -> [u16; 2] {
+        let canary =
+            json!({ "name": "checkout", "namespace": "shop", "phase": "Progressing", "checksum": "1" });
+        ["/gate/check", "/rollback/check"].map(|path| self.post(path, &canary).status)
     }
 
     /// Waits until the rollout has one of these verdicts; gives the gate's answer.
@@ -370,6 +378,18 @@ impl Agent {
         upstream: SocketAddr,
         aggregator: SocketAddr,
     ) -> Self {
+        Self::start_with(directory, name, arm, upstream, aggregator, &[])
+    }
+
+    /// Starts one with more arguments.
+    pub fn start_with(
+        directory: &Path,
+        name: &str,
+        arm: &str,
+        upstream: SocketAddr,
+        aggregator: SocketAddr,
+        more: &[&str],
+    ) -> Self {
         let [address, admin] = free_addresses();
         let version = if arm == "canary" { "v2" } else { "v1" };
         let mut command = Command::new(program("coalmine-agent"));
@@ -386,6 +406,7 @@ impl Agent {
         command.args(["--tenant", "header:x-tenant-id", "--listen", &address.to_string()]);
         command.args(["--upstream", &upstream.to_string(), "--admin", &admin.to_string()]);
         command.args(["--aggregator", &format!("http://{aggregator}")]);
+        command.args(more);
         let mut process = Process::start(command, &directory.join(format!("{name}.log")));
         wait_for_listener(&mut process, address);
         Self {
@@ -414,16 +435,23 @@ pub struct Scene {
 impl Scene {
     /// Starts the instances; the canary fails for one tenant, if it is named.
     pub fn start(directory: &Path, aggregator: SocketAddr, failing: Option<&str>) -> Self {
+        let instances = ["baseline-1", "baseline-2", "canary-1"];
+        Self::start_as(directory, aggregator, failing, instances)
+    }
+
+    /// Starts them by these names: two of the baseline, then the canary.
+    pub fn start_as(
+        directory: &Path,
+        aggregator: SocketAddr,
+        failing: Option<&str>,
+        instances: [&str; 3],
+    ) -> Self {
         let mut scene = Self {
             applications: Vec::new(),
             agents: Vec::new(),
             directory: directory.to_owned(),
         };
-        for (name, arm) in [
-            ("baseline-1", "baseline"),
-            ("baseline-2", "baseline"),
-            ("canary-1", "canary"),
-        ] {
+        for (name, arm) in instances.into_iter().zip(["baseline", "baseline", "canary"]) {
             let failing = failing.filter(|_| arm == "canary");
             let application = Nginx::start(directory, &format!("nginx-{name}"), failing);
             scene.agents.push(Agent::start(

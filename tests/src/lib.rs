@@ -13,6 +13,7 @@
 pub mod components;
 pub mod cutter;
 pub mod http;
+pub mod kubernetes;
 pub mod postgres;
 pub mod process;
 pub mod speaker;

@@ -64,6 +64,21 @@ pub struct Window {
     pub rows: Vec<TenantWindow>,
     /// Connection pools, as reported.
     pub pool: Vec<Pool>,
+    /// What the cluster says of the canary's pods; none where nobody asks it.
+    pub pods: Option<Pods>,
+}
+
+/// The canary's pods, as the cluster knows them, at the end of one window.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pods {
+    /// Pods that requests may reach.
+    pub canary: u32,
+    /// Of these, how many have no agent: what they answer is seen by nobody.
+    pub unobserved: u32,
+    /// The cluster has not answered for a while, so there may be others.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub stale: bool,
 }
 
 /// Agents of one arm.
@@ -220,6 +235,8 @@ struct Line {
     rows: Vec<Row>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pool: Vec<Pool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pods: Option<Pods>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -310,6 +327,16 @@ impl Window {
                 );
             }
         }
+        if let Some(Pods {
+            canary, unobserved, ..
+        }) = line.pods
+            && unobserved > canary
+        {
+            return fail(
+                "pods".into(),
+                format!("{unobserved} pods without an agent of {canary}"),
+            );
+        }
         for (index, pool) in line.pool.iter().enumerate() {
             let most = pool.waits.max(pool.timeouts);
             if most > pool.acquires {
@@ -363,6 +390,7 @@ impl Window {
             baseline: line.coverage.baseline,
             rows,
             pool: line.pool,
+            pods: line.pods,
         })
     }
 
@@ -394,6 +422,7 @@ impl Window {
             },
             rows,
             pool: self.pool.clone(),
+            pods: self.pods,
         };
         // Integers, strings and lists always serialise.
         serde_json::to_string(&line).unwrap_or_default()

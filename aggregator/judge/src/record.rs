@@ -68,6 +68,8 @@ pub enum Body {
     Deadline(HoldDeadline),
     /// A rollout ends.
     End(RolloutEnd),
+    /// Something is done outside because of a decision, or was.
+    Actuation(Actuation),
     /// A decision was acted on before it was on record, and its record, which was under way already, does not say so.
     LateRecord {
         /// The rollout's name.
@@ -131,6 +133,7 @@ impl Body {
             Self::Decision(_) => "decision",
             Self::Deadline(_) => "deadline",
             Self::End(_) => "end",
+            Self::Actuation(_) => "actuation",
             Self::LateRecord { .. } => "late_record",
             Self::Heartbeat {} => "heartbeat",
             Self::SegmentSeal { .. } => "segment_seal",
@@ -170,6 +173,40 @@ pub struct RolloutStart {
     pub start_ms: u64,
     /// Who asked.
     pub actor: String,
+    /// What is rolled out, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<Workload>,
+}
+
+/// An object of a cluster that rolls a version out.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Workload {
+    /// Its kind: `Deployment`, or `Rollout` of Argo, or `Canary` of Flagger.
+    pub kind: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// Something is done outside because of a decision. `begun` is on record before it is done, and `done` or `failed`
+/// after.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Actuation {
+    /// The rollout's name.
+    pub rollout: String,
+    /// The decision.
+    pub decision: String,
+    /// On what, as in `Deployment shop/checkout`, or `webhook`.
+    pub target: String,
+    /// The verdict that is acted on: `approve`, `hold` or `rollback`; or `release`, at the end of a rollout.
+    pub act: String,
+    /// `begun`, `done` or `failed`.
+    pub stage: String,
+    /// One sentence.
+    pub detail: String,
 }
 
 impl RolloutStart {

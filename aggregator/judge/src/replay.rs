@@ -459,6 +459,7 @@ mod tests {
                 window_ms: 10_000,
                 start_ms: 0,
                 actor: "test".into(),
+                workload: None,
             }),
         }
     }

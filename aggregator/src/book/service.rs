@@ -16,6 +16,7 @@ use super::{
     cell::{Cell, latency_of},
     image::{Journal, Part},
     pool::{self, PoolEvents, SlotPools},
+    roster::Roster,
 };
 
 /// What is known of one service.
@@ -406,6 +407,23 @@ impl Service {
         }
     }
 
+    /// Whether an agent should report a slot.
+    fn is_expected(
+        &self,
+        agent: &Agent,
+        comparison: &Comparison,
+        start_ms: u64,
+        now_ms: u64,
+        forget_ms: u64,
+    ) -> bool {
+        let end_ms = start_ms + self.slot_ms;
+        let begun =
+            agent.first_start_ms == 0 || agent.first_start_ms < end_ms || agent.has_hole(start_ms, end_ms);
+        let ended = agent.gone && agent.sealed_until_ms <= start_ms;
+        let forgotten = !agent.connected && agent.last_seen_ms.saturating_add(forget_ms) < now_ms;
+        comparison.covers(&agent.build) && begun && !ended && !forgotten
+    }
+
     /// The agents that should report a slot.
     pub(super) fn expected<'a>(
         &'a self,
@@ -414,15 +432,24 @@ impl Service {
         now_ms: u64,
         forget_ms: u64,
     ) -> impl Iterator<Item = &'a Agent> {
-        let end_ms = start_ms + self.slot_ms;
-        self.agents.values().filter(move |agent| {
-            let begun = agent.first_start_ms == 0
-                || agent.first_start_ms < end_ms
-                || agent.has_hole(start_ms, end_ms);
-            let ended = agent.gone && agent.sealed_until_ms <= start_ms;
-            let forgotten = !agent.connected && agent.last_seen_ms.saturating_add(forget_ms) < now_ms;
-            comparison.covers(&agent.build) && begun && !ended && !forgotten
-        })
+        let agents = self.agents.values();
+        agents.filter(move |agent| self.is_expected(agent, comparison, start_ms, now_ms, forget_ms))
+    }
+
+    /// Of each arm, how many pods should have an agent that reports a slot, and have none that is expected to.
+    pub(super) fn silent(
+        &self,
+        comparison: &Comparison,
+        start_ms: u64,
+        now_ms: u64,
+        forget_ms: u64,
+        roster: Option<&Roster>,
+    ) -> [u32; 2] {
+        let is_expected = |uid: &str| {
+            let agent = self.agents.get(uid);
+            agent.is_some_and(|agent| self.is_expected(agent, comparison, start_ms, now_ms, forget_ms))
+        };
+        roster.map_or([0; 2], |roster| roster.silent(comparison, start_ms, is_expected))
     }
 
     /// What the pools did in a slot: a sum for each arm that has any.
@@ -443,9 +470,14 @@ impl Service {
         number: u64,
         now_ms: u64,
         forget_ms: u64,
+        roster: Option<&Roster>,
     ) -> Window {
         let end_ms = start_ms + self.slot_ms;
-        let mut coverage = [Coverage::default(); 2];
+        let silent = self.silent(comparison, start_ms, now_ms, forget_ms, roster);
+        let mut coverage = silent.map(|expected| Coverage {
+            expected,
+            reported: 0,
+        });
         for agent in self.expected(comparison, start_ms, now_ms, forget_ms) {
             let coverage = &mut coverage[agent.build.arm as usize];
             coverage.expected += 1;
@@ -497,6 +529,7 @@ impl Service {
             baseline,
             rows,
             pool: self.pool_evidence(comparison, start_ms),
+            pods: roster.map(|roster| roster.pods(comparison)),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod places;
 mod pools;
+mod roster;
 mod times;
 
 use coalmine_proto::{

@@ -11,7 +11,7 @@ use clap::ArgAction;
 use serde_json::{Value, json};
 
 use super::{Exit, Failure, Output, say, tell};
-use crate::inject::{Injected, Outcome, Setting, Settings, inject_manifest};
+use crate::inject::{Injected, Outcome, Setting, Settings, default_setting, inject_manifest};
 
 /// Most bytes of manifests.
 const MAX_INPUT_BYTES: u64 = 64 << 20;
@@ -69,6 +69,9 @@ pub(super) struct Options {
     /// The agent's port for probes and metrics
     #[arg(long, value_name = "PORT", default_value_t = 15090)]
     admin_port: u16,
+    /// Give agents a token of their pod's account for this audience, where the aggregator asks for one
+    #[arg(long, value_name = "AUDIENCE")]
+    audience: Option<String>,
     /// A setting of templates that lack the annotation, as in tenant=header:x-tenant-id (repeatable)
     #[arg(long = "default", value_name = "SETTING=VALUE", value_parser = default_setting)]
     defaults: Vec<(Setting, String)>,
@@ -82,6 +85,7 @@ pub(super) fn run(options: Options, output: Output) -> Result<Exit, Failure> {
         native_sidecar: options.native_sidecar,
         listen_port: options.listen_port,
         admin_port: options.admin_port,
+        audience: options.audience,
         defaults: options.defaults.into_iter().collect::<BTreeMap<_, _>>(),
         ..Settings::new(options.aggregator, options.image)
     };
@@ -105,13 +109,6 @@ pub(super) fn run(options: Options, output: Output) -> Result<Exit, Failure> {
     }
     let is_refused = outcomes.iter().any(|outcome| outcome.result.is_refused());
     Ok(if is_refused { Exit::Bad } else { Exit::Good })
-}
-
-fn default_setting(text: &str) -> Result<(Setting, String), String> {
-    let bad = "give SETTING=VALUE, as in tenant=header:x-tenant-id";
-    let (name, value) = text.split_once('=').ok_or(bad)?;
-    let setting = Setting::named(name).ok_or_else(|| format!("there is no setting {name:?}; {bad}"))?;
-    Ok((setting, value.to_owned()))
 }
 
 fn read(path: &Path) -> Result<String, Failure> {

@@ -30,6 +30,10 @@ pub(super) enum Command {
         /// The same key names the same rollout, so that a retry starts nothing
         #[arg(long)]
         key: Option<String>,
+        /// What is rolled out, as in Deployment/shop/checkout, so that it can be halted: a Deployment, a Rollout of
+        /// Argo or a Canary of Flagger
+        #[arg(long, value_name = "KIND/NAMESPACE/NAME", value_parser = workload)]
+        workload: Option<Value>,
     },
     /// List rollouts, newest first
     List,
@@ -51,6 +55,14 @@ pub(super) enum Command {
     },
 }
 
+fn workload(text: &str) -> Result<Value, String> {
+    let parts: Vec<_> = text.split('/').collect();
+    let [kind, namespace, name] = parts[..] else {
+        return Err("give KIND/NAMESPACE/NAME, as in Deployment/shop/checkout".to_owned());
+    };
+    Ok(json!({ "kind": kind, "namespace": namespace, "name": name }))
+}
+
 fn text<'a>(value: &'a Value, field: &str) -> &'a str {
     value.get(field).and_then(Value::as_str).unwrap_or("-")
 }
@@ -70,6 +82,7 @@ pub(super) async fn run(command: Command, client: &Client, output: Output) -> Re
             canary_version,
             baseline_version,
             key,
+            workload,
         } => {
             let actor = std::env::var("USER").unwrap_or_else(|_| "cli".to_owned());
             let request = json!({
@@ -78,6 +91,7 @@ pub(super) async fn run(command: Command, client: &Client, output: Output) -> Re
                 "baseline_version": baseline_version,
                 "key": key,
                 "actor": actor,
+                "workload": workload,
             });
             let view = client.post("/v1/rollouts", &request).await?;
             for warning in view

@@ -19,7 +19,7 @@ use coalmine_proto::names::Outcome;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Faces, problem::Problem};
+use super::{Faces, flagger, problem::Problem};
 use crate::{
     book::{Comparison, locked},
     clock,
@@ -56,6 +56,8 @@ pub fn api(faces: Faces) -> Router {
         .route("/v1/audit/checkpoint", get(checkpoint))
         .route("/v1/audit/consistency", get(consistency))
         .route("/v1/services/{service}", get(service))
+        .route("/gate/check", post(flagger::gate))
+        .route("/rollback/check", post(flagger::rollback))
         .fallback(|| async {
             Problem::not_found("there is no such route; the API is under /v1/rollouts and /v1/decisions")
         })

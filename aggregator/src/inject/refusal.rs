@@ -20,6 +20,9 @@ pub enum Unchanged {
     /// The manifest makes its pods from another's template.
     #[error("the manifest has no pod template of its own")]
     NoTemplate,
+    /// An API server asks about something else.
+    #[error("the request does not make a pod")]
+    NotANewPod,
 }
 
 /// Why a pod that asks for an agent does not get one. Its text is for whoever wrote the pod.
@@ -137,6 +140,9 @@ pub enum Refusal {
         "the pod has a container {AGENT} that was not injected; take it out, or leave the label coalmine.dev/inject out"
     )]
     ContainerName,
+    /// The name of one of the agent's volumes is taken.
+    #[error("the pod has a volume {}, whose name is kept for what is injected; give it another", shown(.0))]
+    VolumeName(String),
     /// As an ordinary container the agent would keep the pod from ever ending.
     #[error(
         "the pod is to end by itself (restartPolicy {}), and would not while an ordinary container runs; use native sidecars",
@@ -154,6 +160,7 @@ impl Unchanged {
             Self::NotOptedIn => "not_opted_in",
             Self::AlreadyInjected => "already_injected",
             Self::NoTemplate => "no_template",
+            Self::NotANewPod => "not_a_new_pod",
         }
     }
 }
@@ -186,6 +193,7 @@ impl Refusal {
             Self::ReservedPort { .. } => "reserved_port",
             Self::PortName { .. } => "port_name_conflict",
             Self::ContainerName => "container_name_conflict",
+            Self::VolumeName(_) => "volume_name_conflict",
             Self::NeverEnds(_) => "needs_native_sidecar",
         }
     }
@@ -208,7 +216,7 @@ fn annotation(name: &str) -> String {
     shown(&format!("{PREFIX}{name}"))
 }
 
-fn clipped(text: &str, most: usize) -> String {
+pub(super) fn clipped(text: &str, most: usize) -> String {
     match text.char_indices().nth(most) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_owned(),

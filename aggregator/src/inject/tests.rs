@@ -3,6 +3,9 @@
 mod placement;
 mod properties;
 mod refusals;
+mod reviews;
+mod roundtrip;
+mod webhook;
 
 use std::{ffi::OsString, time::Duration};
 
@@ -46,6 +49,14 @@ fn annotated(annotations: Value) -> Value {
 
 fn settings() -> Settings {
     Settings::new("http://coalmine.coalmine:7443", "coalmine-agent:dev")
+}
+
+/// Agents present a token.
+fn with_tokens() -> Settings {
+    Settings {
+        audience: Some("coalmine".to_owned()),
+        ..settings()
+    }
 }
 
 fn ordinary() -> Settings {
@@ -155,6 +166,7 @@ fn the_agent_takes_the_ports_name_and_nothing_else_changes() {
             "--version=v2",
             "--arm=canary",
             "--instance=$(POD_UID)",
+            "--labels-file=/etc/coalmine/labels",
         ],
         "env": [{ "name": "POD_UID", "valueFrom": { "fieldRef": { "fieldPath": "metadata.uid" } } }],
         "ports": [
@@ -174,6 +186,10 @@ fn the_agent_takes_the_ports_name_and_nothing_else_changes() {
             "requests": { "cpu": "10m", "memory": "16Mi" },
             "limits": { "memory": "192Mi" },
         },
+        "volumeMounts": [
+            { "name": "coalmine-labels", "mountPath": "/etc/coalmine", "readOnly": true },
+            { "name": "coalmine-labels", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": true },
+        ],
         "securityContext": {
             "runAsNonRoot": true,
             "runAsUser": 65532,
@@ -184,7 +200,45 @@ fn the_agent_takes_the_ports_name_and_nothing_else_changes() {
             "seccompProfile": { "type": "RuntimeDefault" },
         },
     }]);
+    expected["spec"]["volumes"] = json!([{
+        "name": "coalmine-labels",
+        "downwardAPI": { "items": [{ "path": "labels", "fieldRef": { "fieldPath": "metadata.labels" } }] },
+    }]);
     assert_eq!(patched, expected);
+}
+
+#[test]
+fn the_agents_volumes_come_after_the_pods_own() {
+    let own = json!({ "name": "tmp", "emptyDir": {} });
+    for volumes in [json!(null), json!([]), json!([own])] {
+        let mut pod = pod();
+        pod["spec"]["volumes"] = volumes.clone();
+        let mut expected = volumes.as_array().cloned().unwrap_or_default();
+        let patched = injected(&pod, &with_tokens());
+        expected.push(json!({
+            "name": "coalmine-labels",
+            "downwardAPI": { "items": [{ "path": "labels", "fieldRef": { "fieldPath": "metadata.labels" } }] },
+        }));
+        expected.push(json!({
+            "name": "coalmine-token",
+            "projected": { "sources": [
+                { "serviceAccountToken": { "path": "token", "audience": "coalmine", "expirationSeconds": 3600 } },
+            ] },
+        }));
+        assert_eq!(patched["spec"]["volumes"], json!(expected));
+        assert_eq!(
+            agent_of(&patched)["volumeMounts"],
+            json!([
+                { "name": "coalmine-labels", "mountPath": "/etc/coalmine", "readOnly": true },
+                { "name": "coalmine-labels", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": true },
+                { "name": "coalmine-token", "mountPath": "/var/run/coalmine", "readOnly": true },
+            ])
+        );
+        let config = config(&patched);
+        let file = |path: Option<std::path::PathBuf>| path.unwrap().display().to_string();
+        assert_eq!(file(config.labels_file), "/etc/coalmine/labels");
+        assert_eq!(file(config.token_file), "/var/run/coalmine/token");
+    }
 }
 
 /// The example has the agent written out by hand; without it, and injected, it is the same.
@@ -198,17 +252,21 @@ fn the_written_out_example_is_what_would_be_injected() {
     let by_hand = &manifest["spec"]["template"];
     let mut plain = by_hand.clone();
     plain["metadata"]["labels"]["coalmine.dev/inject"] = json!("enabled");
-    plain["metadata"]["annotations"] = json!({
-        "coalmine.dev/service": "checkout",
-        "coalmine.dev/version": "v2",
-        "coalmine.dev/tenant": "header:x-tenant-id",
-    });
+    plain["metadata"]["annotations"] = json!({ "coalmine.dev/tenant": "header:x-tenant-id" });
     plain["spec"].as_object_mut().unwrap().remove("initContainers");
+    let volumes = plain["spec"]["volumes"].as_array_mut().unwrap();
+    let is_ours = |volume: &Value| {
+        matches!(
+            volume["name"].as_str(),
+            Some("coalmine-labels" | "coalmine-token")
+        )
+    };
+    volumes.retain(|volume| !is_ours(volume));
     let app = &mut plain["spec"]["containers"][0];
     app["ports"][0]["name"] = json!("http");
     app["readinessProbe"]["httpGet"]["port"] = json!("http");
 
-    let patched = injected(&plain, &settings());
+    let patched = injected(&plain, &with_tokens());
     let (ours, theirs) = (agent_of(&patched), agent_of(by_hand));
     for part in [
         "name",
@@ -219,9 +277,11 @@ fn the_written_out_example_is_what_would_be_injected() {
         "startupProbe",
         "readinessProbe",
         "resources",
+        "volumeMounts",
     ] {
         assert_eq!(ours[part], theirs[part], "{part}");
     }
+    assert_eq!(patched["spec"]["volumes"], by_hand["spec"]["volumes"]);
     for (key, value) in theirs["securityContext"].as_object().unwrap() {
         assert_eq!(ours["securityContext"][key], *value, "{key}");
     }
@@ -368,6 +428,12 @@ fn the_digest_changes_with_what_is_injected() {
     other["metadata"]["labels"]["coalmine.dev/arm"] = json!("baseline");
     assert_ne!(digest(&other, &settings()), first);
     assert_ne!(digest(&pod(), &ordinary()), first);
+    // The audience stands in a volume only.
+    let other_audience = Settings {
+        audience: Some("other".to_owned()),
+        ..settings()
+    };
+    assert_ne!(digest(&pod(), &with_tokens()), digest(&pod(), &other_audience));
     let newer = Settings {
         image: "coalmine-agent:newer".to_owned(),
         ..settings()

@@ -56,6 +56,7 @@ fn rollout(number: u64) -> (Body, Vec<Blob>) {
         window_ms: 10_000,
         start_ms: 0,
         actor: "test".into(),
+        workload: None,
     };
     (Body::Rollout(start), vec![blob])
 }

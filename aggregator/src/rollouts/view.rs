@@ -1,7 +1,7 @@
 //! What is published of a rollout: an immutable picture, replaced after each recorded decision.
 
 use coalmine_judge::{
-    record::{Anomaly, Decision, RolloutEnd, RolloutStart},
+    record::{Anomaly, Decision, RolloutEnd, RolloutStart, Workload},
     v1,
 };
 use serde::Serialize;
@@ -33,6 +33,14 @@ pub struct View {
     pub canary_version: String,
     /// The version to compare with.
     pub baseline_version: Option<String>,
+    /// Who began it.
+    pub actor: String,
+    /// What is rolled out, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workload: Option<Workload>,
+    /// Whether it was approved at any time.
+    #[serde(skip)]
+    pub approved: bool,
     /// Where it stands.
     pub state: State,
     /// When its first window begins, RFC 3339.
@@ -91,6 +99,9 @@ impl View {
             service: start.service.clone(),
             canary_version: start.canary_version.clone(),
             baseline_version: start.baseline_version.clone(),
+            actor: start.actor.clone(),
+            workload: start.workload.clone(),
+            approved: false,
             state: State::Running,
             started_at: clock::rfc3339(start.start_ms),
             start_ms: start.start_ms,
@@ -121,6 +132,7 @@ impl View {
     pub(super) fn recorded_decision(&mut self, decision: &Decision, hash: &str) {
         self.decision(decision);
         self.recorded = true;
+        self.approved |= decision.finding.verdict == v1::Verdict::Approve.as_str();
         self.decision_hash = Some(hash.to_owned());
     }
 

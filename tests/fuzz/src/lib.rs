@@ -15,7 +15,10 @@ use coalmine_judge::{
     chain::{Chain, Hash, rotation},
     evidence::Window,
     note::{Checkpoint, Kind, Proof, SignerKey, VerifierKey},
-    record::{Anomaly, Body, Decision, Finding, Follows, HoldDeadline, RolloutEnd, RolloutStart, Step},
+    record::{
+        Actuation, Anomaly, Body, Decision, Finding, Follows, HoldDeadline, RolloutEnd, RolloutStart, Step,
+        Workload,
+    },
     tree::Nodes,
     v1,
     witness::AddCheckpoint,
@@ -101,6 +104,11 @@ pub fn rollout() -> RolloutStart {
         window_ms: 1_000,
         start_ms: NOW_MS,
         actor: "ci".into(),
+        workload: Some(Workload {
+            kind: "Deployment".into(),
+            namespace: "shop".into(),
+            name: "checkout".into(),
+        }),
     }
 }
 
@@ -192,6 +200,14 @@ fn bodies() -> Vec<Body> {
             bytes: 4_096,
         },
         Body::Heartbeat {},
+        Body::Actuation(Actuation {
+            rollout: "r-1".into(),
+            decision: "r-1-1".into(),
+            target: "Deployment shop/checkout".into(),
+            act: "restore".into(),
+            stage: "begun".into(),
+            detail: "to revision 3".into(),
+        }),
         Body::End(RolloutEnd {
             rollout: "r-1".into(),
             actor: "ci".into(),

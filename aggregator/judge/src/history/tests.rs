@@ -58,6 +58,7 @@ fn window(number: u64, rows: &[(&str, ArmCounts, ArmCounts)]) -> Window {
             })
             .collect(),
         pool: Vec::new(),
+        pods: None,
     }
 }
 

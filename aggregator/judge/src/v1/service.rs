@@ -14,7 +14,7 @@ use super::{
 use crate::{
     budget::Metric,
     eprocess::{Counts, LIVES, LiveTest, Onset},
-    evidence::{Coverage, Window},
+    evidence::{Coverage, Pods, Window},
     fixed::{Bits, OutOfRange},
     policy::{Policy, Requirement},
     quantity::{percent, percent_of},
@@ -273,6 +273,7 @@ impl Service {
                 ));
             }
         }
+        gaps.extend(unseen(window));
         if !gaps.is_empty() {
             let seen = gaps.join(", ");
             found
@@ -280,6 +281,29 @@ impl Service {
                 .push(without_evidence(Metric::Gaps, State::Gap, &seen));
             found.missing.push(seen);
         }
+    }
+}
+
+/// What of the canary nobody sees, whatever share of the agents must report: it may be what fails.
+fn unseen(window: &Window) -> Option<String> {
+    match window.pods? {
+        Pods {
+            unobserved: 1,
+            canary,
+            ..
+        } => Some(format!("1 of {canary} canary pods has no agent")),
+        Pods {
+            unobserved: 2..,
+            canary,
+            ..
+        } => Some(format!(
+            "{} of {canary} canary pods have no agent",
+            window.pods?.unobserved
+        )),
+        Pods { stale: true, .. } => {
+            Some("the cluster does not say at present which pods the canary has".to_owned())
+        }
+        Pods { .. } => None,
     }
 }
 

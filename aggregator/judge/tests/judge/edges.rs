@@ -49,6 +49,7 @@ fn window(number: u64, rows: impl IntoIterator<Item = (String, [u64; 2], [u64; 2
             })
             .collect(),
         pool: Vec::new(),
+        pods: None,
     }
 }
 

@@ -44,6 +44,7 @@ fn window(number: u64, rows: Vec<(&str, ArmCounts, ArmCounts)>) -> Window {
             })
             .collect(),
         pool: Vec::new(),
+        pods: None,
     }
 }
 

@@ -91,6 +91,7 @@ fn window(number: u64, rows: Vec<TenantWindow>) -> Window {
         baseline: agents(9),
         rows,
         pool: Vec::new(),
+        pods: None,
     }
 }
 

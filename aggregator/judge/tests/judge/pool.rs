@@ -62,6 +62,7 @@ fn window(number: u64, pool: Vec<Pool>) -> Window {
             baseline: requests(900),
         }],
         pool,
+        pods: None,
     }
 }
 

@@ -104,6 +104,7 @@ impl Script {
             baseline: agents(2),
             rows,
             pool: Vec::new(),
+            pods: None,
         }
     }
 }

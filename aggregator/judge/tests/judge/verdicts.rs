@@ -1,7 +1,7 @@
 //! From traffic to verdicts.
 
 use coalmine_judge::{
-    evidence::{ArmCounts, Coverage, Latency, Window},
+    evidence::{ArmCounts, Coverage, Latency, Pods, Window},
     v1::{State, Unit, Verdict},
 };
 use coalmine_proto::histogram::Histogram;
@@ -220,6 +220,44 @@ fn a_count_that_cannot_be_computed_with_is_an_error_and_holds() {
         failed.contains(&"tenant:tenant-003".to_owned()) && failed.contains(&"fleet".to_owned()),
         "{failed:?}"
     );
+}
+
+#[test]
+fn a_canary_pod_that_nobody_sees_holds() {
+    let mut judge = judge();
+    let mut script = Script::new(5, 20, 2_000);
+    let mut step = |number, pods| {
+        let window = Window {
+            pods,
+            ..script.window(number, &|_, _| 1_000, 2_000)
+        };
+        assert_eq!(Window::from_json(&window.to_json()).unwrap(), window);
+        judge.step(&window).unwrap()
+    };
+    let pods = |unobserved, stale| {
+        Some(Pods {
+            canary: 40,
+            unobserved,
+            stale,
+        })
+    };
+    for number in 1..=30 {
+        step(number, pods(0, false));
+    }
+    assert_eq!(step(31, pods(0, false)).verdict, Verdict::Approve);
+    for (number, pods, reason) in [
+        (32, pods(1, false), "1 of 40 canary pods has no agent"),
+        (33, pods(2, true), "2 of 40 canary pods have no agent"),
+        (
+            34,
+            pods(0, true),
+            "the cluster does not say at present which pods the canary has",
+        ),
+    ] {
+        let held = step(number, pods);
+        assert_eq!((held.verdict, held.reason.as_str()), (Verdict::Hold, reason));
+    }
+    assert_eq!(step(35, None).verdict, Verdict::Approve);
 }
 
 #[test]

@@ -1,5 +1,6 @@
-//! Tests of the book: windows that come in parts, and those of which nobody knows when they were.
+//! Tests of the book: windows that come in parts, those of which nobody knows when they were, and agents that change sides.
 
+use coalmine_judge::evidence::Coverage;
 use coalmine_proto::names::Arm;
 
 use super::{SERVICE, Sender, book, comparison};
@@ -90,4 +91,81 @@ fn an_agent_begins_with_its_first_window_that_has_a_time() {
     agent.window(&mut book, 5_000, 1, 0).unwrap();
     assert_eq!(reported(&mut book, 4_000), (0, 0, 0));
     assert_eq!(reported(&mut book, 5_000), (1, 1, 1));
+}
+
+/// The canary's agent ends within a slot, as the life `first`, and goes on as an agent of the baseline, as the life
+/// `second`. Gives the book, with both of its lives in the slots from 1 s to 4 s.
+fn moved(first: u64, second: u64) -> Book {
+    let mut book = book();
+    // It has sent nothing before it is the life that is meant.
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 9);
+    canary.who.epoch = first;
+    canary.connect(&mut book, 1, 0);
+    canary.window(&mut book, 1_000, 3, 1).unwrap();
+    canary.length_ms = 400;
+    canary.window(&mut book, 2_000, 2, 0).unwrap();
+    let mut baseline = Sender::new(&mut book, "c", Arm::Baseline, second);
+    baseline.length_ms = 400;
+    baseline.window(&mut book, 2_600, 5, 2).unwrap();
+    baseline.length_ms = 1_000;
+    baseline.window(&mut book, 3_000, 7, 0).unwrap();
+    book
+}
+
+#[test]
+fn an_agent_that_goes_on_as_another_build_has_lost_nothing_if_its_next_life_follows() {
+    let none = Coverage::default();
+    for (first, second, is_whole) in [
+        (1, 2, true),
+        // The numbers of lives begin again, without zero.
+        (u64::MAX, 1, true),
+        (1, 1, false),
+        (1, 3, false),
+        (2, 1, false),
+        (u64::MAX, 2, false),
+    ] {
+        let mut book = moved(first, second);
+        let what = format!("life {first}, then {second}");
+        let service = book.get(SERVICE).unwrap();
+        for (arm, seen, errors) in [(Arm::Canary, 5, 1), (Arm::Baseline, 12, 2)] {
+            let (outcomes, gaps, late) = service.arm_totals(arm);
+            let totals = (outcomes.seen(), outcomes.errors(), gaps, late);
+            assert_eq!(totals, (seen, errors, 0, 0), "{what}: {arm}");
+        }
+        assert!(
+            service
+                .agents()
+                .all(|(_, agent)| agent.build.arm == Arm::Baseline),
+            "{what}"
+        );
+
+        // In the slot in which it moves all is counted on the side on which it was, and one agent is waited for.
+        for (slot, canary, baseline, reported) in [(2_000, 2, 5, u32::from(is_whole)), (3_000, 0, 7, 1)] {
+            let window = book.freeze(&comparison(), slot, 1, 5_000);
+            let row = &window.rows[0];
+            assert_eq!(
+                (row.canary.requests, row.baseline.requests),
+                (canary, baseline),
+                "{what}: {slot}"
+            );
+            let expected = Coverage {
+                expected: 1,
+                reported,
+            };
+            assert_eq!(
+                (window.canary, window.baseline),
+                (none, expected),
+                "{what}: {slot}"
+            );
+        }
+    }
+}
+
+#[test]
+fn before_it_moves_an_agent_is_not_missed_on_the_side_that_it_moves_to() {
+    let mut book = moved(1, 2);
+    let window = book.freeze(&comparison(), 1_000, 1, 5_000);
+    let none = Coverage::default();
+    assert_eq!((window.canary, window.baseline), (none, none));
+    assert_eq!(window.rows[0].canary.requests, 3);
 }

@@ -100,6 +100,7 @@ fn a_refusal_decides_how_the_command_ends() {
             native_sidecar: true,
             listen_port: 15080,
             admin_port: 15090,
+            audience: None,
             defaults: Vec::new(),
             manifests: path.clone(),
         };
@@ -195,6 +196,7 @@ fn the_command_line_is_sound() {
         &["--native-sidecar=false"][..],
         &[],
         &["--native-sidecar", "true", "-"],
+        &["--audience", "coalmine"],
         &[
             "--default",
             "tenant=header:x",

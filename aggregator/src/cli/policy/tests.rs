@@ -90,6 +90,7 @@ async fn log(data: &Path, rollouts: &[(&str, &str, &[&str])]) -> LedgerFiles {
             window_ms: 10_000,
             start_ms: 0,
             actor: "test".into(),
+            workload: None,
         };
         ledger
             .append(Body::Rollout(start), vec![policy.clone()])

@@ -5,8 +5,9 @@ use proptest::{collection, prelude::*, sample, strategy::ValueTree as _, test_ru
 use super::*;
 
 /// Keys that mean something to the injector, and one that does not.
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
     "containers",
+    "volumes",
     "initContainers",
     "ports",
     "name",
@@ -24,7 +25,8 @@ const KEYS: [&str; 16] = [
     "a/~b",
 ];
 
-const TEXTS: [&str; 8] = [
+const TEXTS: [&str; 9] = [
+    "coalmine-labels",
     "http",
     "TCP",
     "UDP",
@@ -39,7 +41,7 @@ fn any_text() -> impl Strategy<Value = String> {
     sample::select(TEXTS.to_vec()).prop_map(str::to_owned)
 }
 
-fn any_json() -> BoxedStrategy<Value> {
+pub(super) fn any_json() -> BoxedStrategy<Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
         any::<bool>().prop_map(Value::Bool),
@@ -58,7 +60,7 @@ fn any_json() -> BoxedStrategy<Value> {
 }
 
 /// A pod with up to three containers, most of them good.
-fn any_pod() -> impl Strategy<Value = Value> {
+pub(super) fn any_pod() -> impl Strategy<Value = Value> {
     let port = (
         sample::select(vec!["http", "web", "grpc"]),
         1_u16..,
@@ -77,9 +79,19 @@ fn any_pod() -> impl Strategy<Value = Value> {
         collection::vec(container.clone(), 1..4),
         collection::vec(container, 0..2),
     );
-    (lists, any_json(), any::<bool>()).prop_map(|((containers, init), unknown, has_annotations)| {
+    let volume = sample::select(vec!["tmp", "data"]).prop_map(|name| json!({ "name": name, "emptyDir": {} }));
+    let volumes = prop_oneof![
+        Just(None),
+        Just(Some(Value::Null)),
+        collection::vec(volume, 0..3).prop_map(|volumes| Some(Value::Array(volumes))),
+    ];
+    let pods = (lists, volumes, any_json(), any::<bool>());
+    pods.prop_map(|((containers, init), volumes, unknown, has_annotations)| {
         let mut pod = pod();
         pod["status"] = unknown;
+        if let Some(volumes) = volumes {
+            pod["spec"]["volumes"] = volumes;
+        }
         for (list, containers) in [("containers", containers), ("initContainers", init)] {
             let named = containers.into_iter().enumerate().map(|(index, mut container)| {
                 container["name"] = json!(format!("{list}-{index}").to_lowercase());
@@ -95,7 +107,7 @@ fn any_pod() -> impl Strategy<Value = Value> {
 }
 
 /// Every place in a document.
-fn places(value: &Value, place: &str, all: &mut Vec<String>) {
+pub(super) fn places(value: &Value, place: &str, all: &mut Vec<String>) {
     all.push(place.to_owned());
     match value {
         Value::Object(map) => {
@@ -141,6 +153,8 @@ fn is_ours(operation: &Operation) -> bool {
         Op::Add => {
             path.starts_with("/metadata/annotations")
                 || [
+                    "/spec/volumes",
+                    "/spec/volumes/-",
                     "/spec/containers/-",
                     "/spec/initContainers",
                     "/spec/initContainers/0",
@@ -176,6 +190,7 @@ proptest! {
     fn pods_change_only_where_the_patch_says(pod in any_pod()) {
         check(&pod, &settings())?;
         check(&pod, &ordinary())?;
+        check(&pod, &with_tokens())?;
     }
 
     #[test]

@@ -185,6 +185,22 @@ const REFUSED: &[(&str, &str, Edit)] = &[
     ("container_name_conflict", "was not injected", |pod, _| {
         spec(pod)["containers"][0]["name"] = json!("coalmine-agent")
     }),
+    ("volume_name_conflict", "volume \"coalmine-labels\"", |pod, _| {
+        spec(pod)["volumes"] = json!([{ "name": "tmp" }, { "name": "coalmine-labels", "emptyDir": {} }])
+    }),
+    (
+        "volume_name_conflict",
+        "volume \"coalmine-token\"",
+        |pod, settings| {
+            spec(pod)["volumes"] = json!([{ "name": "coalmine-token", "emptyDir": {} }]);
+            settings.audience = Some("coalmine".to_owned());
+        },
+    ),
+    (
+        "malformed_pod",
+        "volumes of the pod's spec is no list",
+        |pod, _| spec(pod)["volumes"] = json!({ "name": "tmp" }),
+    ),
     (
         "needs_native_sidecar",
         "restartPolicy \"Never\"",
@@ -204,7 +220,7 @@ const REFUSED: &[(&str, &str, Edit)] = &[
 ];
 
 /// All names, so that none is without a pod that gets it.
-const NAMES: [&str; 23] = [
+const NAMES: [&str; 24] = [
     "ambiguous_port",
     "bad_label",
     "bad_setting",
@@ -227,6 +243,7 @@ const NAMES: [&str; 23] = [
     "unknown_arm",
     "unknown_inject",
     "unknown_setting",
+    "volume_name_conflict",
     "windows_pod",
 ];
 
@@ -256,7 +273,7 @@ fn every_refusal_has_a_name_and_says_what_to_do() {
 
 #[test]
 fn what_looks_like_a_refusal_and_is_none() {
-    let edits: [Edit; 9] = [
+    let edits: [Edit; 11] = [
         |pod, _| spec(pod)["hostNetwork"] = json!(false),
         |pod, _| annotate(pod, "kubernetes.io/config.source", json!("api")),
         |pod, _| spec(pod)["os"] = json!({ "name": "linux" }),
@@ -268,6 +285,9 @@ fn what_looks_like_a_refusal_and_is_none() {
         |pod, _| ports(pod)[1] = json!({ "containerPort": 15080, "protocol": "UDP" }),
         // A Service tells names apart by protocol.
         |pod, _| ports(pod)[1]["name"] = json!("http"),
+        // Without an audience there is no volume with a token.
+        |pod, _| spec(pod)["volumes"] = json!([{ "name": "coalmine-token", "emptyDir": {} }]),
+        |pod, _| spec(pod)["volumes"] = json!([{ "emptyDir": {} }]),
         |pod, settings| {
             spec(pod)["restartPolicy"] = json!("Always");
             settings.native_sidecar = false;
@@ -302,7 +322,7 @@ fn settings_for_all_pods_are_checked() {
     };
     assert_eq!(with(|_| ()), Ok(()));
     type Change = fn(&mut Settings);
-    let cases: [(&str, Change); 8] = [
+    let cases: [(&str, Change); 10] = [
         ("http://HOST:7443", |settings| settings.aggregator = String::new()),
         ("http://HOST:7443", |settings| {
             settings.aggregator = "https://coalmine:7443".to_owned();
@@ -313,6 +333,12 @@ fn settings_for_all_pods_are_checked() {
         ("name of an image", |settings| settings.image = "a b".to_owned()),
         ("name of an image", |settings| settings.image.clear()),
         ("two ports", |settings| settings.listen_port = settings.admin_port),
+        ("is not an audience", |settings| {
+            settings.audience = Some(String::new())
+        }),
+        ("is not an audience", |settings| {
+            settings.audience = Some("coalmine agents".to_owned());
+        }),
         ("no default", |settings| {
             settings.defaults.insert(Setting::Version, "v1".to_owned());
         }),

@@ -3,10 +3,10 @@
 //! Read in this order: [`proxies`] (the agent beside nginx, HAProxy and a bare relay), [`soak`] (its memory in the long
 //! run), [`recorder`] (what a request costs in the agent's tables), [`ingest`] (what a window costs in the aggregator),
 //! [`decide`] (what a decision costs), [`ledger`] (what it costs to keep decisions and windows, and to read them again),
-//! [`quality`] (how often a decision is right, and how soon; simulated). What they share: [`agent`] and [`aggregator`]
-//! (real ones), [`upstream`] (the application), [`child`] and [`programs`] (processes that never outlive the run),
-//! [`load`] and [`pace`] (the clients), [`cpu`] (what a process or thread has used), [`sample`] (made-up traffic) and
-//! [`report`] (medians, tables, budgets).
+//! [`admission`] (how long an API server waits for the webhook), [`quality`] (how often a decision is right, and how
+//! soon; simulated). What they share: [`agent`] and [`aggregator`] (real ones), [`upstream`] (the application), [`child`]
+//! and [`programs`] (processes that never outlive the run), [`load`] and [`pace`] (the clients), [`cpu`] (what a process
+//! or thread has used), [`sample`] (made-up traffic) and [`report`] (medians, tables, budgets).
 //!
 //! Everything is on loopback and in a temporary directory, and bounded in time.
 
@@ -27,6 +27,8 @@ mod ingest;
 mod decide;
 
 mod ledger;
+
+mod admission;
 
 mod quality;
 
@@ -67,7 +69,7 @@ const OPEN_FILES: u64 = 16_384;
 
 /// What the design has a budget for and nothing here measures.
 const NOT_MEASURED: &str = "Not measured here: linkerd2-proxy, which cannot be installed from Debian (the design's ratios to it \
-    are of another run); gRPC; HTTP/2 at a constant rate; TLS; a network other than loopback; \
+    are of another run); gRPC; HTTP/2 at a constant rate; TLS, but for the webhook's; a network other than loopback; \
     transparency, which the tests hold; Prometheus; face polls; the gate after a restart.";
 
 /// Measures the budgets of Coalmine's design, as ratios in one run
@@ -118,6 +120,8 @@ enum Part {
     Decide,
     /// Decisions into the log and windows into the store, as fast as they become durable, and both read again
     Ledger,
+    /// Reviews of new pods, over TLS, as an API server sends them
+    Admission,
     /// False alarms, detection and limits of the judge, simulated
     Quality,
 }
@@ -228,6 +232,10 @@ async fn measure(options: &Options, plan: Plan, directory: &Path) -> anyhow::Res
     if chosen(Part::Ledger) {
         let ledger = ledger::measure(plan, directory, &mut report).await;
         ledger.context("the ledger cannot be measured")?;
+    }
+    if chosen(Part::Admission) {
+        let admission = admission::measure(plan, directory, &mut report).await;
+        admission.context("admissions cannot be measured")?;
     }
     if chosen(Part::Quality) {
         report = quality::measure(plan, report).await?;

@@ -140,5 +140,6 @@ fn start() -> RolloutStart {
         window_ms: 10_000,
         start_ms: 1_772_357_400_000,
         actor: "bench".to_owned(),
+        workload: None,
     }
 }

@@ -116,6 +116,7 @@ pub(super) fn window(number: u32, seconds: u32, rows: Vec<TenantWindow>) -> Wind
         baseline: agents(9),
         rows,
         pool: Vec::new(),
+        pods: None,
     }
 }
 
