@@ -608,3 +608,75 @@ fn damaged_data() {
         "ended"
     );
 }
+
+#[test]
+fn what_a_cluster_is_asked_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let (policy, data) = (file("sla.yaml", POLICY), directory.path().join("data"));
+    let data = data.display().to_string();
+    let tokens = file("tokens", "\nno hash\n");
+    let nowhere = file(
+        "kubeconfig",
+        "{ apiVersion: v1, kind: Config, current-context: none }",
+    );
+    let key = file("empty", "");
+    let webhook = [
+        "--listen-webhook",
+        "127.0.0.1:0",
+        "--agent-image",
+        "agent:1",
+        "--agent-aggregator",
+        "http://coalmine.coalmine:7443",
+    ];
+    let refuses = |more: &[&str], says: &[&str]| {
+        let mut arguments = vec!["serve", "--data", &data, "--policy", &policy];
+        arguments.extend(more);
+        self::refuses("coalmine-aggregator", &arguments, 64, says);
+        assert!(
+            !Path::new(&data).exists(),
+            "nothing is touched before the settings are read"
+        );
+    };
+    refuses(
+        &["--agent-tokens", &tokens],
+        &["tokens:2:", "64 hexadecimal digits"],
+    );
+    refuses(
+        &["--agent-tokens", "/nowhere/tokens"],
+        &["/nowhere/tokens", "No such file"],
+    );
+    refuses(&webhook, &["--webhook-secret", "--webhook-certificate"]);
+    refuses(
+        &[&webhook[..], &["--webhook-secret", "s", "--webhook-name", "a b"]].concat(),
+        &["--webhook-name", "a b", "neither a DNS name nor an address"],
+    );
+    refuses(
+        &[
+            &webhook[..],
+            &["--webhook-secret", "s", "--agent-setting", "port=x y"],
+        ]
+        .concat(),
+        &["port"],
+    );
+    refuses(&["--listen-webhook", "127.0.0.1:0"], &["--agent-image"]);
+    refuses(&["--watch-pods"], &["not in a pod of a cluster", "--kubeconfig"]);
+    refuses(
+        &["--halt", "argo"],
+        &["not in a pod of a cluster", "--kubeconfig"],
+    );
+    refuses(&["--halt", "spinnaker"], &["spinnaker", "argo"]);
+    refuses(&["--watch-pods", "--kubeconfig", &nowhere], &[&nowhere, "none"]);
+    refuses(
+        &["--halt-webhook", "ftp://x", "--halt-webhook-key", &tokens],
+        &["--halt-webhook", "http"],
+    );
+    refuses(
+        &["--halt-webhook", "https://x/", "--halt-webhook-key", &key],
+        &["--halt-webhook-key", "empty", "32 random"],
+    );
+}

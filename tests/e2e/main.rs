@@ -7,6 +7,7 @@ mod crash;
 mod deadline;
 mod demo;
 mod house;
+mod identity;
 mod judging;
 mod manifests;
 mod monitoring;
