@@ -465,7 +465,9 @@ impl Book {
         let (patience, roster) = (self.patience.forget_ms, self.roster.as_ref());
         let silent = service.silent(comparison, start_ms, now_ms, patience, roster);
         let mut expected = [false; 2];
-        let mut waiting = silent != [0; 2];
+        // After a start the cluster is still being asked which pods there are.
+        let is_asked = now_ms < returned_ms && roster.is_some_and(|roster| roster.is_stale);
+        let mut waiting = is_asked || silent != [0; 2];
         for agent in service.expected(comparison, start_ms, now_ms, patience) {
             expected[agent.build.arm as usize] = true;
             waiting |= !agent.has_reported(end_ms);

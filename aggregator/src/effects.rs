@@ -19,7 +19,8 @@
 //! the version on trial is there still and was never approved.
 //!
 //! What fails is tried again for as long as the verdict stays, and each failure is recorded once. The log keeps a ROLLBACK or
-//! HOLD from acting for two seconds at most; an APPROVE and a release act only when their beginning is on record and the
+//! HOLD from acting for four seconds at most (two to read the decision,
+//! two to record the beginning); an APPROVE and a release act only when their beginning is on record and the
 //! log takes records.
 //!
 //! Read in this order: `plan` (what follows, pure), `follow` (the task), `journal` (the records), `notice` (what is told),
@@ -60,7 +61,11 @@ use self::{
     notice::Notice,
     plan::{Again, Problem, Target},
 };
-use crate::{ledger::Ledger, metrics::Metrics, rollouts::View};
+use crate::{
+    ledger::Ledger,
+    metrics::Metrics,
+    rollouts::{State, View},
+};
 
 /// So often an act is tried again at once when somebody else has changed the object meanwhile: the controller of a
 /// workload that rolls writes to it all the time.
@@ -166,9 +171,12 @@ where
     act().await
 }
 
-/// Whether the log has a HOLD that may have left a pause, which the end of its rollout has to look at.
+/// Whether the log has a HOLD that may have left a pause, which the end of its rollout has to look at. Only a Deployment
+/// is paused.
 fn is_held(records: &[Actuation]) -> bool {
-    plan::held(records).is_some()
+    let is_paused = |record: &&Actuation| record.target.starts_with("Deployment ");
+    let records: Vec<_> = records.iter().filter(is_paused).cloned().collect();
+    plan::held(&records).is_some()
 }
 
 /// Whether the log has an act that was begun and neither done nor given up.
@@ -209,6 +217,14 @@ impl Effects {
     ) {
         let start = Arc::new(start);
         let targets = plan::targets(&self.0.halts, self.0.webhook.is_some(), start.workload.as_ref());
+        // Of a rollout that was over when this process began, only what is open is taken to its end.
+        let is_over = view.borrow().state == State::Ended;
+        let is_due = |target: &Target| {
+            let name = target.name(start.workload.as_ref());
+            let records: Vec<_> = done.iter().filter(|it| it.target == name).cloned().collect();
+            !is_over || is_unfinished(&records)
+        };
+        let targets: Vec<_> = targets.into_iter().filter(is_due).collect();
         // A target that does not answer keeps no other one waiting.
         let followers = targets
             .into_iter()

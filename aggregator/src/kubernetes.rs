@@ -10,6 +10,7 @@ mod pods;
 pub(crate) mod tokens;
 
 use std::{
+    collections::BTreeSet,
     fmt::Display,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -192,6 +193,13 @@ impl Settings {
                 "--webhook-name {name:?} is neither a DNS name nor an address"
             ));
         }
+        let mut bound = BTreeSet::new();
+        let mut namespaces = self.agent_namespace.iter();
+        if let Some((service, _)) = namespaces.find(|(service, _)| !bound.insert(service)) {
+            return Err(format!(
+                "--agent-namespace names the service {service} twice; a service has one namespace"
+            ));
+        }
         self.injection(false).map_or(Ok(()), |settings| settings.check())
     }
 
@@ -290,7 +298,7 @@ pub(crate) async fn run(
     let pods = async {
         if let Some(cluster) = cluster.as_ref().filter(|_| settings.watch_pods) {
             tokio::select! {
-                () = enrol(cluster, settings.watch_namespace.clone(), &faces) => {}
+                () = enrol(cluster, settings.watch_namespace.clone(), &faces, draining.clone()) => {}
                 () = stopped(draining.clone()) => {}
             }
         }
@@ -313,10 +321,10 @@ pub(crate) async fn run(
 
 /// Tells the book which pods there are, and begins and ends rollouts that follow them. The book hears of pods also
 /// while a rollout that shall begin waits for the log.
-async fn enrol(cluster: &Cluster, namespaces: Vec<String>, faces: &Faces) {
+async fn enrol(cluster: &Cluster, namespaces: Vec<String>, faces: &Faces, draining: watch::Receiver<bool>) {
     let (publish, mut rosters) = watch::channel(Arc::new(pods::Roster::default()));
     let mut asked = rosters.clone();
-    let enrolment = Enrolment(faces);
+    let enrolment = Enrolment(faces, draining);
     let told = async {
         while rosters.changed().await.is_ok() {
             let roster = rosters.borrow_and_update().for_book();
@@ -343,7 +351,7 @@ async fn enrol(cluster: &Cluster, namespaces: Vec<String>, faces: &Faces) {
 }
 
 /// Knows pods for as long as it lives; whatever ends it, nobody knows any after.
-struct Enrolment<'f>(&'f Faces);
+struct Enrolment<'f>(&'f Faces, watch::Receiver<bool>);
 
 impl Enrolment<'_> {
     fn enrol(&self, roster: Roster) {
@@ -354,7 +362,10 @@ impl Enrolment<'_> {
 
 impl Drop for Enrolment<'_> {
     fn drop(&mut self) {
-        self.enrol(Roster::unknown());
+        // What was known a moment ago is good enough for what is still judged while the server stops.
+        if !*self.1.borrow() {
+            self.enrol(Roster::unknown());
+        }
     }
 }
 

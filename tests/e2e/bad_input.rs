@@ -680,3 +680,19 @@ fn what_a_cluster_is_asked_for() {
         &["--halt-webhook-key", "empty", "32 random"],
     );
 }
+
+#[test]
+fn the_aggregators_file_is_the_command_as_well() {
+    let directory = tempfile::tempdir().unwrap();
+    let name = directory.path().join("coalmine");
+    std::os::unix::fs::symlink(program("coalmine-aggregator"), &name).unwrap();
+    let said = |program: &Path, argument: &str| {
+        let output = Command::new(program).arg(argument).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(said(&name, "--help"), said(&program("coalmine"), "--help"));
+    assert_ne!(
+        said(&name, "--help"),
+        said(&program("coalmine-aggregator"), "--help")
+    );
+}

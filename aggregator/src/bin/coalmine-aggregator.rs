@@ -1,6 +1,6 @@
-//! The aggregator's process.
+//! The aggregator's process; called by the name `coalmine`, as in the image, it is that command.
 
-use std::{io::IsTerminal as _, process::ExitCode};
+use std::{env, io::IsTerminal as _, path::Path, process::ExitCode};
 
 use clap::Parser as _;
 use coalmine_aggregator::{
@@ -16,6 +16,13 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
+    let name = env::args_os().next().unwrap_or_default();
+    if Path::new(&name)
+        .file_name()
+        .is_some_and(|name| name == "coalmine")
+    {
+        return coalmine_aggregator::cli::main();
+    }
     let command = match Command::try_parse() {
         Ok(command) => command,
         Err(error) => {

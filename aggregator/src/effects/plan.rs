@@ -209,12 +209,14 @@ pub(super) fn held(records: &[Actuation]) -> Option<Step> {
     for record in records {
         let is_done = record.stage == Stage::Done.as_str();
         let is_hold = record.act == act(Verdict::Hold);
+        // Its record says what a person has to do.
+        let is_given_up = record.act == RELEASE && record.stage == Stage::Failed.as_str();
         if is_hold && record.stage == Stage::Begun.as_str() {
             held = Some(Step {
                 decision: record.decision.clone(),
                 verdict: Verdict::Hold,
             });
-        } else if record.act == act(Verdict::Rollback) || (is_done && !is_hold) {
+        } else if record.act == act(Verdict::Rollback) || (is_done && !is_hold) || is_given_up {
             held = None;
         }
     }
@@ -462,8 +464,8 @@ mod tests {
         assert_eq!(held(&records), None);
         records.extend([record("3", Hold, Begun), record("3", Hold, Done)]);
         assert_eq!(held(&records), Some(step("3", Hold)));
-        let mut released = records.clone();
-        for (stage, left) in [(Begun, Some(step("3", Hold))), (Done, None)] {
+        for (stage, left) in [(Begun, Some(step("3", Hold))), (Done, None), (Failed, None)] {
+            let mut released = records.clone();
             released.push(Actuation {
                 act: RELEASE.to_owned(),
                 ..record("3", Hold, stage)

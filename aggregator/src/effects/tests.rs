@@ -255,6 +255,28 @@ async fn what_was_begun_before_a_crash_is_taken_to_its_end_under_the_same_name()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_a_rollout_that_is_over_only_what_is_open_is_done() {
+    let failed = Actuation {
+        stage: "failed".to_owned(),
+        ..begun("r-1", "hold")
+    };
+    for done in [vec![], vec![begun("r-1", "hold"), failed]] {
+        let followed = Followed::begin(&[], Vec::new()).await;
+        let over = view(Some("r-1"), "HOLD", true, State::Ended);
+        let (_shown, watched) = watch::channel(over);
+        followed.effects.clone().follow(start(), watched, done).await;
+        assert!(followed.posts.borrow().is_empty());
+        assert_eq!(followed.records(), []);
+    }
+    let followed = Followed::begin(&[], Vec::new()).await;
+    let over = view(Some("r-1"), "ROLLBACK", true, State::Ended);
+    let (_shown, watched) = watch::channel(over);
+    let open = vec![begun("r-1", "rollback")];
+    followed.effects.clone().follow(start(), watched, open).await;
+    assert_eq!(keys(&followed.posts.borrow()), ["r-1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_failure_is_recorded_once_and_what_may_pass_is_tried_again() {
     let followed = Followed::begin(&[503, 503, 200, 400], Vec::new()).await;
     followed.show("r-1", "HOLD", true);

@@ -6,8 +6,8 @@ use std::{
     time::Duration,
 };
 
-use coalmine_judge::record::Workload;
-use coalmine_proto::names::Arm;
+use coalmine_judge::{chain::Hash, record::Workload};
+use coalmine_proto::names::{Arm, MAX_NAME_BYTES};
 use tokio::time::Instant;
 
 use super::pods::{Roster, RosterPod};
@@ -133,15 +133,27 @@ fn trial<'r>(service: &str, pods: &'r BTreeMap<String, RosterPod>) -> Option<Tri
     let [version] = versions.into_iter().collect::<Vec<_>>()[..] else {
         return None;
     };
+    // Without another version to compare with it is on trial no more, or not yet.
+    let is_other = |pod: &RosterPod| pod.build.arm == Arm::Baseline && pod.build.version.as_str() != version;
+    if !pods.values().any(is_other) {
+        return None;
+    }
     let mut asking = canaries().filter(|(_, pod)| pod.starts_rollout);
     let (_, first) = asking.next()?;
     let since = canaries()
         .map(|(_, pod)| pod.created_ms)
         .min()
         .unwrap_or_default();
+    let key = format!("{service}-{version}-{since}");
+    // A key may be as long as a name.
+    let key = if key.len() > MAX_NAME_BYTES {
+        Hash::of(key.as_bytes()).to_string()
+    } else {
+        key
+    };
     Some(Trial {
         version,
-        key: format!("{service}-{version}-{since}"),
+        key,
         workload: first.workload.clone().filter(is_haltable),
     })
 }
@@ -187,6 +199,8 @@ mod tests {
             (vec![], None),
             (vec![baseline.clone()], None),
             (vec![baseline.clone(), silent.clone()], None),
+            (vec![asking.clone()], None),
+            (vec![pod(Arm::Baseline, "v2", true, 1), asking.clone()], None),
             (
                 vec![baseline, silent.clone(), asking.clone()],
                 Some("checkout-v2-3"),
@@ -199,5 +213,16 @@ mod tests {
             // A StatefulSet cannot be told to stop.
             assert!(trial.is_none_or(|trial| trial.workload.is_none()));
         }
+    }
+
+    #[test]
+    fn long_names_have_a_key_too() {
+        let long = "v".repeat(MAX_NAME_BYTES);
+        let there = pods(&[
+            pod(Arm::Baseline, "v1", false, 1),
+            pod(Arm::Canary, &long, true, 2),
+        ]);
+        let key = trial("checkout", &there).unwrap().key;
+        assert!(key.len() <= MAX_NAME_BYTES, "{key}");
     }
 }

@@ -81,6 +81,28 @@ fn a_pod_without_an_agent_or_with_one_that_is_silent_is_seen() {
 }
 
 #[test]
+fn after_a_start_a_slot_waits_for_the_cluster_as_it_does_for_agents() {
+    let patience = Patience {
+        return_ms: 35_000,
+        ..Patience::default()
+    };
+    let mut book = Book::new(patience, 0);
+    book.set_slot(SERVICE, 1_000);
+    let mut canary = Sender::new(&mut book, "c", Arm::Canary, 1);
+    let mut baseline = Sender::new(&mut book, "b", Arm::Baseline, 1);
+    for start in [1_000, 2_000] {
+        canary.window(&mut book, start, 1, 0).unwrap();
+        baseline.window(&mut book, start, 1, 0).unwrap();
+    }
+    assert!(book.is_ready(&comparison(), 1_000, 2_000));
+    book.enrol(Roster::unknown(), 0);
+    assert!(!book.is_ready(&comparison(), 1_000, 34_999));
+    assert!(book.is_ready(&comparison(), 1_000, 35_000));
+    book.enrol(roster(&[]), 2_000);
+    assert!(book.is_ready(&comparison(), 1_000, 2_000));
+}
+
+#[test]
 fn a_pod_is_what_it_is_from_the_moment_on_in_which_it_changes() {
     let mut book = book();
     let unseen = |book: &mut Book, slot| book.freeze(&comparison(), slot, slot, 60_000).pods.unwrap();
