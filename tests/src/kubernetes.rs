@@ -32,6 +32,7 @@ use tempfile::TempDir;
 
 pub use self::proxy::{Held, Proxy, When};
 use crate::{
+    eventually,
     http::{Answer, request},
     process::{Process, free_addresses, repository, wait_for_listener},
     tools::tool,
@@ -336,13 +337,17 @@ impl Cluster {
         );
         let path = path.display().to_string();
         self.kubectl(["apply", "--server-side", "-f", &path]);
-        self.kubectl([
+        // Until the first conditions are there, to wait for one is an error.
+        let wait = [
             "wait",
             "--for=condition=Established",
-            "--timeout=60s",
+            "--timeout=10s",
             "-f",
             &path,
-        ]);
+        ];
+        eventually("the definitions are established", || {
+            self.try_kubectl(wait, None).status.success().then_some(())
+        });
     }
 }
 
