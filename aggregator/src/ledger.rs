@@ -233,6 +233,8 @@ pub struct Index {
     decisions: HashMap<String, u64>,
     /// Positions of each rollout's decisions, in order.
     rollouts: BTreeMap<String, Vec<u64>>,
+    /// Positions of what was done outside because of them, in order.
+    actuations: BTreeMap<String, Vec<u64>>,
 }
 
 impl Index {
@@ -252,6 +254,15 @@ impl Index {
                 .or_default()
                 .push(record.seq);
         }
+        if let Body::Actuation(actuation) = &record.body {
+            let positions = self.actuations.entry(actuation.rollout.clone()).or_default();
+            positions.push(record.seq);
+        }
+    }
+
+    /// The positions of what was done outside because of a rollout's decisions, in order.
+    pub fn actuations(&self, rollout: &str) -> &[u64] {
+        self.actuations.get(rollout).map_or(&[], Vec::as_slice)
     }
 
     /// The position of a decision.

@@ -6,6 +6,7 @@ mod bad_input;
 mod crash;
 mod deadline;
 mod demo;
+mod halts;
 mod house;
 mod identity;
 mod judging;

@@ -1,6 +1,9 @@
 //! `coalmine rollout` and `coalmine gate`.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use clap::Subcommand;
 use serde_json::{Value, json};
@@ -179,6 +182,23 @@ async fn status(client: &Client, rollout: &str, watch: bool, output: Output) -> 
     }
 }
 
+/// How far the last act on each target has come.
+fn show_actuations(view: &Value) {
+    let all = view.get("actuations").and_then(Value::as_array);
+    let mut last = BTreeMap::new();
+    for actuation in all.into_iter().flatten() {
+        last.insert(text(actuation, "target"), actuation);
+    }
+    for (target, actuation) in last {
+        say(&format_args!(
+            "outside    {target}: {} {}: {}",
+            text(actuation, "act"),
+            text(actuation, "stage"),
+            text(actuation, "detail")
+        ));
+    }
+}
+
 fn show(view: &Value, brief: bool, output: Output) {
     if output == Output::Json {
         return say(view);
@@ -218,6 +238,7 @@ fn show(view: &Value, brief: bool, output: Output) {
         number(view, "traffic_ppm") / 10_000
     ));
     show_arms(view);
+    show_actuations(view);
     for anomaly in view
         .get("anomalies")
         .and_then(Value::as_array)

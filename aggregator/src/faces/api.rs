@@ -35,8 +35,11 @@ const MAX_BODY_BYTES: usize = 64 << 10;
 /// How long a request waits for the decision log.
 const RECORD_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long the gate waits for a proof that goes with its answer.
+/// How long an answer waits for what goes with it and can be left out: the gate's proof, a record.
 const PROVE_WITHIN: Duration = Duration::from_secs(1);
+
+/// Most records of what was done outside in one answer.
+const MAX_ACTUATIONS: usize = 20;
 
 /// Most decisions in one answer.
 const MAX_LIMIT: usize = 1_000;
@@ -145,8 +148,31 @@ async fn rollout(State(faces): State<Faces>, Path(id): Path<String>) -> Result<J
     if let Value::Object(fields) = &mut body {
         fields.insert("agents".to_owned(), agents(&faces, &view));
         fields.insert("arms".to_owned(), arms(&faces, &view));
+        fields.insert("actuations".to_owned(), actuations(&faces, &view.id).await?);
     }
     Ok(Json(body))
+}
+
+/// What was done outside last, oldest first; null where the log cannot be read now, which hides nothing else.
+async fn actuations(faces: &Faces, rollout: &str) -> Result<Value, Problem> {
+    let positions = {
+        let index = faces.ledger.index();
+        let all = index.actuations(rollout);
+        all[all.len().saturating_sub(MAX_ACTUATIONS)..].to_vec()
+    };
+    let mut told = Vec::new();
+    for position in positions {
+        let Ok(Ok(appended)) = tokio::time::timeout(PROVE_WITHIN, read(faces, position)).await else {
+            return Ok(Value::Null);
+        };
+        let record = appended.record;
+        if let Body::Actuation(actuation) = record.body {
+            let mut fields = to_value(&actuation)?;
+            fields["at"] = json!(clock::rfc3339(record.time_ms));
+            told.push(fields);
+        }
+    }
+    Ok(Value::Array(told))
 }
 
 fn agents(faces: &Faces, view: &View) -> Value {
