@@ -175,8 +175,7 @@ where
 /// is paused.
 fn is_held(records: &[Actuation]) -> bool {
     let is_paused = |record: &&Actuation| record.target.starts_with("Deployment ");
-    let records: Vec<_> = records.iter().filter(is_paused).cloned().collect();
-    plan::held(&records).is_some()
+    plan::held(records.iter().filter(is_paused)).is_some()
 }
 
 /// Whether the log has an act that was begun and neither done nor given up.
@@ -219,16 +218,14 @@ impl Effects {
         let targets = plan::targets(&self.0.halts, self.0.webhook.is_some(), start.workload.as_ref());
         // Of a rollout that was over when this process began, only what is open is taken to its end.
         let is_over = view.borrow().state == State::Ended;
-        let is_due = |target: &Target| {
+        // A target that does not answer keeps no other one waiting.
+        let followers = targets.into_iter().filter_map(|target| {
             let name = target.name(start.workload.as_ref());
             let records: Vec<_> = done.iter().filter(|it| it.target == name).cloned().collect();
-            !is_over || is_unfinished(&records)
-        };
-        let targets: Vec<_> = targets.into_iter().filter(is_due).collect();
-        // A target that does not answer keeps no other one waiting.
-        let followers = targets
-            .into_iter()
-            .map(|target| Follower::new(self.clone(), target, Arc::clone(&start), view.clone(), &done).run());
+            let is_due = !is_over || is_unfinished(&records);
+            let (effects, start, view) = (self.clone(), Arc::clone(&start), view.clone());
+            is_due.then(|| Follower::new(effects, target, start, view, records).run())
+        });
         futures_util::future::join_all(followers).await;
     }
 

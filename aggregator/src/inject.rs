@@ -64,6 +64,7 @@ const INJECT_LABEL: &str = "coalmine.dev/inject";
 pub(crate) const ARM_LABEL: &str = "coalmine.dev/arm";
 pub(crate) const SERVICE_LABEL: &str = "app.kubernetes.io/name";
 pub(crate) const VERSION_LABEL: &str = "app.kubernetes.io/version";
+pub(crate) const VERSION_ANNOTATION: &str = "coalmine.dev/version";
 
 /// What the injector is told for all pods.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -700,6 +700,30 @@ pub fn configs(policies: &BTreeMap<String, Policy>, histories: &Histories) -> Co
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_workload_can_be_halted_and_is_named_as_kubernetes_names() {
+        let check = |kind: &str, namespace: &str, name: &str| {
+            let [kind, namespace, name] = [kind, namespace, name].map(str::to_owned);
+            check_workload(&Workload {
+                kind,
+                namespace,
+                name,
+            })
+        };
+        for kind in ["Deployment", "Rollout", "Canary"] {
+            assert_eq!(check(kind, "shop", "check-out.v2"), Ok(()));
+        }
+        let refused = check("StatefulSet", "shop", "checkout").unwrap_err();
+        assert!(refused.contains("workload.kind"), "{refused}");
+        let long = "x".repeat(254);
+        for bad in ["", ".", "..", "a/b", "a..b", "-a", "a-", "A", "a_b", &long] {
+            let refused = check("Deployment", bad, "a").unwrap_err();
+            assert!(refused.contains("workload.namespace"), "{refused}");
+            let refused = check("Deployment", "a", bad).unwrap_err();
+            assert!(refused.contains("workload.name "), "{refused}");
+        }
+    }
+
     const POLICY: &str = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
         defaults: { errors: { max_rate: 1% }, latency: { p99: 350ms } },
         tenants: { acme: { latency: { p99: 250ms } }, same: {} },

@@ -284,6 +284,12 @@ fn questions_to_a_server() {
         &json!({ "service": "checkout", "canary_version": "v3", "key": "k1" }),
     );
     assert_eq!(reused.status, 409, "{}", reused.body);
+    let workload = json!({ "kind": "Canary", "namespace": "shop", "name": "checkout" });
+    let moved = aggregator.post(
+        "/v1/rollouts",
+        &json!({ "service": "checkout", "canary_version": "v9", "key": "k1", "workload": workload }),
+    );
+    assert_eq!(moved.status, 409, "{}", moved.body);
 
     // The API's own errors are problem documents.
     let post = |path, body: &str| {

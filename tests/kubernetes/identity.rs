@@ -180,3 +180,25 @@ fn an_agent_presents_the_token_of_its_file() {
         is_connected().filter(|connected| *connected)
     });
 }
+
+#[test]
+fn a_service_that_is_bound_to_a_namespace_is_spoken_for_by_its_pods_only() {
+    let scene = Scene::install(&["identity"]);
+    let pod = scene.create(&pod("ours", "canary"));
+    let token = bound(&scene, &pod, "coalmine");
+    for (namespace, is_let_in) in [(SHOP, true), ("elsewhere", false)] {
+        let binding = format!("checkout={namespace}");
+        let mut aggregator =
+            scene.aggregator(&["--agent-audience", "coalmine", "--agent-namespace", &binding]);
+        aggregator.launch();
+        let answer = presented(&aggregator, &uid(&pod), Some(&token));
+        if is_let_in {
+            assert!(answer.is_none(), "{answer:?}");
+        } else {
+            let status = answer.expect("it is refused");
+            assert_eq!(status.code(), Code::Unauthenticated, "{status}");
+            assert!(status.message().contains("elsewhere"), "{status}");
+        }
+        aggregator.terminate();
+    }
+}

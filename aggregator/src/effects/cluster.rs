@@ -12,7 +12,10 @@ use super::{
     notice::cut,
     plan::{Again, Problem},
 };
-use crate::client::cause;
+use crate::{
+    client::cause,
+    inject::{VERSION_ANNOTATION, VERSION_LABEL},
+};
 
 /// How long one request may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -22,10 +25,6 @@ pub(super) const FIELD_MANAGER: &str = "coalmine";
 
 /// The annotation with the decision that an object was changed for last.
 pub(super) const DECISION: &str = "coalmine.dev/decision";
-
-/// Where a template says its version: the annotation comes first, as for the injector.
-const VERSION_ANNOTATION: &str = "coalmine.dev/version";
-const VERSION_LABEL: &str = "app.kubernetes.io/version";
 
 /// More objects than this are not looked through.
 const MAX_LISTED: u32 = 500;
@@ -205,7 +204,7 @@ pub(super) enum Carried<'o> {
     Unknown,
 }
 
-/// The version of the pods that an object makes.
+/// The version of the pods that an object makes: the annotation comes first, as for the injector.
 pub(super) fn carried<'o>(object: &'o DynamicObject, canary_version: &str) -> Carried<'o> {
     let metadata = object.data.pointer("/spec/template/metadata");
     let text = |map: &str, name: &str| -> Option<&'o str> { metadata?.get(map)?.get(name)?.as_str() };

@@ -450,7 +450,10 @@ mod tests {
 
     #[test]
     fn a_rollback_restores_the_newest_template_of_another_version() {
+        let mut kept = set(7, Some("v9"), "d-1");
+        kept.metadata.owner_references.as_mut().unwrap()[0].controller = Some(false);
         let sets = [
+            kept,
             set(3, Some("v0"), "d-1"),
             set(4, Some("v1"), "d-1"),
             // The canary with another setting, and somebody else's.

@@ -57,10 +57,8 @@ impl Follower {
         target: Target,
         start: Arc<RolloutStart>,
         view: watch::Receiver<Arc<View>>,
-        done: &[Actuation],
+        records: Vec<Actuation>,
     ) -> Self {
-        let name = target.name(start.workload.as_ref());
-        let records: Vec<_> = done.iter().filter(|it| it.target == name).cloned().collect();
         Self {
             journal: Journal::new(effects.ledger().clone()),
             restored: records.len(),
@@ -127,7 +125,7 @@ impl Follower {
         let (Target::Deployment, Some(step)) = (self.target, plan::held(&self.records)) else {
             return;
         };
-        let notice = self.notice(&step, view).await;
+        let notice = Notice::of_view(view, &self.start, &step);
         let why = "the rollout was ended".to_owned();
         self.put(&step.decision, plan::RELEASE, Stage::Begun, why);
         self.journal.settle().await;

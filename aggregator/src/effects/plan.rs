@@ -204,7 +204,7 @@ pub(super) fn key(step: &Step, records: &[Actuation]) -> String {
 
 /// The hold that a rollout is left with, if it is: nothing was done since that ends it. What was to be rolled back is not
 /// to go on, whether that was done or not.
-pub(super) fn held(records: &[Actuation]) -> Option<Step> {
+pub(super) fn held<'r>(records: impl IntoIterator<Item = &'r Actuation>) -> Option<Step> {
     let mut held = None;
     for record in records {
         let is_done = record.stage == Stage::Done.as_str();

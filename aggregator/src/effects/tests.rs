@@ -302,6 +302,16 @@ async fn a_failure_is_recorded_once_and_what_may_pass_is_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_fails_is_given_up_when_the_rollout_ends() {
+    let followed = Followed::begin(&[503; 9], Vec::new()).await;
+    followed.show("r-1", "HOLD", true);
+    followed.told("r-1", "failed").await;
+    let (_, told) = followed.end().await;
+    let expected = [("r-1", "begun"), ("r-1", "failed"), ("r-1", "failed")];
+    assert_eq!(pairs(&told), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_log_a_rollback_acts_and_an_approval_does_not() {
     let mut followed = Followed::begin(&[], Vec::new()).await;
     followed.ledger.stop().await.unwrap();

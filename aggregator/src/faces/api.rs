@@ -160,9 +160,9 @@ async fn actuations(faces: &Faces, rollout: &str) -> Result<Value, Problem> {
         let all = index.actuations(rollout);
         all[all.len().saturating_sub(MAX_ACTUATIONS)..].to_vec()
     };
-    let mut told = Vec::new();
+    let (until, mut told) = (tokio::time::Instant::now() + PROVE_WITHIN, Vec::new());
     for position in positions {
-        let Ok(Ok(appended)) = tokio::time::timeout(PROVE_WITHIN, read(faces, position)).await else {
+        let Ok(Ok(appended)) = tokio::time::timeout_at(until, read(faces, position)).await else {
             return Ok(Value::Null);
         };
         let record = appended.record;

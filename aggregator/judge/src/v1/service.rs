@@ -286,24 +286,16 @@ impl Service {
 
 /// What of the canary nobody sees, whatever share of the agents must report: it may be what fails.
 fn unseen(window: &Window) -> Option<String> {
-    match window.pods? {
-        Pods {
-            unobserved: 1,
-            canary,
-            ..
-        } => Some(format!("1 of {canary} canary pods has no agent")),
-        Pods {
-            unobserved: 2..,
-            canary,
-            ..
-        } => Some(format!(
-            "{} of {canary} canary pods have no agent",
-            window.pods?.unobserved
-        )),
-        Pods { stale: true, .. } => {
-            Some("the cluster does not say at present which pods the canary has".to_owned())
-        }
-        Pods { .. } => None,
+    let Pods {
+        canary,
+        unobserved,
+        stale,
+    } = window.pods?;
+    match unobserved {
+        0 if stale => Some("the cluster does not say at present which pods the canary has".to_owned()),
+        0 => None,
+        1 => Some(format!("1 of {canary} canary pods has no agent")),
+        _ => Some(format!("{unobserved} of {canary} canary pods have no agent")),
     }
 }
 

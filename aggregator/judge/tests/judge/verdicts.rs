@@ -258,6 +258,11 @@ fn a_canary_pod_that_nobody_sees_holds() {
         assert_eq!((held.verdict, held.reason.as_str()), (Verdict::Hold, reason));
     }
     assert_eq!(step(35, None).verdict, Verdict::Approve);
+    let bad = Window {
+        pods: pods(41, false),
+        ..script.window(36, &|_, _| 1_000, 2_000)
+    };
+    assert!(Window::from_json(&bad.to_json()).is_err(), "more than there are");
 }
 
 #[test]

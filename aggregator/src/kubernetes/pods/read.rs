@@ -16,11 +16,10 @@ use k8s_openapi::{
 use super::RosterPod;
 use crate::{
     book::Build,
-    inject::{AGENT, ARM_LABEL, SERVICE_LABEL, VERSION_LABEL},
+    inject::{AGENT, ARM_LABEL, SERVICE_LABEL, VERSION_ANNOTATION, VERSION_LABEL},
 };
 
 const SERVICE_ANNOTATION: &str = "coalmine.dev/service";
-const VERSION_ANNOTATION: &str = "coalmine.dev/version";
 
 /// With the value `auto` a canary pod begins a rollout.
 const ROLLOUT_LABEL: &str = "coalmine.dev/rollout";
