@@ -402,16 +402,8 @@ impl Relay {
 
     /// Whether the application has closed an idle connection without our being told yet.
     fn is_stale(&mut self) -> bool {
-        let Watched {
-            proxy,
-            observer,
-            active_ns,
-            ..
-        } = &self.watched;
-        if !observer.is_between_requests()
-            || self.up.is_done()
-            || !self.up.is_empty()
-            || proxy.now_ns().saturating_sub(*active_ns) < STALE_NS
+        let Watched { proxy, active_ns, .. } = &self.watched;
+        if !self.is_renewable() || !self.up.is_empty() || proxy.now_ns().saturating_sub(*active_ns) < STALE_NS
         {
             return false;
         }

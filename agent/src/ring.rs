@@ -313,17 +313,14 @@ impl Ring {
     /// Drops the rows of the oldest window that has any to give up, and the window too unless it is the last of
     /// its build before a turn. The newest of all stays, whatever it takes.
     fn drop_oldest(&mut self) -> bool {
-        let oldest = self.pairs().position(|(one, next)| {
+        let oldest = self.pairs().enumerate().find_map(|(at, (one, next))| {
+            let is_followed = one.build == next.build;
             let has_more_than_time = !(one.window.rows.is_empty() && one.window.pools.is_empty());
-            one.build == next.build || has_more_than_time
+            (is_followed || has_more_than_time).then_some((at, is_followed))
         });
-        let Some(at) = oldest else {
+        let Some((at, is_followed)) = oldest else {
             return false;
         };
-        let is_followed = self
-            .pairs()
-            .nth(at)
-            .is_some_and(|(one, next)| one.build == next.build);
         let Some(dropped) = self.unsent.get_mut(at) else {
             return false;
         };

@@ -17,7 +17,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use coalmine_judge::evidence::Window;
@@ -104,7 +104,7 @@ pub struct Book {
     /// Whether it is noted what changes.
     journals: bool,
     /// What a cluster says of its pods, where one is asked.
-    roster: Option<Roster>,
+    roster: Option<Arc<Roster>>,
 }
 
 /// Who speaks in a session, and the numbers that it has given to names.
@@ -462,7 +462,7 @@ impl Book {
         }
         let returned_ms = self.started_ms.saturating_add(self.patience.return_ms);
         let deadline = end_ms.saturating_add(self.patience.grace_ms).max(returned_ms);
-        let (patience, roster) = (self.patience.forget_ms, self.roster.as_ref());
+        let (patience, roster) = (self.patience.forget_ms, self.roster.as_deref());
         let silent = service.silent(comparison, start_ms, now_ms, patience, roster);
         let mut expected = [false; 2];
         // After a start the cluster is still being asked which pods there are.
@@ -478,19 +478,9 @@ impl Book {
 
     /// Freezes a slot into evidence. Windows that come later are counted, and judged no more.
     pub fn freeze(&mut self, comparison: &Comparison, start_ms: u64, number: u64, now_ms: u64) -> Window {
-        let patience = self.patience;
-        let roster = self.roster.take();
+        let (forget_ms, roster) = (self.patience.forget_ms, self.roster.clone());
         let service = self.service(&comparison.service);
-        let window = service.freeze(
-            comparison,
-            start_ms,
-            number,
-            now_ms,
-            patience.forget_ms,
-            roster.as_ref(),
-        );
-        self.roster = roster;
-        window
+        service.freeze(comparison, start_ms, number, now_ms, forget_ms, roster.as_deref())
     }
 
     /// Takes note of the pods that there are. Before the first time nobody is held to have any.
@@ -498,7 +488,7 @@ impl Book {
         if let Some(before) = &self.roster {
             roster.follow(before, now_ms);
         }
-        self.roster = Some(roster);
+        self.roster = Some(Arc::new(roster));
     }
 
     /// What the agents of both arms say of their pods and pools at present, canary first.

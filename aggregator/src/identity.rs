@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use sha2::{Digest as _, Sha256};
+use coalmine_judge::chain::Hash;
 
 use crate::{
     book::Introduction,
@@ -26,7 +26,7 @@ pub(crate) enum Identity {
 
 /// Tokens that somebody has given out, as the hashes of them.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Tokens(BTreeMap<[u8; 32], String>);
+pub(crate) struct Tokens(BTreeMap<Hash, String>);
 
 impl Identity {
     /// Whether whoever presents this may speak for the agent.
@@ -91,7 +91,7 @@ impl Tokens {
                     return Err((number, problem.to_owned()));
                 }
             };
-            let hash = hash_of(hash).ok_or_else(|| {
+            let hash = hash.to_ascii_lowercase().parse::<Hash>().map_err(|_| {
                 let problem = "the first word is not 64 hexadecimal digits, as `sha256sum` prints them";
                 (number, problem.to_owned())
             })?;
@@ -106,8 +106,7 @@ impl Tokens {
     }
 
     fn check(&self, token: &str, service: &str) -> Result<(), String> {
-        let hash: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        match self.0.get(&hash) {
+        match self.0.get(&Hash::of(token.as_bytes())) {
             None => Err("its token is not known".to_owned()),
             Some(owner) if owner == ANY || owner == service => Ok(()),
             Some(owner) => Err(format!(
@@ -115,20 +114,6 @@ impl Tokens {
             )),
         }
     }
-}
-
-fn hash_of(text: &str) -> Option<[u8; 32]> {
-    let digit = |digit: &u8| char::from(*digit).to_digit(16);
-    let bytes = text.as_bytes();
-    if bytes.len() != 64 {
-        return None;
-    }
-    let mut hash = [0; 32];
-    for (byte, pair) in hash.iter_mut().zip(bytes.chunks(2)) {
-        let [high, low] = pair else { return None };
-        *byte = u8::try_from(digit(high)? * 16 + digit(low)?).ok()?;
-    }
-    Some(hash)
 }
 
 #[cfg(test)]

@@ -593,7 +593,7 @@ fn bearer<T>(request: &Request<T>) -> Option<String> {
 }
 
 /// Resolves when the server is about to stop.
-async fn drained(draining: &mut watch::Receiver<bool>) {
+pub(crate) async fn drained(draining: &mut watch::Receiver<bool>) {
     // An error means that the sender is gone: the server stops as well.
     drop(draining.wait_for(|draining| *draining).await);
 }

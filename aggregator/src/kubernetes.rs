@@ -30,6 +30,7 @@ use crate::{
     clock,
     faces::Faces,
     identity::{Identity, Tokens},
+    ingest::drained,
     inject::{self, certificate::Certificate},
     metrics::Metrics,
 };
@@ -370,8 +371,7 @@ impl Drop for Enrolment<'_> {
 }
 
 async fn stopped(mut draining: watch::Receiver<bool>) {
-    // An error means that the sender is gone: stop as well.
-    drop(draining.wait_for(|draining| *draining).await);
+    drained(&mut draining).await;
 }
 
 /// Serves the webhook until the server stops. It listens only when it can answer: whoever is refused a connection asks

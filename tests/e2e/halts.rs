@@ -126,4 +126,5 @@ fn each_verdict_is_posted_once_and_signed_and_shown() {
     let status = coalmine(["rollout", "status", &rollout, "--server", &server]);
     let said = String::from_utf8(status.stdout).unwrap();
     assert!(said.contains("outside    webhook: hold done"), "{said}");
+    assert!(posts.try_recv().is_err(), "it is posted a third time");
 }

@@ -8,6 +8,12 @@ use coalmine_tests::{
     http::get,
 };
 
+/// The message of FIPS 180-2, appendix B.2, and its SHA-256.
+const OTHER: [&str; 2] = [
+    "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq",
+    "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1",
+];
+
 /// SHA-256 of `abc`, from FIPS 180-2, appendix B.1.
 const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
@@ -41,8 +47,8 @@ fn only_agents_with_a_token_of_their_service_are_let_in() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     let tokens = path.join("tokens");
-    // The first is for agents of checkout, the second (of "abd") for those of another service.
-    let other = "a52d159f262b2c6ddb724a61840befc36eb30c88877a4030b65cbe86298449c9";
+    // The first is for agents of checkout, the second for those of another service.
+    let [secret, other] = OTHER;
     fs::write(&tokens, format!("# shop\n{ABC} checkout\n{other} cart\n")).unwrap();
     let mut aggregator =
         Aggregator::prepare(path).with_arguments(&["--agent-tokens", tokens.to_str().unwrap()]);
@@ -50,7 +56,7 @@ fn only_agents_with_a_token_of_their_service_are_let_in() {
 
     let [right, wrong] = ["right", "wrong"].map(|name| path.join(name));
     fs::write(&right, "abc\n").unwrap();
-    fs::write(&wrong, "abd\n").unwrap();
+    fs::write(&wrong, format!("{secret}\n")).unwrap();
     let (_first, let_in) = agent(path, "in", &aggregator, &right);
     eventually("whoever has the right token is let in", || {
         is_connected(&let_in).then_some(())
@@ -72,5 +78,5 @@ fn only_agents_with_a_token_of_their_service_are_let_in() {
     });
     let log = fs::read_to_string(path.join("aggregator.log")).unwrap();
     assert!(log.contains("its token is for agents of cart"), "{log}");
-    assert!(!log.contains("abd"), "a token is nobody's business: {log}");
+    assert!(!log.contains(secret), "a token is nobody's business: {log}");
 }

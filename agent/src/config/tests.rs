@@ -39,6 +39,7 @@ fn defaults_are_those_of_the_design() {
     assert_eq!(config.idle_timeout, Duration::from_secs(3600));
     assert_eq!((config.pool_port, config.proxy_protocol), (5432, false));
     assert_eq!((config.labels_file, config.token_file), (None, None));
+    assert_eq!(config.version_label.as_deref(), Some("app.kubernetes.io/version"));
     assert_eq!((config.pool_scrape, config.pool_metrics), (None, Vec::new()));
 }
 
@@ -47,7 +48,9 @@ fn what_is_said_of_the_pods_files_is_taken() {
     let config = config(&[
         "--labels-file=/etc/coalmine/labels",
         "--token-file=/var/run/coalmine/token",
+        "--version-label=",
     ]);
+    assert_eq!(config.version_label, None);
     let labels = PathBuf::from("/etc/coalmine/labels");
     assert_eq!(config.labels_file, Some(labels));
     let token = PathBuf::from("/var/run/coalmine/token");

@@ -498,7 +498,21 @@ mod tests {
         let mut other = Http1::new();
         other.on_request(&begun, 0, &mut sink);
         assert!(!other.is_request_opaque());
-        drop(lost);
+        drop((lost, other));
+        // Nor does what was asked after the last answer.
+        let closing = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        let end = |_| {
+            let mut observer = Http1::new();
+            observer.on_request(b"GET / HTTP/1.1\r\n\r\n", 0, &mut sink);
+            observer.on_request(&begun, 0, &mut sink);
+            observer.on_response(closing, 1, &mut sink);
+            observer
+        };
+        let ended: Vec<Http1> = (0..1_100).map(end).collect();
+        let mut other = Http1::new();
+        other.on_request(&begun, 0, &mut sink);
+        assert!(!other.is_request_opaque());
+        drop(ended);
     }
 
     #[test]

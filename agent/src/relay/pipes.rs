@@ -141,3 +141,20 @@ fn move_bytes(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_splicing_is_refused_no_pipe_is_given_any_more() {
+        let pipes = Pipes::new(64);
+        let (free, busy) = (pipes.take().unwrap(), pipes.take().unwrap());
+        pipes.give_back(free);
+        assert!(!pipes.is_refusal(&Errno::CONNRESET.into()));
+        assert!(pipes.is_refusal(&Errno::INVAL.into()));
+        // One that was in use then comes back later.
+        pipes.give_back(busy);
+        assert!(pipes.take().is_none());
+    }
+}

@@ -100,6 +100,14 @@ fn requests_are_those_of_the_arm_and_version_that_the_labels_named() {
             let told = aggregator.told();
             told.hellos.last().is_some_and(|hello| says(hello, arm, version))
         });
+        let (_, text) = agent.get("/metrics");
+        let is_build = |line: &&str| line.starts_with("coalmine_agent_build_info{");
+        let builds: Vec<&str> = text.lines().filter(is_build).collect();
+        let said = format!(",version=\"{version}\",arm=\"{arm}\"}} 1");
+        assert!(
+            matches!(builds[..], [build] if build.ends_with(&said)),
+            "{builds:?}"
+        );
         requests(agent.address, tenant, 7);
     }
     let sent = load.stop();

@@ -272,7 +272,9 @@ fn a_token_is_read_anew_for_each_session() {
     agent.expect("session_connected", 1);
     agent.stop();
     agent.join();
-    assert_eq!(aggregator.told().requests["a"], 1);
+    let told = aggregator.told();
+    assert_eq!(told.requests["a"], 1);
+    assert!(told.tokens.iter().all(Option::is_some), "never without a token");
 }
 
 #[test]

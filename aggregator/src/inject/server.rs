@@ -40,7 +40,7 @@ use super::{
     admission::{About, Admitted, Answer, MAX_REVIEW_BYTES, answer},
     certificate::{Certificate, Files},
 };
-use crate::metrics::Metrics;
+use crate::{ingest::drained, metrics::Metrics};
 
 /// The only thing that is served.
 const PATH: &str = "/inject";
@@ -125,7 +125,7 @@ pub(crate) async fn serve(
         };
         let (place, accepted) = tokio::select! {
             next = next => next,
-            () = stopped(&mut draining) => break,
+            () = drained(&mut draining) => break,
         };
         match accepted {
             Ok((stream, _)) => {
@@ -214,7 +214,7 @@ async fn connection(
         tokio::select! {
             // Why it ended is of no use here: most are closed by the other side.
             _ = connection.as_mut() => return,
-            () = stopped(&mut draining) => break,
+            () = drained(&mut draining) => break,
             () = tokio::time::sleep(if before == 0 { HEAD_WITHIN } else { IDLE }) => {}
         }
         let now = asked.load(Ordering::Relaxed);
@@ -247,11 +247,6 @@ fn protocol(is_http2: bool) -> auto::Builder<TokioExecutor> {
     } else {
         builder.http1_only()
     }
-}
-
-async fn stopped(draining: &mut watch::Receiver<bool>) {
-    // An error means that the sender is gone: stop as well.
-    drop(draining.wait_for(|draining| *draining).await);
 }
 
 fn too_large() -> Problem {

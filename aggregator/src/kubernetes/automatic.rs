@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
@@ -70,13 +71,14 @@ impl Automatic {
             }
         }
         for (service, pods) in &roster.services {
-            let open = self.rollouts.list();
-            let open = open
-                .iter()
-                .any(|view| view.service == *service && view.state != State::Ended);
-            let Some(trial) = trial(service, pods).filter(|_| !open) else {
+            let Some(trial) = trial(service, pods) else {
                 continue;
             };
+            let views = self.rollouts.list();
+            let is_open = |view: &Arc<View>| view.service == *service && view.state != State::Ended;
+            if views.iter().any(is_open) {
+                continue;
+            }
             let request = StartRequest {
                 service: service.clone(),
                 canary_version: trial.version.to_owned(),

@@ -133,3 +133,20 @@ fn a_pod_is_what_it_is_from_the_moment_on_in_which_it_changes() {
         (1, true)
     );
 }
+
+#[test]
+fn a_pod_is_missed_where_it_is_only_from_the_moment_on_in_which_it_changed() {
+    let mut book = book();
+    let missed = |book: &mut Book, slot| {
+        let window = book.freeze(&comparison(), slot, slot, 60_000);
+        (window.canary.expected, window.baseline.expected)
+    };
+    book.enrol(roster(&[("p", pod(Arm::Baseline, true, 500))]), 2_000);
+    assert_eq!(missed(&mut book, 2_000), (0, 1));
+    book.enrol(roster(&[("p", pod(Arm::Canary, true, 500))]), 3_500);
+    assert_eq!(missed(&mut book, 3_000), (0, 0));
+    assert_eq!(missed(&mut book, 4_000), (1, 0));
+    // Its containers began anew, which changes nothing.
+    book.enrol(roster(&[("p", pod(Arm::Canary, true, 8_000))]), 9_000);
+    assert_eq!(missed(&mut book, 5_000), (1, 0));
+}

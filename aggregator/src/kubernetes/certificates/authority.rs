@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use coalmine_judge::chain::Hash;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, date_time_ymd,
@@ -16,7 +17,6 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
     server::ParsedCertificate,
 };
-use sha2::{Digest as _, Sha256};
 use x509_parser::{asn1_rs::Tag, certificate::X509Certificate, parse_x509_certificate};
 
 use super::plan::Reason;
@@ -180,8 +180,7 @@ impl Authority {
 
     /// What tells it from every other CA: the SHA-256 of its certificate, in hexadecimal.
     pub(super) fn fingerprint(&self) -> String {
-        let hash: [u8; 32] = Sha256::digest(&*self.der).into();
-        hash.iter().map(|byte| format!("{byte:02x}")).collect()
+        Hash::of(&self.der).to_string()
     }
 
     pub(super) fn pem(&self) -> String {

@@ -467,3 +467,25 @@ async fn what_comes_together_is_published_once() {
     tokio::time::timeout(within, keeping).await.unwrap().unwrap();
     assert!(published.changed().await.is_err(), "published again");
 }
+
+#[tokio::test]
+async fn silence_is_published() {
+    let (publish, mut published) = watch::channel(Arc::new(Roster::default()));
+    let (news, inbox) = mpsc::channel(QUEUE);
+    let keeping = tokio::spawn(keep(Sheet::new(1), inbox, publish));
+    let almost = STALE_AFTER - Duration::from_secs(1);
+    let heard = Instant::now().checked_sub(almost).unwrap();
+    news.send((0, put("a", "v1"))).await.unwrap();
+    news.send((0, News::InSync(heard))).await.unwrap();
+    let within = Duration::from_secs(10);
+    let told = tokio::time::timeout(within, published.changed()).await;
+    told.unwrap().unwrap();
+    let stale = published.wait_for(|roster| roster.is_stale());
+    let roster = tokio::time::timeout(within, stale)
+        .await
+        .unwrap()
+        .unwrap()
+        .for_book();
+    assert_eq!(roster.services["checkout"].len(), 1);
+    keeping.abort();
+}
