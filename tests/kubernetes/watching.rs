@@ -94,6 +94,17 @@ fn a_rollout_begins_by_itself_where_a_label_says_so() {
     scene.create(&canary);
     scene.create(&pod("baseline-1", "baseline"));
     scene.cluster.run_pod(SHOP, "baseline-1");
+    // One watch tells of pods in order: when this one is known, so are the two above.
+    let mut unnamed = pod("unnamed", "canary");
+    let labels = unnamed["metadata"]["labels"].as_object_mut().unwrap();
+    labels.remove("app.kubernetes.io/name").unwrap();
+    scene.create(&unnamed);
+    scene.cluster.run_pod(SHOP, "unnamed");
+    let log = aggregator.data.with_file_name("aggregator.log");
+    eventually("the pods are known", || {
+        let said = fs::read_to_string(&log).ok()?;
+        said.contains("a pod is in no rollout").then_some(())
+    });
     assert_eq!(rollouts(), json!([]), "no canary runs yet");
     scene.cluster.run_pod(SHOP, "canary-1");
     let found = eventually("a rollout begins", || {
@@ -105,6 +116,8 @@ fn a_rollout_begins_by_itself_where_a_label_says_so() {
             .cloned()
     });
     assert_eq!(found["canary_version"], "v2", "{found}");
+    let workload = json!({ "kind": "Deployment", "namespace": SHOP, "name": "checkout" });
+    assert_eq!(found["workload"], workload, "{found}");
     assert_eq!(rollouts().as_array().unwrap().len(), 1);
 }
 

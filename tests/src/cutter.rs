@@ -17,27 +17,14 @@ use std::{
     collections::BTreeMap,
     io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        mpsc::{Receiver, Sender, channel},
-    },
-    time::Duration,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
+
+use crate::held::Action;
+pub use crate::held::{Held, When};
 
 /// The codes of the packets that ask for encryption: SSLRequest and GSSENCRequest.
 const ASK_FOR_ENCRYPTION: [u32; 2] = [80_877_103, 80_877_104];
-
-/// How long a test waits for a COMMIT.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// On which side of a COMMIT.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
-    /// The server does not have it yet.
-    Before,
-    /// The server has done it, and the client does not know.
-    After,
-}
 
 /// What passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,32 +69,6 @@ struct Plan {
     /// How many come before.
     others: u64,
     action: Action,
-}
-
-#[derive(Debug)]
-enum Action {
-    Cut,
-    /// Say so, and wait until the test lets go.
-    Hold(Sender<()>, Receiver<()>),
-}
-
-/// A COMMIT, or the answer to one, that is held until this is dropped.
-#[derive(Debug)]
-pub struct Held {
-    arrived: Receiver<()>,
-    _release: Sender<()>,
-}
-
-impl Held {
-    /// Waits until it is there.
-    ///
-    /// # Panics
-    /// When it does not come in time.
-    pub fn wait(&self) {
-        self.arrived
-            .recv_timeout(PATIENCE)
-            .expect("a COMMIT comes through the cutter");
-    }
 }
 
 /// A client's connection and the one to the server.
@@ -171,13 +132,9 @@ impl Cutter {
 
     /// Holds the `n`th COMMIT from now, or the answer to it, until what is given back is dropped.
     pub fn hold(&self, when: When, n: u64) -> Held {
-        let (arrive, arrived) = channel();
-        let (release, released) = channel();
-        self.plan(when, n, Action::Hold(arrive, released));
-        Held {
-            arrived,
-            _release: release,
-        }
+        let (action, held) = Action::hold("COMMIT".to_owned());
+        self.plan(when, n, action);
+        held
     }
 
     fn plan(&self, when: When, n: u64, action: Action) {
@@ -367,15 +324,7 @@ impl Shared {
     }
 
     fn act(&self, link: &Link, action: Action) -> io::Result<()> {
-        match action {
-            Action::Cut => self.cut(link),
-            Action::Hold(arrive, released) => {
-                // An error means that the test has let go already.
-                arrive.send(()).ok();
-                released.recv().ok();
-                Ok(())
-            }
-        }
+        action.act().or_else(|_| self.cut(link))
     }
 
     fn cut(&self, link: &Link) -> io::Result<()> {

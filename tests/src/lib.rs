@@ -12,6 +12,7 @@
 
 pub mod components;
 pub mod cutter;
+mod held;
 pub mod http;
 pub mod kubernetes;
 pub mod postgres;

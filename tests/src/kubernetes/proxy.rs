@@ -9,11 +9,7 @@ use std::{
     io::{self, BufRead, BufReader, Read as _, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     path::Path,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{Receiver, Sender, channel},
-    },
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use rustls::{
@@ -21,20 +17,11 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject as _},
 };
 
-/// How long a test waits for a request.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::held::Action;
+pub use crate::held::{Held, When};
 
 /// Largest head of a message.
 const MAX_HEAD: u64 = 256 << 10;
-
-/// On which side of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
-    /// The API server does not have it yet.
-    Before,
-    /// The API server has done it, and the client does not know.
-    After,
-}
 
 /// A proxy that listens on loopback.
 #[derive(Debug)]
@@ -69,32 +56,6 @@ struct Rule {
     end: String,
     when: When,
     action: Action,
-}
-
-#[derive(Debug)]
-enum Action {
-    Cut,
-    /// Say so, and wait until the test lets go.
-    Hold(Sender<()>, Receiver<()>),
-}
-
-/// A request, or the answer to one, that is held until this is dropped.
-#[derive(Debug)]
-pub struct Held {
-    what: String,
-    arrived: Receiver<()>,
-    _release: Sender<()>,
-}
-
-impl Held {
-    /// Waits until it is there.
-    ///
-    /// # Panics
-    /// When it does not come in time.
-    pub fn wait(&self) {
-        let arrived = self.arrived.recv_timeout(PATIENCE);
-        arrived.unwrap_or_else(|_| panic!("no {} comes through the proxy", self.what));
-    }
 }
 
 /// The first line of a message and what follows from its head.
@@ -144,14 +105,9 @@ impl Proxy {
     /// Holds the next request of this method whose path ends so, or the answer to it. A request whose client has gone
     /// before it is let go never reaches the API server.
     pub fn hold(&self, when: When, method: &str, end: &str) -> Held {
-        let (arrive, arrived) = channel();
-        let (release, released) = channel();
-        self.plan(when, method, end, Action::Hold(arrive, released));
-        Held {
-            what: format!("{method} of {end}"),
-            arrived,
-            _release: release,
-        }
+        let (action, held) = Action::hold(format!("{method} of {end}"));
+        self.plan(when, method, end, action);
+        held
     }
 
     fn plan(&self, when: When, method: &str, end: &str, action: Action) {
@@ -300,16 +256,7 @@ impl Shared {
         let place = state.rules.iter().position(|rule| rule.fits(when, method, path));
         let action = place.map(|place| state.rules.remove(place).action);
         drop(state);
-        match action {
-            None => Ok(false),
-            Some(Action::Cut) => Err(io::ErrorKind::ConnectionAborted.into()),
-            Some(Action::Hold(arrive, released)) => {
-                // An error means that the test has let go already.
-                arrive.send(()).ok();
-                released.recv().ok();
-                Ok(true)
-            }
-        }
+        action.map_or(Ok(false), |action| action.act().map(|()| true))
     }
 }
 
