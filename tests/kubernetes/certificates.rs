@@ -13,7 +13,7 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use coalmine_tests::{kubernetes::Cluster, tools::tool, within};
+use coalmine_tests::{kubernetes::Cluster, tools::openssl, within};
 use serde_json::{Value, json};
 
 use crate::scene::{CONFIGURATION, PODS, SECRET, Scene, decoded, entry, has_agent, pod};
@@ -246,12 +246,4 @@ fn date(days: &str) -> String {
     let output = command.output().unwrap();
     assert!(output.status.success(), "date -d {days}");
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-fn openssl(directory: &Path, arguments: &str) {
-    let mut command = Command::new(tool("openssl", "openssl"));
-    command.args(arguments.split_whitespace()).current_dir(directory);
-    let output = command.stdin(Stdio::null()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "openssl {arguments}: {said}");
 }

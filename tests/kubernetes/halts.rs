@@ -175,14 +175,46 @@ fn wait_for_event(scene: &Scene, kind: &str, name: &str, decision: &str) {
     );
 }
 
+/// An aggregator that halts, and the workload `checkout` on trial.
+fn on_trial(scene: &Scene, halt: &str, kind: &str, failing: bool) -> (Aggregator, Trial) {
+    let mut aggregator = scene.aggregator(&["--halt", halt]);
+    aggregator.launch();
+    let trial = Trial::begin(scene, &aggregator, kind, "checkout", failing);
+    (aggregator, trial)
+}
+
+/// A Deployment on trial that is paused, since without requests nothing is approved; its path first.
+fn paused(scene: &Scene, failing: bool) -> (String, Aggregator, Trial) {
+    let path = make_deployment(scene, "checkout");
+    let (aggregator, trial) = on_trial(scene, "deployment", "Deployment", failing);
+    eventually("the Deployment is paused", || {
+        (scene.cluster.get(&path)["spec"]["paused"] == true).then_some(())
+    });
+    (path, aggregator, trial)
+}
+
+/// Waits until an act is on record as begun and done, and as nothing else.
+fn wait_for_record(aggregator: &Aggregator, rollout: &str, act: &str) {
+    eventually(&format!("{act} is on record"), || {
+        (stages(&aggregator.data, rollout, act) == ["begun", "done"]).then_some(())
+    });
+}
+
+/// Waits until a rollback is on record as failed.
+fn wait_for_failure(aggregator: &Aggregator, rollout: &str) -> Value {
+    eventually("the failure is on record", || {
+        let all = actuations(&aggregator.data, rollout);
+        all.into_iter()
+            .find(|body| body["stage"] == "failed" && body["act"] == "rollback")
+    })
+}
+
 #[test]
 fn a_rollout_of_argo_is_aborted() {
     let scene = Scene::install(&["argo"]);
     scene.cluster.custom_resources("argo-rollouts.yaml");
     let path = make_rollout(&scene, "checkout");
-    let mut aggregator = scene.aggregator(&["--halt", "argo"]);
-    aggregator.launch();
-    let trial = Trial::begin(&scene, &aggregator, "Rollout", "checkout", true);
+    let (aggregator, trial) = on_trial(&scene, "argo", "Rollout", true);
     let _load = trial.load();
     let decision = wait_for_rollback(&aggregator, &trial.rollout);
     let aborted = eventually("the Rollout is aborted", || {
@@ -192,9 +224,7 @@ fn a_rollout_of_argo_is_aborted() {
     // What a GitOps tool keeps is left as it was.
     assert_eq!(aborted["spec"]["paused"], Value::Null, "{aborted}");
     wait_for_event(&scene, "Rollout", "checkout", &decision);
-    eventually("the abort is on record", || {
-        (stages(&aggregator.data, &trial.rollout, "rollback") == ["begun", "done"]).then_some(())
-    });
+    wait_for_record(&aggregator, &trial.rollout, "rollback");
 }
 
 #[test]
@@ -204,16 +234,10 @@ fn a_rollout_of_argo_that_is_fully_promoted_is_not_called_aborted() {
     let path = make_rollout(&scene, "checkout");
     let promoted = json!({ "status": { "stableRS": "5f6d8c", "currentPodHash": "5f6d8c" } });
     scene.cluster.patch(&format!("{path}/status"), &promoted);
-    let mut aggregator = scene.aggregator(&["--halt", "argo"]);
-    aggregator.launch();
-    let trial = Trial::begin(&scene, &aggregator, "Rollout", "checkout", true);
+    let (aggregator, trial) = on_trial(&scene, "argo", "Rollout", true);
     let _load = trial.load();
     wait_for_rollback(&aggregator, &trial.rollout);
-    let failed = eventually("the failure is on record", || {
-        let all = actuations(&aggregator.data, &trial.rollout);
-        all.into_iter()
-            .find(|body| body["stage"] == "failed" && body["act"] == "rollback")
-    });
+    let failed = wait_for_failure(&aggregator, &trial.rollout);
     let detail = failed["detail"].as_str().unwrap();
     assert!(detail.contains("fully promoted"), "{failed}");
     assert_ne!(scene.cluster.get(&path)["status"]["abort"], true);
@@ -240,9 +264,7 @@ fn a_canary_of_flagger_is_told() {
     let collection = path("flagger.app/v1beta1", "canaries", "");
     scene.cluster.create(&collection, &canary);
     let path = path("flagger.app/v1beta1", "canaries", "checkout");
-    let mut aggregator = scene.aggregator(&["--halt", "flagger"]);
-    aggregator.launch();
-    let trial = Trial::begin(&scene, &aggregator, "Canary", "checkout", true);
+    let (aggregator, trial) = on_trial(&scene, "flagger", "Canary", true);
     let _load = trial.load();
     let decision = wait_for_rollback(&aggregator, &trial.rollout);
     let told = eventually("the Canary is told", || {
@@ -253,22 +275,13 @@ fn a_canary_of_flagger_is_told() {
     // The controller's own fields are its own.
     assert_eq!(told["status"], Value::Null, "{told}");
     wait_for_event(&scene, "Canary", "checkout", &decision);
-    eventually("that is on record", || {
-        (stages(&aggregator.data, &trial.rollout, "rollback") == ["begun", "done"]).then_some(())
-    });
+    wait_for_record(&aggregator, &trial.rollout, "rollback");
 }
 
 #[test]
 fn a_deployment_is_paused_and_then_restored() {
     let scene = Scene::install(&["deployment"]);
-    let path = make_deployment(&scene, "checkout");
-    let mut aggregator = scene.aggregator(&["--halt", "deployment"]);
-    aggregator.launch();
-    let trial = Trial::begin(&scene, &aggregator, "Deployment", "checkout", true);
-    // Without requests nothing is approved.
-    eventually("the Deployment is paused", || {
-        (scene.cluster.get(&path)["spec"]["paused"] == true).then_some(())
-    });
+    let (path, aggregator, trial) = paused(&scene, true);
     let _load = trial.load();
     let decision = wait_for_rollback(&aggregator, &trial.rollout);
     let restored = eventually("the former template is back", || {
@@ -281,9 +294,7 @@ fn a_deployment_is_paused_and_then_restored() {
     let image = &restored["spec"]["template"]["spec"]["containers"][0]["image"];
     assert_eq!(*image, "registry.example.com/checkout:v1", "{restored}");
     wait_for_event(&scene, "Deployment", "checkout", &decision);
-    eventually("the restoring is on record", || {
-        (stages(&aggregator.data, &trial.rollout, "rollback") == ["begun", "done"]).then_some(())
-    });
+    wait_for_record(&aggregator, &trial.rollout, "rollback");
 }
 
 /// Whether a Deployment has v1 again and goes on to it.
@@ -296,13 +307,7 @@ pub(crate) fn is_restored(deployment: &Value) -> bool {
 #[test]
 fn a_deployment_that_was_held_goes_on_when_it_is_approved() {
     let scene = Scene::install(&["deployment"]);
-    let path = make_deployment(&scene, "checkout");
-    let mut aggregator = scene.aggregator(&["--halt", "deployment"]);
-    aggregator.launch();
-    let trial = Trial::begin(&scene, &aggregator, "Deployment", "checkout", false);
-    eventually("the Deployment is paused", || {
-        (scene.cluster.get(&path)["spec"]["paused"] == true).then_some(())
-    });
+    let (path, aggregator, trial) = paused(&scene, false);
     let _load = trial.load();
     let gate = aggregator.wait_for_verdict(&trial.rollout, &["APPROVE", "ROLLBACK"]);
     assert_eq!(gate["verdict"], "APPROVE", "{gate}");
@@ -317,19 +322,11 @@ fn a_deployment_that_was_held_goes_on_when_it_is_approved() {
 #[test]
 fn a_deployment_that_was_held_stays_paused_when_the_rollout_ends_without_an_approval() {
     let scene = Scene::install(&["deployment"]);
-    let path = make_deployment(&scene, "checkout");
-    let mut aggregator = scene.aggregator(&["--halt", "deployment"]);
-    aggregator.launch();
-    let trial = Trial::begin(&scene, &aggregator, "Deployment", "checkout", false);
-    eventually("the Deployment is paused", || {
-        (scene.cluster.get(&path)["spec"]["paused"] == true).then_some(())
-    });
+    let (path, aggregator, trial) = paused(&scene, false);
     let end = format!("/v1/rollouts/{}/end", trial.rollout);
     let answer = aggregator.post(&end, &json!({}));
     assert_eq!(answer.status, 200, "{}", answer.body);
-    eventually("that it was looked at is on record", || {
-        (stages(&aggregator.data, &trial.rollout, "release") == ["begun", "done"]).then_some(())
-    });
+    wait_for_record(&aggregator, &trial.rollout, "release");
     let all = actuations(&aggregator.data, &trial.rollout);
     let said = all
         .iter()
@@ -348,16 +345,10 @@ fn a_halt_that_is_forbidden_is_on_record_as_failed_and_says_what_is_missing() {
     let scene = Scene::install(&[]);
     scene.cluster.custom_resources("argo-rollouts.yaml");
     let path = make_rollout(&scene, "checkout");
-    let mut aggregator = scene.aggregator(&["--halt", "argo"]);
-    aggregator.launch();
-    let trial = Trial::begin(&scene, &aggregator, "Rollout", "checkout", true);
+    let (aggregator, trial) = on_trial(&scene, "argo", "Rollout", true);
     let _load = trial.load();
     wait_for_rollback(&aggregator, &trial.rollout);
-    let failed = eventually("the failure is on record", || {
-        let all = actuations(&aggregator.data, &trial.rollout);
-        all.into_iter()
-            .find(|body| body["stage"] == "failed" && body["act"] == "rollback")
-    });
+    let failed = wait_for_failure(&aggregator, &trial.rollout);
     let detail = failed["detail"].as_str().unwrap();
     assert!(
         detail.contains("rollouts") && (detail.contains("patch") || detail.contains("get")),

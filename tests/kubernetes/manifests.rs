@@ -170,27 +170,41 @@ fn rights(objects: &[Value]) -> BTreeMap<(String, String), Value> {
     rights.collect()
 }
 
-/// The one webhook, and which pods it is asked about.
-fn selectors(objects: &[Value]) -> Value {
-    let mut webhooks = objects
-        .iter()
-        .filter(|object| object["kind"] == "MutatingWebhookConfiguration");
-    let webhook = &webhooks.next().expect("there is a webhook")["webhooks"][0];
-    let parts = ["rules", "matchPolicy", "namespaceSelector", "objectSelector"];
-    json!(parts.map(|part| {
-        assert!(!webhook[part].is_null(), "{part} of {webhook}");
-        &webhook[part]
-    }))
+/// What the chart writes out itself, and must have as the components do.
+const SAME: [(&str, &str); 5] = [
+    ("MutatingWebhookConfiguration", "/webhooks"),
+    ("NetworkPolicy", "/spec/ingress"),
+    ("NetworkPolicy", "/spec/egress"),
+    ("PodMonitor", "/spec"),
+    ("ServiceMonitor", "/spec/endpoints"),
+];
+
+fn part<'o>(objects: &'o [Value], kind: &str, pointer: &str) -> &'o Value {
+    let object = objects.iter().find(|object| object["kind"] == kind);
+    let part = object.and_then(|object| object.pointer(pointer));
+    part.unwrap_or_else(|| panic!("no {kind}{pointer}"))
 }
 
 #[test]
 fn the_chart_gives_the_rights_and_asks_for_the_pods_that_the_components_do() {
     let directory = tempfile::tempdir().unwrap();
-    let components = ["webhook", "watch", "identity", "argo", "flagger", "deployment"];
+    let components = [
+        "webhook",
+        "watch",
+        "identity",
+        "argo",
+        "flagger",
+        "deployment",
+        "network-policy",
+        "prometheus",
+    ];
     let (ours, of_chart) = (rendered(directory.path(), &components), chart(&EVERYTHING));
     assert_eq!(rights(&of_chart), rights(&ours));
-    assert!(rights(&ours).len() >= 2 * components.len(), "{ours:?}");
-    assert_eq!(selectors(&of_chart), selectors(&ours));
+    assert!(rights(&ours).len() >= 12, "{ours:?}");
+    for (kind, pointer) in SAME {
+        let (theirs, own) = (part(&of_chart, kind, pointer), part(&ours, kind, pointer));
+        assert_eq!(theirs, own, "{kind}{pointer}");
+    }
 }
 
 #[test]
@@ -260,7 +274,7 @@ fn the_aggregators_own_pod_passes_the_restricted_standard() {
 fn the_admission_policy_injects_without_the_aggregator() {
     let scene = Scene::install(&["admission-policy"]);
     let path = format!("{}?dryRun=All", PODS);
-    let create = |pod: &Value| scene.cluster.request("POST", &path, pod).json();
+    let create = |pod: &Value| scene.cluster.create(&path, pod);
     let asking = pod("asks", "canary");
     let stored = eventually("the policy is in force", || {
         let stored = create(&asking);
@@ -276,6 +290,27 @@ fn the_admission_policy_injects_without_the_aggregator() {
         let mut other = asking.clone();
         other["metadata"]["labels"][label] = json!(value);
         assert!(!has_agent(&create(&other)), "{label}: {value:?}");
+    }
+    let edits: [(&str, fn(&mut Value)); 5] = [
+        ("host network", |pod| pod["spec"]["hostNetwork"] = json!(true)),
+        ("port's name", |pod| {
+            pod["spec"]["containers"][0]["ports"][0]["name"] = json!("web");
+        }),
+        ("our volume", |pod| {
+            pod["spec"]["volumes"] = json!([{ "name": "coalmine-labels", "emptyDir": {} }]);
+        }),
+        ("our port", |pod| {
+            let ports = pod["spec"]["containers"][0]["ports"].as_array_mut().unwrap();
+            ports.push(json!({ "name": "other", "containerPort": 15090 }));
+        }),
+        ("a probe", |pod| {
+            pod["spec"]["containers"][0]["livenessProbe"] = json!({ "httpGet": { "port": "http" } });
+        }),
+    ];
+    for (what, edit) in edits {
+        let mut other = asking.clone();
+        edit(&mut other);
+        assert!(!has_agent(&create(&other)), "{what}");
     }
 
     // The token of the pod's account is for the application only.

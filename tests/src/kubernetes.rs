@@ -35,8 +35,7 @@ use crate::{
     eventually,
     http::{Answer, request},
     process::{Process, free_addresses, repository, wait_for_listener},
-    tools::tool,
-    within,
+    tools, within,
 };
 
 /// Who signs service-account tokens.
@@ -174,7 +173,8 @@ impl Cluster {
             part(&json!({ "alg": "RS256", "typ": "JWT" })),
             part(claims)
         );
-        let mut sign = openssl(self.directory.path());
+        let mut sign = Command::new(tools::tool("openssl", "openssl"));
+        sign.current_dir(self.directory.path());
         sign.args(["dgst", "-sha256", "-sign", "accounts.key"]);
         let output = run(sign, Some(&text));
         assert!(output.status.success(), "openssl dgst: {}", error_of(&output));
@@ -456,35 +456,8 @@ fn start_server(directory: &Path, store: SocketAddr, address: SocketAddr) -> Pro
 
 /// The API server's certificate, its authority, and the key that signs the tokens of accounts.
 fn certificates(directory: &Path) {
-    let make = |arguments: &str| {
-        let mut command = openssl(directory);
-        command.args(arguments.split_whitespace());
-        let output = run(command, None);
-        assert!(
-            output.status.success(),
-            "openssl {arguments}: {}",
-            error_of(&output)
-        );
-    };
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout";
-    make(&format!(
-        "req -x509 {key} authority.key -out authority.pem -subj /CN=authority -days 2"
-    ));
-    make(&format!("req {key} server.key -out server.csr -subj /CN=server"));
-    let extensions = "basicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n\
-                      subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc\n";
-    fs::write(directory.join("server.ext"), extensions).expect("the extensions are written");
-    make(
-        "x509 -req -in server.csr -CA authority.pem -CAkey authority.key -CAcreateserial -days 2 \
-         -extfile server.ext -out server.pem",
-    );
-    make("genrsa -out accounts.key 2048");
-}
-
-fn openssl(directory: &Path) -> Command {
-    let mut command = Command::new(tool("openssl", "openssl"));
-    command.current_dir(directory);
-    command
+    tools::certify(directory, "IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc");
+    tools::openssl(directory, "genrsa -out accounts.key 2048");
 }
 
 fn kubeconfig(directory: &Path, server: &str, namespace: &str, token: &str) -> String {

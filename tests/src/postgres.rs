@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal, getuid, kill_process};
 use crate::{
     eventually,
     process::{Process, free_addresses},
-    tools::tool,
+    tools::{certify, tool},
 };
 
 /// Where Debian puts the programs, which are not on the PATH.
@@ -70,27 +70,7 @@ impl Postgres {
     /// When there is no certificate to be had.
     pub fn start_tls(directory: &Path) -> (Self, PathBuf) {
         let mut postgres = Self::prepare(directory);
-        let openssl = |arguments: &str| {
-            let mut command = Command::new(tool("openssl", "openssl"));
-            command
-                .args(arguments.split_whitespace())
-                .current_dir(directory)
-                .stdin(Stdio::null());
-            let output = command.output().expect("openssl starts");
-            let said = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "openssl {arguments}: {said}");
-        };
-        let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout";
-        openssl(&format!(
-            "req -x509 {key} authority.key -out authority.pem -subj /CN=authority -days 2"
-        ));
-        openssl(&format!("req {key} server.key -out server.csr -subj /CN=server"));
-        let extensions = "basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\n";
-        fs::write(directory.join("server.ext"), extensions).expect("the extensions are written");
-        openssl(
-            "x509 -req -in server.csr -CA authority.pem -CAkey authority.key -CAcreateserial -days 2 \
-             -extfile server.ext -out server.pem",
-        );
+        certify(directory, "IP:127.0.0.1");
         let secret = directory.join("server.key");
         fs::set_permissions(&secret, Permissions::from_mode(0o600)).expect("the key is secret");
         postgres.hand_over(&secret);

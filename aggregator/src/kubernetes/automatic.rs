@@ -60,7 +60,9 @@ impl Automatic {
         let none = BTreeMap::new();
         for view in self.rollouts.list() {
             let pods = roster.services.get(&view.service).unwrap_or(&none);
-            let Some((patience, reason)) = over(&view, pods) else {
+            let is_ours = view.state != State::Ended && view.actor == ACTOR;
+            let over = over(&view.canary_version, view.approved, pods).filter(|_| is_ours);
+            let Some((patience, reason)) = over else {
                 self.without.remove(&view.id);
                 continue;
             };
@@ -109,16 +111,12 @@ impl Automatic {
     }
 }
 
-/// Why a rollout that was begun here has nothing to judge any more, if that is so, and for how long it may be so.
-fn over(view: &View, pods: &BTreeMap<String, RosterPod>) -> Option<(Duration, String)> {
-    if view.state == State::Ended || view.actor != ACTOR {
-        return None;
-    }
-    let version = &view.canary_version;
+/// Why a rollout of a version has nothing to judge any more, if that is so, and for how long it may be so.
+fn over(version: &str, approved: bool, pods: &BTreeMap<String, RosterPod>) -> Option<(Duration, String)> {
     let of = |arm: Arm| pods.values().filter(move |pod| pod.build.arm == arm);
-    if of(Arm::Canary).any(|pod| pod.build.version == *version) {
+    if of(Arm::Canary).any(|pod| pod.build.version == version) {
         // It is everywhere: there is nothing to compare it with, which is no reason to hold it, let alone to go back.
-        let is_everywhere = view.approved && of(Arm::Baseline).next().is_none();
+        let is_everywhere = approved && of(Arm::Baseline).next().is_none();
         let reason = format!("{version} was approved, and there is no baseline any more");
         return is_everywhere.then_some((OVER_AFTER, reason));
     }
@@ -214,6 +212,25 @@ mod tests {
             assert_eq!(trial.as_ref().map(|trial| trial.key.as_str()), key);
             // A StatefulSet cannot be told to stop.
             assert!(trial.is_none_or(|trial| trial.workload.is_none()));
+        }
+    }
+
+    #[test]
+    fn a_rollout_is_over_when_it_is_everywhere_or_nowhere() {
+        let baseline = pod(Arm::Baseline, "v1", false, 1);
+        let [canary, next, unnamed] = ["v2", "v3", ""].map(|version| pod(Arm::Canary, version, true, 2));
+        for (there, approved, patience) in [
+            (vec![baseline.clone(), canary.clone()], true, None),
+            (vec![canary.clone()], false, None),
+            (vec![canary], true, Some(OVER_AFTER)),
+            (vec![baseline.clone()], true, Some(GONE_AFTER)),
+            // What is known of a version that is only being replaced must not be forgotten.
+            (vec![baseline.clone(), unnamed], false, Some(GONE_AFTER)),
+            (vec![baseline, next], false, Some(OVER_AFTER)),
+            (vec![], false, Some(GONE_AFTER)),
+        ] {
+            let over = over("v2", approved, &pods(&there));
+            assert_eq!(over.map(|(patience, _)| patience), patience, "{there:?}");
         }
     }
 

@@ -12,13 +12,13 @@ use std::{
     num::NonZeroU64,
     ops::Range,
     path::Path,
-    process::{Command, Stdio},
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
+use coalmine_tests::tools::certify;
 use rustix::thread::set_current_timer_slack;
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore, StreamOwned,
@@ -56,13 +56,6 @@ const MAX_UNREAD: usize = 8 << 10;
 /// How long the webhook may take until it has its certificate.
 const CERTIFICATE_WITHIN: Duration = Duration::from_secs(15);
 
-/// Who signed the webhook's certificate, among the files.
-const AUTHORITY: &str = "authority.pem";
-
-/// The webhook's certificate and its key.
-const CHAIN: &str = "server.pem";
-const KEY: &str = "server.key";
-
 /// The connection.
 struct Client {
     stream: StreamOwned<ClientConnection, TcpStream>,
@@ -98,13 +91,13 @@ struct AtRate {
 
 pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -> anyhow::Result<()> {
     report.title("Admission: reviews of new pods, over TLS");
-    let Some(openssl) = installed("openssl") else {
+    if installed("openssl").is_none() {
         report.left_out("openssl", "openssl");
         return Ok(());
-    };
+    }
     let directory = directory.join("admission");
     fs::create_dir(&directory)?;
-    certify(&openssl, &directory)?;
+    certify(&directory, "IP:127.0.0.1");
     let (aggregator, webhook) = start(plan.cores.proxy, &directory).await?;
     let pid = aggregator.pid();
 
@@ -126,7 +119,7 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
         (plan.slice * RATES[1].1).as_millis(),
         RATES[1].0,
     ));
-    let authority = directory.join(AUTHORITY);
+    let authority = directory.join("authority.pem");
     let asked = spawn_blocking(move || {
         let client = Client::connect(webhook, &authority)?;
         run(plan, pid, client, questions)
@@ -134,32 +127,6 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
     let measured = asked.await??;
     print(&measured, report);
     Ok(())
-}
-
-/// A certificate for 127.0.0.1 with its key, and who signed it.
-fn certify(openssl: &Path, directory: &Path) -> anyhow::Result<()> {
-    let run = |arguments: &str| -> anyhow::Result<()> {
-        let mut command = Command::new(openssl);
-        command
-            .args(arguments.split_ascii_whitespace())
-            .current_dir(directory)
-            .stdin(Stdio::null());
-        let output = command.output().context("openssl cannot be started")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "openssl {arguments}: {said}");
-        Ok(())
-    };
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout";
-    run(&format!(
-        "req -x509 {key} authority.key -out {AUTHORITY} -subj /CN=authority -days 2"
-    ))?;
-    run(&format!("req {key} {KEY} -out server.csr -subj /CN=server"))?;
-    let extensions = "basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\n";
-    fs::write(directory.join("server.ext"), extensions)?;
-    run(&format!(
-        "x509 -req -in server.csr -CA {AUTHORITY} -CAkey authority.key -CAcreateserial -days 2 \
-         -extfile server.ext -out {CHAIN}"
-    ))
 }
 
 /// An aggregator that has a webhook, and where it is.
@@ -175,8 +142,8 @@ async fn start(core: usize, directory: &Path) -> anyhow::Result<(Child, SocketAd
         format!("--listen-http={http}"),
         format!("--listen-admin={admin}"),
         format!("--listen-webhook={webhook}"),
-        format!("--webhook-certificate={}", directory.join(CHAIN).display()),
-        format!("--webhook-key={}", directory.join(KEY).display()),
+        format!("--webhook-certificate={}", directory.join("server.pem").display()),
+        format!("--webhook-key={}", directory.join("server.key").display()),
         "--native-sidecar=true".to_owned(),
         "--agent-image=i:1".to_owned(),
         "--agent-aggregator=http://coalmine.coalmine:7443".to_owned(),
