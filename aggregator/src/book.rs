@@ -257,6 +257,19 @@ pub struct Comparison {
     pub baseline_version: Option<String>,
 }
 
+/// An agent of the canary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Canary {
+    /// Its instance.
+    pub instance: String,
+    /// The version that it measures.
+    pub version: String,
+    /// Whether its stream is open.
+    pub connected: bool,
+    /// Requests since it began, as far as they were told.
+    pub requests: u64,
+}
+
 impl Comparison {
     fn covers(&self, build: &Build) -> bool {
         match build.arm {
@@ -314,6 +327,19 @@ impl Book {
     /// One service.
     pub fn get(&self, service: &str) -> Option<&Service> {
         self.services.get(service)
+    }
+
+    /// The agents of a service's canary that have not said Bye.
+    pub fn canaries(&self, service: &str) -> Vec<Canary> {
+        let agents = self.get(service).into_iter().flat_map(Service::agents);
+        let canaries = agents.filter(|(_, agent)| agent.build.arm == Arm::Canary && !agent.gone);
+        let canary = |(instance, agent): (&str, &Agent)| Canary {
+            instance: instance.to_owned(),
+            version: agent.build.version.clone(),
+            connected: agent.connected,
+            requests: agent.applied.requests.saturating_add(agent.gap_requests),
+        };
+        canaries.map(canary).collect()
     }
 
     /// The number of the next session.

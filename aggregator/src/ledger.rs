@@ -40,7 +40,7 @@ use std::{
 use coalmine_judge::{
     chain::Hash,
     note::{Proof, VerifierKey},
-    record::{Body, Follows, Record},
+    record::{Body, Bootstrap, Follows, Override, Record},
     replay::Blobs,
     tree::Nodes,
 };
@@ -231,6 +231,8 @@ pub struct Index {
     /// The log that this one continues.
     follows: Option<String>,
     decisions: HashMap<String, u64>,
+    /// Of the decisions that are not the judge's.
+    others: HashMap<String, u64>,
     /// Positions of each rollout's decisions, in order.
     rollouts: BTreeMap<String, Vec<u64>>,
     /// Positions of what was done outside because of them, in order.
@@ -254,6 +256,9 @@ impl Index {
                 .or_default()
                 .push(record.seq);
         }
+        if let Body::Override(Override { id, .. }) | Body::Bootstrap(Bootstrap { id, .. }) = &record.body {
+            self.others.insert(id.clone(), record.seq);
+        }
         if let Body::Actuation(actuation) = &record.body {
             let positions = self.actuations.entry(actuation.rollout.clone()).or_default();
             positions.push(record.seq);
@@ -265,9 +270,9 @@ impl Index {
         self.actuations.get(rollout).map_or(&[], Vec::as_slice)
     }
 
-    /// The position of a decision.
+    /// The position of a decision, the judge's or another's.
     pub fn decision(&self, id: &str) -> Option<u64> {
-        self.decisions.get(id).copied()
+        self.decisions.get(id).or_else(|| self.others.get(id)).copied()
     }
 
     /// The positions of a rollout's decisions; of all decisions without one.

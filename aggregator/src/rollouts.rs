@@ -4,7 +4,10 @@
 //! `select` is the only part that touches the world; what it returns is an event, and `apply` turns it into
 //! a recorded decision. Everything that asks about a rollout reads the last published [`View`].
 
+mod kept;
+mod logbook;
 mod owner;
+mod request;
 mod view;
 
 use std::{
@@ -16,20 +19,29 @@ use coalmine_judge::{
     chain::Hash,
     history,
     policy::Policy,
-    record::{Actuation, Body, Decision, Record, RolloutEnd, RolloutStart, Workload},
+    record::{Actuation, Body, Override, RolloutEnd, RolloutStart},
     replay::{Judged, replay_decision},
     threshold::Thresholds,
-    v1,
+    v1::{self, Verdict},
 };
 use coalmine_proto::{
-    names::{TenantName, check_name},
+    names::TenantName,
     v1::{Config, TenantLimit},
 };
-use serde::Deserialize;
+use futures_util::{Stream, stream};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use self::owner::{Command, Owner};
-pub use self::view::{State, View};
+pub(crate) use self::request::is_haltable;
+use self::{
+    kept::{Handle, Kept},
+    logbook::Logged,
+    owner::{Command, Overriding, Owner, Reply},
+};
+pub use self::{
+    logbook::Logbook,
+    request::{Question, StartRequest},
+    view::{Overridden, State, View},
+};
 use crate::{
     book::{Book, Comparison, locked},
     clock,
@@ -41,27 +53,6 @@ use crate::{
 
 /// The history of each service that has one.
 pub type Histories = BTreeMap<String, Arc<history::History>>;
-
-/// Most rollouts that are kept in memory; ended ones beyond are only in the log.
-const MAX_KEPT: usize = 1_000;
-
-/// What a caller asks for.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StartRequest {
-    /// The service.
-    pub service: String,
-    /// The version on trial.
-    pub canary_version: String,
-    /// The version to compare with; by default all of the baseline arm.
-    pub baseline_version: Option<String>,
-    /// The same key names the same rollout.
-    pub key: Option<String>,
-    /// Who asks.
-    pub actor: Option<String>,
-    /// What is rolled out, so that it can be halted.
-    pub workload: Option<Workload>,
-}
 
 /// Why a request is refused.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -89,7 +80,7 @@ struct Inner {
     policies: BTreeMap<String, Policy>,
     histories: Histories,
     shared: Shared,
-    handles: RwLock<BTreeMap<String, Handle>>,
+    kept: RwLock<Kept>,
     /// Starting is done one at a time.
     starting: tokio::sync::Mutex<()>,
 }
@@ -109,128 +100,6 @@ pub struct Shared {
     pub effects: Effects,
 }
 
-#[derive(Debug, Clone)]
-struct Handle {
-    key: String,
-    service: String,
-    /// The owner's inbox, if it has an owner.
-    commands: Option<mpsc::Sender<Command>>,
-    view: Arc<watch::Sender<Arc<View>>>,
-}
-
-/// A rollout as the log tells it.
-#[derive(Debug)]
-struct Logged {
-    start: RolloutStart,
-    last: Option<(Decision, String)>,
-    /// Whether any of its decisions was an approval.
-    approved: bool,
-    /// Whether the hold deadline that the last decision reached, if it did, has its record.
-    deadline_told: bool,
-    end: Option<RolloutEnd>,
-    /// What was done outside because of its decisions.
-    actuations: Vec<Actuation>,
-}
-
-/// Kinds of workloads that can be told to stop.
-const WORKLOAD_KINDS: [&str; 3] = ["Deployment", "Rollout", "Canary"];
-
-/// Whether a workload can be told to stop.
-pub(crate) fn is_haltable(workload: &Workload) -> bool {
-    WORKLOAD_KINDS.contains(&workload.kind.as_str())
-}
-
-fn check_workload(workload: &Workload) -> Result<(), String> {
-    if !is_haltable(workload) {
-        return Err(format!(
-            "workload.kind is {:.40?}, and must be one of {}",
-            workload.kind,
-            WORKLOAD_KINDS.join(", ")
-        ));
-    }
-    for (field, name) in [("namespace", &workload.namespace), ("name", &workload.name)] {
-        if !is_subdomain(name) {
-            return Err(format!(
-                "workload.{field} is {name:.40?}; give the {field} of the object as Kubernetes has it"
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Whether a name is a DNS subdomain of RFC 1123, as Kubernetes has it: it becomes part of a path.
-fn is_subdomain(name: &str) -> bool {
-    let is_label = |label: &str| {
-        let is_plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
-        let ends = [label.bytes().next(), label.bytes().last()];
-        label.bytes().all(|c| is_plain(c) || c == b'-') && ends.into_iter().all(|c| c.is_some_and(is_plain))
-    };
-    name.len() <= 253 && name.split('.').all(is_label)
-}
-
-/// The rollouts of a log, gathered while it is read.
-#[derive(Debug, Default)]
-pub struct Logbook {
-    rollouts: BTreeMap<String, Logged>,
-    /// In the order of their starts.
-    order: Vec<String>,
-}
-
-impl Logbook {
-    /// Takes the next record.
-    pub fn take(&mut self, record: &Record, hash: Hash) {
-        match &record.body {
-            Body::Rollout(start) => {
-                self.order.push(start.rollout.clone());
-                let logged = Logged {
-                    start: start.clone(),
-                    last: None,
-                    approved: false,
-                    deadline_told: false,
-                    end: None,
-                    actuations: Vec::new(),
-                };
-                self.rollouts.insert(start.rollout.clone(), logged);
-            }
-            Body::Decision(decision) => {
-                if let Some(rollout) = self.rollouts.get_mut(&decision.rollout) {
-                    rollout.last = Some(((**decision).clone(), hash.to_string()));
-                    rollout.approved |= decision.finding.verdict == v1::Verdict::Approve.as_str();
-                    rollout.deadline_told = false;
-                }
-            }
-            Body::Deadline(deadline) => {
-                if let Some(rollout) = self.rollouts.get_mut(&deadline.rollout) {
-                    rollout.deadline_told = true;
-                }
-            }
-            Body::End(end) => {
-                if let Some(rollout) = self.rollouts.get_mut(&end.rollout) {
-                    rollout.end = Some(end.clone());
-                }
-            }
-            Body::Actuation(actuation) => {
-                if let Some(rollout) = self.rollouts.get_mut(&actuation.rollout) {
-                    rollout.actuations.push(actuation.clone());
-                }
-            }
-            // What concerns the log alone.
-            _ => {}
-        }
-    }
-
-    /// Of each service, the slot that its open rollout waits for.
-    pub fn waiting(&self) -> BTreeMap<String, u64> {
-        let open = self.rollouts.values().filter(|rollout| rollout.end.is_none());
-        let slot = |Logged { start, last, .. }: &Logged| {
-            let windows = last.as_ref().map_or(0, |(decision, _)| decision.finding.window);
-            let passed = windows.saturating_mul(start.window_ms);
-            (start.service.clone(), start.start_ms.saturating_add(passed))
-        };
-        open.map(slot).collect()
-    }
-}
-
 impl Rollouts {
     /// Restores the rollouts of the log; the open ones go on.
     pub fn restore(
@@ -243,7 +112,7 @@ impl Rollouts {
             policies,
             histories,
             shared,
-            handles: RwLock::default(),
+            kept: RwLock::default(),
             starting: tokio::sync::Mutex::default(),
         }));
         let mut rollouts = logbook.rollouts;
@@ -252,7 +121,7 @@ impl Rollouts {
                 this.resume(rollout);
             }
         }
-        this.forget();
+        this.kept_mut().forget();
         this
     }
 
@@ -265,15 +134,22 @@ impl Rollouts {
             deadline_told,
             end,
             actuations,
+            overriding,
+            overrides,
+            bootstrapped,
+            hold_expired,
         } = logged;
         let mut view = View::new(&start);
         view.approved = approved;
+        view.bootstrapped = bootstrapped;
         if let Some((decision, hash)) = &last {
             view.recorded_decision(decision, hash);
         }
+        view.hold_expired = hold_expired;
+        let overriding = Overriding::restored(overriding, overrides);
         if let Some(end) = end {
             view.end(&end);
-            let publish = self.keep(&start, None, view);
+            let publish = self.keep(&start, None, overriding.shown(&view));
             // What was begun is finished, or is on record as failed; nothing else is done because of what is over.
             if effects::is_unfinished(&actuations) {
                 self.act_on(&start, &publish, actuations);
@@ -281,7 +157,7 @@ impl Rollouts {
             return;
         }
         let (commands, inbox) = mpsc::channel(8);
-        let publish = self.keep(&start, Some(commands), view.clone());
+        let publish = self.keep(&start, Some(commands), overriding.shown(&view));
         self.act_on(&start, &publish, actuations);
         let (this, shared, shown) = (self.clone(), self.0.shared.clone(), Arc::clone(&publish));
         // The last decision is known; that it takes a while until the judge knows as much keeps nobody waiting.
@@ -289,7 +165,7 @@ impl Rollouts {
             let again = tokio::task::spawn_blocking(move || this.judge_again(&start));
             match again.await {
                 Ok(Ok(judged)) => {
-                    let mut owner = Owner::new(judged, view, shared);
+                    let mut owner = Owner::new(judged, view, overriding, shared);
                     if !deadline_told {
                         owner.tell_deadline();
                     }
@@ -368,56 +244,21 @@ impl Rollouts {
             commands,
             view: Arc::clone(&publish),
         };
-        self.handles_mut().insert(start.rollout.clone(), handle);
+        self.kept_mut().insert(start, handle);
         publish
     }
 
-    fn handles(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Handle>> {
-        self.0.handles.read().unwrap_or_else(PoisonError::into_inner)
+    fn kept(&self) -> std::sync::RwLockReadGuard<'_, Kept> {
+        self.0.kept.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn handles_mut(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<String, Handle>> {
-        self.0.handles.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Drops the oldest ended rollouts from memory.
-    fn forget(&self) {
-        let mut handles = self.handles_mut();
-        let excess = handles.len().saturating_sub(MAX_KEPT);
-        let mut ended: Vec<(u64, String)> = handles
-            .iter()
-            .filter(|(_, handle)| handle.view.borrow().state == State::Ended)
-            .map(|(id, handle)| (handle.view.borrow().start_ms, id.clone()))
-            .collect();
-        ended.sort();
-        for (_, id) in ended.into_iter().take(excess) {
-            handles.remove(&id);
-        }
+    fn kept_mut(&self) -> std::sync::RwLockWriteGuard<'_, Kept> {
+        self.0.kept.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts a rollout, or finds the one with the same key. Says whether it is new.
     pub async fn start(&self, request: StartRequest) -> Result<(Arc<View>, bool), RolloutError> {
-        for (field, name) in [
-            ("service", Some(&request.service)),
-            ("canary_version", Some(&request.canary_version)),
-            ("baseline_version", request.baseline_version.as_ref()),
-            ("key", request.key.as_ref()),
-            ("actor", request.actor.as_ref()),
-        ] {
-            if let Some(name) = name {
-                check_name(name.as_bytes())
-                    .map_err(|error| RolloutError::Invalid(format!("{field} {error}")))?;
-            }
-        }
-        if let Some(workload) = &request.workload {
-            check_workload(workload).map_err(RolloutError::Invalid)?;
-        }
-        if request.baseline_version.as_ref() == Some(&request.canary_version) {
-            return Err(RolloutError::Invalid(format!(
-                "baseline_version and canary_version are both {}; a version cannot be compared with itself",
-                request.canary_version
-            )));
-        }
+        request.check().map_err(RolloutError::Invalid)?;
         let Some(policy) = self.0.policies.get(&request.service) else {
             let known: Vec<_> = self.0.policies.keys().map(String::as_str).collect();
             return Err(RolloutError::NotFound(format!(
@@ -428,7 +269,7 @@ impl Rollouts {
         };
         let _one_at_a_time = self.0.starting.lock().await;
         if let Some(key) = &request.key
-            && let Some(handle) = self.handles().values().find(|handle| handle.key == *key)
+            && let Some(handle) = self.kept().all().find(|handle| handle.key == *key)
         {
             let view = handle.view.borrow().clone();
             let asked = (
@@ -451,7 +292,8 @@ impl Rollouts {
             }
             return Ok((self.trusted(view), false));
         }
-        if let Some(open) = self.open_rollout(&request.service) {
+        let open = self.kept().open(&request.service).map(str::to_owned);
+        if let Some(open) = open {
             return Err(RolloutError::Conflict(format!(
                 "rollout {open} of {} is still open; end it with `coalmine rollout end {open}`",
                 request.service
@@ -476,10 +318,11 @@ impl Rollouts {
             .await?;
         let judged = Judged::begin(&start, &policy.source, history_text.as_deref());
         let judged = judged.map_err(RolloutError::Invalid)?;
-        let owner = Owner::new(judged, View::new(&start), self.0.shared.clone());
+        let overriding = Overriding::default();
+        let owner = Owner::new(judged, View::new(&start), overriding, self.0.shared.clone());
         let view = owner.view();
         self.spawn(&start, owner);
-        self.forget();
+        self.kept_mut().forget();
         tracing::info!(
             rollout = start.rollout,
             service = start.service,
@@ -487,15 +330,6 @@ impl Rollouts {
             "rollout started"
         );
         Ok((view, true))
-    }
-
-    fn open_rollout(&self, service: &str) -> Option<String> {
-        let handles = self.handles();
-        let open = |handle: &Handle| handle.service == service && handle.view.borrow().state != State::Ended;
-        handles
-            .iter()
-            .find(|(_, handle)| open(handle))
-            .map(|(id, _)| id.clone())
     }
 
     fn new_start(&self, request: StartRequest, policy: &Policy) -> RolloutStart {
@@ -514,7 +348,7 @@ impl Rollouts {
         };
         let stem = format!("{}-{}", plain(&request.service), plain(&request.canary_version));
         let mut id = format!("{stem}-{}", now_ms / 1_000);
-        while self.handles().contains_key(&id) {
+        while self.kept().contains(&id) {
             id.push('x');
         }
         RolloutStart {
@@ -537,20 +371,13 @@ impl Rollouts {
     /// Ends a rollout.
     pub async fn end(&self, id: &str, actor: String, reason: String) -> Result<Arc<View>, RolloutError> {
         let handle = self.handle(id)?;
-        if handle.view.borrow().state == State::Ended {
+        if handle.is_ended() {
             return Ok(self.trusted(handle.view.borrow().clone()));
         }
         let Some(commands) = handle.commands.as_ref().filter(|commands| !commands.is_closed()) else {
             return self.end_without_owner(id, &handle, actor, reason).await;
         };
-        let (reply, answer) = oneshot::channel();
-        let stopping =
-            || RolloutError::Conflict(format!("rollout {id} cannot be ended while the server stops"));
-        commands
-            .send(Command::End { actor, reason, reply })
-            .await
-            .map_err(|_| stopping())?;
-        answer.await.map_err(|_| stopping())??;
+        ask(id, commands, |reply| Command::End { actor, reason, reply }).await?;
         Ok(self.trusted(handle.view.borrow().clone()))
     }
 
@@ -578,6 +405,99 @@ impl Rollouts {
         Ok(handle.view.borrow().clone())
     }
 
+    /// Decides in the judge's place, or gives the decision back to it. It is on record before it is shown; a HOLD and a
+    /// ROLLBACK take effect without, if they must.
+    pub async fn override_verdict(
+        &self,
+        id: &str,
+        verdict: Option<Verdict>,
+        actor: String,
+        reason: String,
+    ) -> Result<Arc<View>, RolloutError> {
+        let handle = self.open_handle(id)?;
+        let Some(commands) = handle.commands.as_ref().filter(|commands| !commands.is_closed()) else {
+            return self
+                .override_without_owner(id, &handle, verdict, actor, reason)
+                .await;
+        };
+        let command = |reply| Command::Override {
+            verdict,
+            actor,
+            reason,
+            reply,
+        };
+        ask(id, commands, command).await?;
+        Ok(self.trusted(handle.view.borrow().clone()))
+    }
+
+    /// What cannot be judged any more is a person's to decide.
+    async fn override_without_owner(
+        &self,
+        id: &str,
+        handle: &Handle,
+        verdict: Option<Verdict>,
+        actor: String,
+        reason: String,
+    ) -> Result<Arc<View>, RolloutError> {
+        let _one_at_a_time = self.0.starting.lock().await;
+        let view = Arc::clone(&handle.view.borrow());
+        let change = Override {
+            // The log's length makes it another name than any before.
+            id: format!("{id}-override-at-{}", clock::now_ms()),
+            rollout: id.to_owned(),
+            verdict: verdict.map(|verdict| verdict.as_str().to_owned()),
+            judged: v1::Verdict::Hold.as_str().to_owned(),
+            decision: view
+                .overridden
+                .is_none()
+                .then(|| view.decision_id.clone())
+                .flatten(),
+            actor,
+            reason,
+        };
+        let appended = self
+            .0
+            .shared
+            .ledger
+            .append(Body::Override(change.clone()), Vec::new());
+        let hash = appended.await?.hash.to_string();
+        handle.view.send_modify(|view| {
+            let view = Arc::make_mut(view);
+            view.given_back();
+            if verdict.is_some() {
+                view.override_with(&change, Some(&hash));
+            }
+        });
+        Ok(self.trusted(handle.view.borrow().clone()))
+    }
+
+    /// Records that a canary without any traffic may get its first, once for a rollout.
+    pub async fn bootstrap(&self, id: &str, agents: u64, hook: &str) -> Result<Arc<View>, RolloutError> {
+        let handle = self.open_handle(id)?;
+        let hook = hook.to_owned();
+        let commands = handle.commands.as_ref().filter(|commands| !commands.is_closed());
+        let commands = commands.ok_or_else(|| {
+            RolloutError::Conflict(format!("rollout {id} cannot be judged any more; start a new one"))
+        })?;
+        ask(id, commands, |reply| Command::Bootstrap { agents, hook, reply }).await?;
+        Ok(self.trusted(handle.view.borrow().clone()))
+    }
+
+    fn open_handle(&self, id: &str) -> Result<Handle, RolloutError> {
+        let handle = self.handle(id)?;
+        if handle.is_ended() {
+            return Err(RolloutError::Conflict(format!(
+                "rollout {id} is ended; start a new one"
+            )));
+        }
+        Ok(handle)
+    }
+
+    /// The policies, by service.
+    pub fn policies(&self) -> &BTreeMap<String, Policy> {
+        &self.0.policies
+    }
+
     /// The last published state of a rollout.
     pub fn view(&self, id: &str) -> Result<Arc<View>, RolloutError> {
         Ok(self.trusted(self.handle(id)?.view.borrow().clone()))
@@ -600,17 +520,47 @@ impl Rollouts {
 
     /// All rollouts that are kept, newest first.
     pub fn list(&self) -> Vec<Arc<View>> {
-        let mut views: Vec<_> = self
-            .handles()
-            .values()
-            .map(|handle| self.trusted(handle.view.borrow().clone()))
+        let views = self
+            .kept()
+            .all()
+            .map(|handle| handle.view.borrow().clone())
             .collect();
+        let mut views: Vec<_> = self.all_trusted(views);
         views.sort_by(|a, b| (b.start_ms, &b.id).cmp(&(a.start_ms, &a.id)));
         views
     }
 
+    /// The open rollouts that are meant; if none is open, the newest that is. Newest first.
+    pub fn find(&self, question: &Question) -> Vec<Arc<View>> {
+        let views = self.kept().find(question);
+        self.all_trusted(views)
+    }
+
+    fn all_trusted(&self, views: Vec<Arc<View>>) -> Vec<Arc<View>> {
+        views.into_iter().map(|view| self.trusted(view)).collect()
+    }
+
+    /// What is shown of a rollout, now and whenever it changes, until it is ended.
+    pub fn watch(&self, id: &str) -> Result<impl Stream<Item = Arc<View>> + Send + 'static, RolloutError> {
+        let mut views = self.handle(id)?.view.subscribe();
+        views.mark_changed();
+        let this = self.clone();
+        Ok(stream::unfold(
+            (this, views, false),
+            async |(this, mut views, is_over)| {
+                if is_over || views.changed().await.is_err() {
+                    return None;
+                }
+                let view = views.borrow_and_update().clone();
+                let view = this.trusted(view);
+                let is_over = view.state == State::Ended;
+                Some((view, (this, views, is_over)))
+            },
+        ))
+    }
+
     fn handle(&self, id: &str) -> Result<Handle, RolloutError> {
-        self.handles().get(id).cloned().ok_or_else(|| {
+        self.kept().get(id).cloned().ok_or_else(|| {
             RolloutError::NotFound(format!(
                 "there is no rollout {id:?}; `coalmine rollout list` shows all"
             ))
@@ -619,10 +569,24 @@ impl Rollouts {
 
     /// The start of the oldest slot that an open rollout of a service still waits for.
     pub fn waited_for(&self, service: &str) -> Option<u64> {
-        let handles = self.handles();
-        let open = handles.values().filter(|handle| handle.service == service);
+        let kept = self.kept();
+        let open = kept.all().filter(|handle| handle.service == service);
         open.filter_map(|handle| handle.view.borrow().waits_for_ms).min()
     }
+}
+
+/// Asks the owner of a rollout for something, and waits for its answer.
+async fn ask(
+    id: &str,
+    commands: &mpsc::Sender<Command>,
+    command: impl FnOnce(Reply) -> Command,
+) -> Result<(), RolloutError> {
+    let (reply, answer) = oneshot::channel();
+    let stopping =
+        || RolloutError::Conflict(format!("rollout {id} cannot be changed while the server stops"));
+    let sent = commands.send(command(reply)).await;
+    sent.map_err(|_| stopping())?;
+    answer.await.map_err(|_| stopping())?
 }
 
 /// Runs what owns a rollout. A verdict that nobody stands behind any more must not stay up.
@@ -699,30 +663,6 @@ pub fn configs(policies: &BTreeMap<String, Policy>, histories: &Histories) -> Co
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_workload_can_be_halted_and_is_named_as_kubernetes_names() {
-        let check = |kind: &str, namespace: &str, name: &str| {
-            let [kind, namespace, name] = [kind, namespace, name].map(str::to_owned);
-            check_workload(&Workload {
-                kind,
-                namespace,
-                name,
-            })
-        };
-        for kind in ["Deployment", "Rollout", "Canary"] {
-            assert_eq!(check(kind, "shop", "check-out.v2"), Ok(()));
-        }
-        let refused = check("StatefulSet", "shop", "checkout").unwrap_err();
-        assert!(refused.contains("workload.kind"), "{refused}");
-        let long = "x".repeat(254);
-        for bad in ["", ".", "..", "a/b", "a..b", "-a", "a-", "A", "a_b", &long] {
-            let refused = check("Deployment", bad, "a").unwrap_err();
-            assert!(refused.contains("workload.namespace"), "{refused}");
-            let refused = check("Deployment", "a", bad).unwrap_err();
-            assert!(refused.contains("workload.name "), "{refused}");
-        }
-    }
 
     const POLICY: &str = "{ apiVersion: coalmine.dev/v1, kind: SlaBaseline, service: checkout,
         defaults: { errors: { max_rate: 1% }, latency: { p99: 350ms } },

@@ -70,6 +70,10 @@ pub enum Body {
     End(RolloutEnd),
     /// Something is done outside because of a decision, or was.
     Actuation(Actuation),
+    /// Somebody decides in the judge's place, or gives the decision back to it.
+    Override(Override),
+    /// A canary without any traffic may get its first, so that there is something to judge.
+    Bootstrap(Bootstrap),
     /// A decision was acted on before it was on record, and its record, which was under way already, does not say so.
     LateRecord {
         /// The rollout's name.
@@ -134,6 +138,8 @@ impl Body {
             Self::Deadline(_) => "deadline",
             Self::End(_) => "end",
             Self::Actuation(_) => "actuation",
+            Self::Override(_) => "override",
+            Self::Bootstrap(_) => "bootstrap",
             Self::LateRecord { .. } => "late_record",
             Self::Heartbeat {} => "heartbeat",
             Self::SegmentSeal { .. } => "segment_seal",
@@ -207,6 +213,40 @@ pub struct Actuation {
     pub stage: String,
     /// One sentence.
     pub detail: String,
+}
+
+/// Somebody decides in the judge's place. The judge goes on beside it, and nothing that it says is changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Override {
+    /// The name of this decision.
+    pub id: String,
+    /// The rollout's name.
+    pub rollout: String,
+    /// APPROVE, HOLD or ROLLBACK; none where the decision is the judge's again.
+    pub verdict: Option<String>,
+    /// What the judge said at that time.
+    pub judged: String,
+    /// The judge's decision at that time, if there was one.
+    pub decision: Option<String>,
+    /// Who decided.
+    pub actor: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// A canary without any traffic may get its first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bootstrap {
+    /// The name of this decision.
+    pub id: String,
+    /// The rollout's name.
+    pub rollout: String,
+    /// Agents of the canary that were connected.
+    pub agents: u64,
+    /// Which hook asked.
+    pub hook: String,
 }
 
 impl RolloutStart {

@@ -64,6 +64,10 @@ fn view(decision: Option<&str>, verdict: &str, recorded: bool, state: State) -> 
         judge: "judge".to_owned(),
         policy: String::new(),
         ended: None,
+        overridden: None,
+        bootstrapped: false,
+        hold_expired: false,
+        decided_ms: 0,
         waits_for_ms: None,
     })
 }

@@ -9,7 +9,7 @@ use std::{
 use coalmine_judge::{
     evidence::Window,
     manifest::Snapshot,
-    record::{Body, Decision, Finding, HoldDeadline, RolloutEnd, Step},
+    record::{Body, Bootstrap, Decision, Finding, HoldDeadline, Override, RolloutEnd, Step},
     replay::Judged,
     v1::{Outcome, Verdict},
 };
@@ -36,14 +36,59 @@ const RECORD_WITHIN: Duration = Duration::from_secs(2);
 /// Decisions that may wait for a log that cannot be written; then judging pauses.
 const MAX_PENDING: usize = 1_000;
 
+/// Where the answer to a command goes.
+pub(super) type Reply = oneshot::Sender<Result<(), RolloutError>>;
+
 /// What a person or a tool asks of a rollout.
 #[derive(Debug)]
 pub(super) enum Command {
     End {
         actor: String,
         reason: String,
-        reply: oneshot::Sender<Result<(), RolloutError>>,
+        reply: Reply,
     },
+    Override {
+        verdict: Option<Verdict>,
+        actor: String,
+        reason: String,
+        reply: Reply,
+    },
+    Bootstrap {
+        agents: u64,
+        hook: String,
+        reply: Reply,
+    },
+}
+
+/// What was decided in the judge's place.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Overriding {
+    /// What is in force, with the hash of its record once that is on record.
+    in_force: Option<(Override, Option<String>)>,
+    /// How often somebody has decided, or given the decision back.
+    count: u64,
+}
+
+impl Overriding {
+    pub(super) fn restored(in_force: Option<(Override, String)>, count: u64) -> Self {
+        Self {
+            in_force: in_force.map(|(change, hash)| (change, Some(hash))),
+            count,
+        }
+    }
+
+    /// What is shown of a view that is the judge's.
+    pub(super) fn shown(&self, view: &View) -> View {
+        let mut view = view.clone();
+        if let Some((change, hash)) = &self.in_force {
+            view.override_with(change, hash.as_deref());
+        }
+        view
+    }
+
+    fn take(&mut self, change: &Override, hash: Option<String>) {
+        self.in_force = change.verdict.is_some().then(|| (change.clone(), hash));
+    }
 }
 
 /// What can happen to a rollout.
@@ -87,15 +132,26 @@ enum Entry {
     Decision(Box<Decision>),
     /// That a HOLD has lasted as long as it may.
     Deadline(HoldDeadline),
+    /// What somebody decided in the judge's place.
+    Override(Override),
+    /// That the canary may get its first traffic.
+    Bootstrap(Bootstrap),
     /// That a decision, by name, took effect before it was on record.
     Late(String, String),
 }
 
 impl Entry {
+    /// Whether it is somebody's decision, or a canary's first traffic, of this name.
+    fn names(&self, wanted: &str) -> bool {
+        matches!(self, Self::Override(Override { id, .. }) | Self::Bootstrap(Bootstrap { id, .. }) if id == wanted)
+    }
+
     fn body(&self) -> Body {
         match self {
             Self::Decision(decision) => Body::Decision(decision.clone()),
             Self::Deadline(deadline) => Body::Deadline(deadline.clone()),
+            Self::Override(change) => Body::Override(change.clone()),
+            Self::Bootstrap(bootstrap) => Body::Bootstrap(bootstrap.clone()),
             Self::Late(rollout, decision) => Body::LateRecord {
                 rollout: rollout.clone(),
                 decision: decision.clone(),
@@ -141,24 +197,30 @@ fn connectivity(window: &Window, contexts: &[ArmContext; 2]) -> String {
 pub(super) struct Owner {
     judged: Judged,
     comparison: Comparison,
+    /// What is shown if nobody has decided in the judge's place.
     view: View,
+    overriding: Overriding,
     shared: Shared,
     /// Records that are not in the log yet, in order.
     pending: VecDeque<Pending>,
     /// Why nothing could be recorded, if that was said.
     told: Option<String>,
+    /// The override that was recorded last.
+    last_recorded: Option<String>,
     broken: bool,
 }
 
 impl Owner {
-    pub(super) fn new(judged: Judged, view: View, shared: Shared) -> Self {
+    pub(super) fn new(judged: Judged, view: View, overriding: Overriding, shared: Shared) -> Self {
         let owner = Self {
             comparison: comparison(&judged.start),
             judged,
             view,
+            overriding,
             shared,
             pending: VecDeque::new(),
             told: None,
+            last_recorded: None,
             broken: false,
         };
         if let Some(outcome) = &owner.judged.outcome {
@@ -168,7 +230,7 @@ impl Owner {
     }
 
     fn show_metrics(&self, outcome: &Outcome, before: Option<&Outcome>) {
-        let mut view = self.view.clone();
+        let mut view = self.overriding.shown(&self.view);
         if let Some(why) = self.shared.ledger.trouble() {
             view.hold_back(&why);
         }
@@ -179,7 +241,7 @@ impl Owner {
     }
 
     pub(super) fn view(&self) -> Arc<View> {
-        Arc::new(self.view.clone())
+        Arc::new(self.overriding.shown(&self.view))
     }
 
     /// The number of the window that comes next.
@@ -201,13 +263,12 @@ impl Owner {
             match event {
                 Event::Slot => self.judge_slot().await,
                 Event::Record => self.record().await,
-                Event::Command(Command::End { actor, reason, reply }) => {
-                    let result = self.end(actor, reason).await;
-                    let ended = result.is_ok();
+                Event::Command(command) => {
+                    let (result, reply) = self.obey(command).await;
                     publish.send_replace(self.view());
                     // The caller may have gone away.
                     drop(reply.send(result));
-                    if ended {
+                    if self.view.state == State::Ended {
                         return;
                     }
                 }
@@ -215,6 +276,100 @@ impl Owner {
             }
             publish.send_replace(self.view());
         }
+    }
+
+    async fn obey(&mut self, command: Command) -> (Result<(), RolloutError>, Reply) {
+        match command {
+            Command::End { actor, reason, reply } => (self.end(actor, reason).await, reply),
+            Command::Override {
+                verdict,
+                actor,
+                reason,
+                reply,
+            } => (self.decide_otherwise(verdict, actor, reason).await, reply),
+            Command::Bootstrap { agents, hook, reply } => (self.bootstrap(agents, hook).await, reply),
+        }
+    }
+
+    /// Puts somebody's decision in the place of the judge's. A HOLD and a ROLLBACK take effect also while the log cannot be
+    /// written.
+    async fn decide_otherwise(
+        &mut self,
+        verdict: Option<Verdict>,
+        actor: String,
+        reason: String,
+    ) -> Result<(), RolloutError> {
+        self.overriding.count = self.overriding.count.saturating_add(1);
+        let start = &self.judged.start;
+        let change = Override {
+            id: format!("{}-override-{}", start.rollout, self.overriding.count),
+            rollout: start.rollout.clone(),
+            verdict: verdict.map(|verdict| verdict.as_str().to_owned()),
+            judged: self.view.verdict.clone(),
+            decision: self.view.decision_id.clone(),
+            actor,
+            reason,
+        };
+        self.pending
+            .push_back(Pending::new(Entry::Override(change.clone()), Vec::new()));
+        self.record().await;
+        if !self.waits_for(&change.id) {
+            return self.outcome_of(&change.id);
+        }
+        if matches!(verdict, Some(Verdict::Hold | Verdict::Rollback)) {
+            self.overriding.take(&change, None);
+            for pending in &mut self.pending {
+                pending.shown |= pending.entry.names(&change.id);
+            }
+            return Ok(());
+        }
+        // What was submitted may be recorded yet, and takes effect then.
+        self.pending
+            .retain(|pending| pending.answer.is_some() || !pending.entry.names(&change.id));
+        Err(self.not_recorded())
+    }
+
+    /// Records that the canary may get its first traffic.
+    async fn bootstrap(&mut self, agents: u64, hook: String) -> Result<(), RolloutError> {
+        if self.view.bootstrapped {
+            return Ok(());
+        }
+        let rollout = &self.judged.start.rollout;
+        let bootstrap = Bootstrap {
+            id: format!("{rollout}-bootstrap"),
+            rollout: rollout.clone(),
+            agents,
+            hook,
+        };
+        let id = bootstrap.id.clone();
+        if !self.waits_for(&id) {
+            self.pending
+                .push_back(Pending::new(Entry::Bootstrap(bootstrap), Vec::new()));
+        }
+        self.record().await;
+        if self.view.bootstrapped {
+            return Ok(());
+        }
+        self.pending
+            .retain(|pending| pending.answer.is_some() || !pending.entry.names(&id));
+        Err(self.not_recorded())
+    }
+
+    fn waits_for(&self, id: &str) -> bool {
+        self.pending.iter().any(|pending| pending.entry.names(id))
+    }
+
+    /// Whether what is no longer pending was recorded, or dropped with all others.
+    fn outcome_of(&self, id: &str) -> Result<(), RolloutError> {
+        if self.last_recorded.as_deref() == Some(id) {
+            return Ok(());
+        }
+        Err(self.not_recorded())
+    }
+
+    fn not_recorded(&self) -> RolloutError {
+        let why = self.told.as_deref().unwrap_or("the decision log does not answer");
+        AppendError::Disk(format!("{why}; ask again")).into()
     }
 
     /// Waits for the next thing to do.
@@ -310,6 +465,7 @@ impl Owner {
     /// Puts the record of a hold deadline in line, if the last window reached it.
     pub(super) fn tell_deadline(&mut self) {
         if let Some(deadline) = self.judged.hold_deadline() {
+            self.view.hold_expired = deadline.verdict == Verdict::Hold.as_str();
             self.pending
                 .push_back(Pending::new(Entry::Deadline(deadline), Vec::new()));
         }
@@ -349,6 +505,32 @@ impl Owner {
         };
         match entry {
             Entry::Late(..) => {}
+            Entry::Override(change) => {
+                if shown {
+                    let late = Entry::Late(change.rollout.clone(), change.id.clone());
+                    self.pending.push_front(Pending::new(late, Vec::new()));
+                }
+                tracing::warn!(
+                    rollout = change.rollout,
+                    decision = change.id,
+                    verdict = change.verdict.as_deref().unwrap_or("the judge's"),
+                    judged = change.judged,
+                    actor = change.actor,
+                    reason = change.reason,
+                    "somebody has decided in the judge's place"
+                );
+                self.overriding.take(&change, Some(hash.to_owned()));
+                self.last_recorded = Some(change.id);
+            }
+            Entry::Bootstrap(bootstrap) => {
+                tracing::info!(
+                    rollout = bootstrap.rollout,
+                    agents = bootstrap.agents,
+                    hook = bootstrap.hook,
+                    "the canary may get its first traffic"
+                );
+                self.view.bootstrapped = true;
+            }
             Entry::Deadline(deadline) => tracing::info!(
                 rollout = deadline.rollout,
                 held_ms = deadline.held_ms,
@@ -549,7 +731,7 @@ impl Owner {
             rollout: self.judged.start.rollout.clone(),
             actor,
             reason,
-            verdict: self.view.verdict.clone(),
+            verdict: self.view().verdict.clone(),
         };
         self.shared
             .ledger

@@ -1,8 +1,8 @@
 //! What is published of a rollout: an immutable picture, replaced after each recorded decision.
 
 use coalmine_judge::{
-    record::{Anomaly, Decision, RolloutEnd, RolloutStart, Workload},
-    v1,
+    record::{Anomaly, Decision, Override, RolloutEnd, RolloutStart, Workload},
+    v1::{self, Verdict},
 };
 use serde::Serialize;
 
@@ -18,6 +18,19 @@ pub enum State {
     Halted,
     /// It was ended.
     Ended,
+}
+
+/// A decision in the judge's place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Overridden {
+    /// APPROVE, HOLD or ROLLBACK.
+    pub verdict: String,
+    /// Who decided.
+    pub actor: String,
+    /// Why.
+    pub reason: String,
+    /// What the judge says now.
+    pub judged: String,
 }
 
 /// A rollout as the world sees it.
@@ -53,6 +66,12 @@ pub struct View {
     pub windows_judged: u64,
     /// APPROVE, HOLD or ROLLBACK.
     pub verdict: String,
+    /// The decision in the judge's place, if one is in force; `verdict` is then that of it.
+    pub overridden: Option<Overridden>,
+    /// Whether the canary was let have its first traffic although nothing could be judged.
+    pub bootstrapped: bool,
+    /// Whether the HOLD has reached its deadline, and goes on.
+    pub hold_expired: bool,
     /// Health score from 0 to 1.
     pub score: f64,
     /// The same in parts per million.
@@ -85,6 +104,9 @@ pub struct View {
     pub policy: String,
     /// Who ended it and why.
     pub ended: Option<RolloutEnd>,
+    /// The end of the last window that was judged.
+    #[serde(skip)]
+    pub decided_ms: u64,
     /// The slot that the rollout waits for.
     #[serde(skip)]
     pub waits_for_ms: Option<u64>,
@@ -108,6 +130,9 @@ impl View {
             window_ms: start.window_ms,
             windows_judged: 0,
             verdict: v1::Verdict::Hold.as_str().to_owned(),
+            overridden: None,
+            bootstrapped: false,
+            hold_expired: false,
             score: 1.0,
             score_ppm: 1_000_000,
             reason: "no window is judged yet".to_owned(),
@@ -124,8 +149,16 @@ impl View {
             judge: start.judge.clone(),
             policy: start.policy.to_string(),
             ended: None,
+            decided_ms: start.start_ms,
             waits_for_ms: Some(start.start_ms),
         }
+    }
+
+    /// What the verdict says.
+    pub fn standing(&self) -> Verdict {
+        let mut verdicts = Verdict::ALL.into_iter();
+        let known = verdicts.find(|verdict| verdict.as_str() == self.verdict);
+        known.unwrap_or(Verdict::Hold)
     }
 
     /// Shows a decision that is in the log.
@@ -153,7 +186,9 @@ impl View {
         self.traffic_ppm = decision.finding.traffic_ppm;
         self.tenants_checked = decision.finding.tenants_checked;
         self.anomalies.clone_from(&decision.finding.anomalies);
-        self.waits_for_ms = Some(self.start_ms + decision.finding.window * self.window_ms);
+        self.decided_ms = self.start_ms + decision.finding.window * self.window_ms;
+        self.waits_for_ms = Some(self.decided_ms);
+        self.hold_expired &= decision.finding.verdict == Verdict::Hold.as_str();
         if decision.finding.verdict == v1::Verdict::Rollback.as_str() {
             self.state = State::Halted;
             self.waits_for_ms = None;
@@ -177,13 +212,46 @@ impl View {
         }
     }
 
+    /// Shows what somebody has decided in the judge's place.
+    pub(super) fn override_with(&mut self, change: &Override, hash: Option<&str>) {
+        let Some(verdict) = &change.verdict else {
+            return;
+        };
+        let judged = std::mem::replace(&mut self.verdict, verdict.clone());
+        let said = format!("{} has decided: {}", change.actor, change.reason);
+        self.reason = format!("{said} (the judge says {judged}: {})", self.reason);
+        self.overridden = Some(Overridden {
+            verdict: verdict.clone(),
+            actor: change.actor.clone(),
+            reason: change.reason.clone(),
+            judged,
+        });
+        self.decision_id = Some(change.id.clone());
+        self.decision_hash = hash.map(str::to_owned);
+        self.recorded = hash.is_some();
+        self.confidence_ppm = None;
+        self.hold_expired = false;
+    }
+
+    /// What is left once nobody decides any more for a judge that cannot.
+    pub(super) fn given_back(&mut self) {
+        if self.overridden.take().is_some() {
+            self.broken("the decision was given back to the judge");
+        }
+    }
+
     /// Shows that the rollout cannot go on.
     pub(super) fn broken(&mut self, problem: &str) {
+        self.waits_for_ms = None;
+        if let Some(overridden) = &mut self.overridden {
+            // Whoever has decided has still decided.
+            overridden.judged = v1::Verdict::Hold.as_str().to_owned();
+            return;
+        }
         if self.state != State::Halted {
             self.verdict = v1::Verdict::Hold.as_str().to_owned();
         }
         self.confidence_ppm = None;
-        self.waits_for_ms = None;
         self.reason = format!("the rollout cannot be judged any more: {problem}; start a new one");
     }
 
