@@ -16,11 +16,9 @@ use std::{
     str::Chars,
 };
 
-use coalmine_proto::names::{Arm, check_name};
+use coalmine_proto::names::{ARM_LABEL, Arm, check_name};
 
 use crate::{config::Config, window::Build};
-
-const ARM_LABEL: &str = "coalmine.dev/arm";
 
 /// Labels and their names are short, and a pod has few; the API server takes no more than this of all metadata.
 const MAX_BYTES: usize = 256 << 10;
@@ -73,7 +71,8 @@ impl Labels {
     }
 
     fn build_of(&self, labels: &BTreeMap<&str, String>) -> Build {
-        let arm = named(labels, ARM_LABEL).and_then(str::parse::<Arm>);
+        let label = |name: &str| labels.get(name).map(String::as_str);
+        let arm = Arm::of_labels(label).unwrap_or_else(|| Err("is missing".to_owned()));
         let version = self.version_label.as_ref().map_or_else(
             || self.start.version.clone(),
             |label| {

@@ -9,6 +9,7 @@ mod inject;
 mod judge;
 mod policy;
 mod rollout;
+mod token;
 mod witness;
 
 use std::{io, path::PathBuf, process::ExitCode, time::Duration};
@@ -47,6 +48,9 @@ struct Common {
         value_name = "URL"
     )]
     server: String,
+    /// File with the token to present; without it the variable COALMINE_TOKEN
+    #[arg(long, global = true, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// Form of the output
     #[arg(long, global = true, default_value = "table", value_name = "FORM")]
     output: Output,
@@ -69,16 +73,7 @@ enum Command {
     #[command(subcommand)]
     Rollout(rollout::Command),
     /// Ask for the verdict on a rollout: exit 0 approved, 1 rolled back, 2 on hold
-    Gate {
-        /// The rollout
-        rollout: String,
-        /// Wait until the verdict is APPROVE or ROLLBACK
-        #[arg(long)]
-        wait: bool,
-        /// How long to wait at most
-        #[arg(long, default_value = "30m", value_parser = duration, requires = "wait", value_name = "DURATION")]
-        timeout: Duration,
-    },
+    Gate(rollout::Gate),
     /// Explain a decision
     Explain {
         /// The decision, as `gate` and `rollout status` name it
@@ -115,6 +110,9 @@ enum Command {
     /// Cosign checkpoints of decision logs that only grow, for somebody who cannot change them
     #[command(subcommand)]
     Witness(witness::Command),
+    /// Make, list and revoke the tokens that tools present (offline)
+    #[command(subcommand)]
+    Token(token::Command),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -208,16 +206,19 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Result<Exit, Failure> {
-    let Common { server, output } = cli.common;
-    let client = || Client::new(&server);
+    let Common {
+        server,
+        output,
+        token_file,
+    } = cli.common;
+    let client = || -> Result<Client, Failure> {
+        let token = token::presented(token_file.as_deref())?;
+        Ok(Client::new(&server, token.as_deref())?)
+    };
     match cli.command {
         Command::Demo(options) => demo::run(options, output).await,
         Command::Rollout(command) => rollout::run(command, &client()?, output).await,
-        Command::Gate {
-            rollout,
-            wait,
-            timeout,
-        } => rollout::gate(&client()?, &rollout, wait.then_some(timeout), output).await,
+        Command::Gate(asked) => rollout::gate(&client()?, &asked, output).await,
         Command::Explain {
             decision,
             data: Some(data),
@@ -236,6 +237,7 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Policy(command) => policy::run(command, output),
         Command::Inject(options) => inject::run(options, output),
         Command::Witness(command) => witness::run(command).await,
+        Command::Token(command) => token::run(command, output),
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             clap_complete::generate(shell, &mut command, "coalmine", &mut io::stdout());

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, Uri, header};
+use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::{
     client::legacy::{Client as HttpClient, connect::HttpConnector},
@@ -22,6 +22,7 @@ const MAX_ANSWER_BYTES: usize = 256 << 20;
 pub struct Client {
     server: String,
     http: HttpClient<HttpConnector, Full<Bytes>>,
+    authorization: Option<HeaderValue>,
 }
 
 /// Why there is no answer.
@@ -49,8 +50,8 @@ pub enum ClientError {
 }
 
 impl Client {
-    /// A client of the aggregator at `server`, such as `http://127.0.0.1:8080`.
-    pub fn new(server: &str) -> Result<Self, ClientError> {
+    /// A client of the aggregator at `server`, such as `http://127.0.0.1:8080`, that presents this token.
+    pub fn new(server: &str, token: Option<&str>) -> Result<Self, ClientError> {
         let server = server.trim_end_matches('/');
         let uri: Uri = server
             .parse()
@@ -73,6 +74,7 @@ impl Client {
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(Duration::from_secs(5)));
         Ok(Self {
+            authorization: token.map(bearer).transpose()?,
             server: server.to_owned(),
             http: HttpClient::builder(TokioExecutor::new()).build(connector),
         })
@@ -93,7 +95,7 @@ impl Client {
             server: self.server.clone(),
             cause,
         };
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.server))
             .header(header::CONTENT_TYPE, "application/json")
@@ -101,6 +103,9 @@ impl Client {
                 body.map(|body| Bytes::from(body.to_string())).unwrap_or_default(),
             ))
             .map_err(|error| ClientError::Usage(format!("{path:?} cannot be asked for: {error}")))?;
+        if let Some(value) = &self.authorization {
+            request.headers_mut().insert(header::AUTHORIZATION, value.clone());
+        }
         let answer = async {
             let response = self.http.request(request).await.map_err(|error| cause(&error))?;
             let status = response.status();
@@ -130,6 +135,14 @@ impl Client {
             detail: detail.to_owned(),
         })
     }
+}
+
+fn bearer(token: &str) -> Result<HeaderValue, ClientError> {
+    let value = HeaderValue::from_str(&format!("Bearer {token}"));
+    let mut value =
+        value.map_err(|_| ClientError::Usage("the token has characters that cannot be sent".to_owned()))?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 /// The innermost cause, which is what a person needs.

@@ -36,7 +36,7 @@ mod workload;
 use std::collections::BTreeMap;
 
 use coalmine_judge::chain::Hash;
-use coalmine_proto::names::{Arm, check_name};
+use coalmine_proto::names::{ARM_LABEL, Arm, check_name};
 use serde_json::{Map, Value, json};
 
 use self::{
@@ -61,7 +61,6 @@ const ADMIN_PORT_NAME: &str = "coalmine-admin";
 const APP_PORT_NAME: &str = "coalmine-app";
 
 const INJECT_LABEL: &str = "coalmine.dev/inject";
-pub(crate) const ARM_LABEL: &str = "coalmine.dev/arm";
 pub(crate) const SERVICE_LABEL: &str = "app.kubernetes.io/name";
 pub(crate) const VERSION_LABEL: &str = "app.kubernetes.io/version";
 pub(crate) const VERSION_ANNOTATION: &str = "coalmine.dev/version";
@@ -215,9 +214,10 @@ fn check_kind(
 }
 
 fn arm(labels: Option<&Map<String, Value>>) -> Result<Arm, Refusal> {
-    let label = labels.and_then(|labels| labels.get(ARM_LABEL));
-    let text = text_of(label.ok_or(Refusal::NoArm)?);
-    text.parse().map_err(|_| Refusal::UnknownArm(text))
+    let labels = labels.ok_or(Refusal::NoArm)?;
+    let text = text_of(labels.get(ARM_LABEL).ok_or(Refusal::NoArm)?);
+    let arm = Arm::of_labels(|name| labels.get(name).and_then(Value::as_str));
+    arm.and_then(Result::ok).ok_or(Refusal::UnknownArm(text))
 }
 
 /// The name of the service or of its version: as the setting says, or the label.

@@ -12,6 +12,7 @@ pub mod ingest;
 
 pub mod store;
 
+pub mod access;
 pub mod book;
 
 pub mod rollouts;

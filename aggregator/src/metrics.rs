@@ -123,6 +123,7 @@ pub struct Metrics {
     coverage: Family<RolloutKind, Gauge<f64, std::sync::atomic::AtomicU64>>,
     worst: Family<Worst, Gauge<f64, std::sync::atomic::AtomicU64>>,
     rejected: Family<Reason, Counter>,
+    refused: Family<Reason, Counter>,
     records: Family<Kind, Counter>,
     /// How long a commit of the decision log takes.
     pub audit_append_seconds: Histogram,
@@ -164,6 +165,7 @@ impl Metrics {
             coverage: Family::default(),
             worst: Family::default(),
             rejected: Family::default(),
+            refused: Family::default(),
             records: Family::default(),
             audit_append_seconds: durations(),
             audit_writable: Gauge::default(),
@@ -217,6 +219,11 @@ impl Metrics {
                 "ingest_rejected",
                 "Sessions and batches refused",
                 metrics.rejected.clone(),
+            );
+            registry.register(
+                "requests_refused",
+                "Requests that came to no route or were not allowed, by reason",
+                metrics.refused.clone(),
             );
             registry.register(
                 "audit_records",
@@ -324,6 +331,11 @@ impl Metrics {
     /// Shows how much space is left for the decision log.
     pub fn audit_disk_free(&self, bytes: u64) {
         self.audit_free.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// Counts a request that came to no route, or was not allowed.
+    pub(crate) fn request_refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&Reason { reason }).inc();
     }
 
     /// Counts a refused session or batch.

@@ -4,8 +4,10 @@
 //! `select` is the only part that touches the world; what it returns is an event, and `apply` turns it into
 //! a recorded decision. Everything that asks about a rollout reads the last published [`View`].
 
+mod execution;
 mod kept;
 mod logbook;
+mod overriding;
 mod owner;
 mod request;
 mod view;
@@ -31,11 +33,12 @@ use coalmine_proto::{
 use futures_util::{Stream, stream};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-pub(crate) use self::request::is_haltable;
+pub(crate) use self::request::{is_haltable, is_subdomain};
 use self::{
     kept::{Handle, Kept},
     logbook::Logged,
-    owner::{Command, Overriding, Owner, Reply},
+    overriding::Overriding,
+    owner::{Command, Owner, Reply},
 };
 pub use self::{
     logbook::Logbook,
@@ -541,7 +544,7 @@ impl Rollouts {
     }
 
     /// What is shown of a rollout, now and whenever it changes, until it is ended.
-    pub fn watch(&self, id: &str) -> Result<impl Stream<Item = Arc<View>> + Send + 'static, RolloutError> {
+    pub fn watch(&self, id: &str) -> Result<impl Stream<Item = Arc<View>> + Send + use<>, RolloutError> {
         let mut views = self.handle(id)?.view.subscribe();
         views.mark_changed();
         let this = self.clone();

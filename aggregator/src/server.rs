@@ -20,6 +20,7 @@ use tokio::{
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::{
+    access::{self, Access},
     book::{Book, Patience, Roster, locked},
     clock,
     database::{self, DatabaseError},
@@ -190,6 +191,9 @@ pub struct Settings {
     /// Seconds without a sign after which an agent is no longer expected
     #[arg(long, env = "COALMINE_FORGET_SECONDS", default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub forget_seconds: u64,
+    /// Who may ask
+    #[command(flatten)]
+    pub access: access::Settings,
     /// What is asked of a cluster
     #[command(flatten)]
     pub kubernetes: kubernetes::Settings,
@@ -376,13 +380,18 @@ async fn start(settings: &Settings) -> Result<Started, StartError> {
         .map_err(StartError::Usage)?;
     let identity = settings.kubernetes.identity(cluster.as_ref());
     let identity = identity.map_err(StartError::Usage)?;
+    let access = Access::open(&settings.access).map_err(StartError::Usage)?;
+    tokio::spawn(Arc::clone(&access).follow());
     let listeners = Listeners::bind(settings).await?;
     let failed = |error: &dyn std::fmt::Display| StartError::Failed(error.to_string());
     disk::create_dir(&settings.data).map_err(|error| failed(&error))?;
     let lock = disk::lock(&settings.data).map_err(|error| failed(&error))?;
     for (address, asks) in [
         (settings.listen_grpc, identity.is_some()),
-        (settings.listen_http, false),
+        (
+            settings.listen_http,
+            settings.access.tokens.is_some() || settings.access.anonymous.is_empty(),
+        ),
         (settings.listen_admin, false),
     ] {
         if !address.ip().is_loopback() && !asks {
@@ -493,6 +502,9 @@ async fn start(settings: &Settings) -> Result<Started, StartError> {
         ledger: opened.ledger,
         ingest,
         metrics,
+        access,
+        flagger: Arc::default(),
+        stopping: drain.subscribe(),
     };
     tracing::info!(
         data = %settings.data.display(),
@@ -589,7 +601,8 @@ async fn listen(
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(telemetry)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listeners.grpc), stopping());
-    let http = axum::serve(listeners.http, faces::api(faces.clone())).with_graceful_shutdown(stopping());
+    let api = faces::api(faces.clone()).into_make_service_with_connect_info::<SocketAddr>();
+    let http = axum::serve(listeners.http, api).with_graceful_shutdown(stopping());
     let admin = axum::serve(listeners.admin, faces::admin(faces.clone())).with_graceful_shutdown(stopping());
     let servers = async {
         let (grpc, http, admin) = tokio::join!(grpc, async { http.await }, async { admin.await });

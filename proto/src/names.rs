@@ -117,7 +117,27 @@ pub enum Arm {
     Baseline,
 }
 
+/// The label that says which arm a pod is of.
+pub const ARM_LABEL: &str = "coalmine.dev/arm";
+
+/// What the label says where Flagger rolls out: it gives the primary's pods the labels of the canary's, all but the one
+/// that its Deployment selects by, which is one of these, and ends in this.
+const FLAGGER: &str = "flagger";
+const FLAGGER_SELECTS_BY: [&str; 3] = ["app", "name", "app.kubernetes.io/name"];
+const FLAGGER_PRIMARY: &str = "-primary";
+
 impl Arm {
+    /// The arm that a pod's labels say; none if they say nothing of it.
+    pub fn of_labels<'l>(label: impl Fn(&str) -> Option<&'l str>) -> Option<Result<Self, String>> {
+        let said = label(ARM_LABEL)?;
+        if said != FLAGGER {
+            return Some(said.parse());
+        }
+        let mut selects = FLAGGER_SELECTS_BY.iter().filter_map(|name| label(name));
+        let is_primary = selects.any(|value| value.ends_with(FLAGGER_PRIMARY));
+        Some(Ok(if is_primary { Self::Baseline } else { Self::Canary }))
+    }
+
     /// Both arms, in the order in which they are listed everywhere.
     pub const ALL: [Self; 2] = [Self::Canary, Self::Baseline];
 
@@ -372,5 +392,42 @@ mod tests {
         assert_eq!(Outcome::of_grpc_status(5), Outcome::ClientError);
         assert_eq!(Outcome::of_grpc_status(14), Outcome::ServerError);
         assert_eq!(Outcome::of_grpc_status(99), Outcome::ServerError);
+    }
+
+    #[test]
+    fn labels_say_the_arm_and_flaggers_primary_is_the_baseline() {
+        for (labels, expected) in [
+            (vec![], None),
+            (vec![("app", "checkout")], None),
+            (vec![(ARM_LABEL, "canary")], Some(Ok(Arm::Canary))),
+            // Nobody but Flagger names a primary like that.
+            (
+                vec![(ARM_LABEL, "canary"), ("app", "x-primary")],
+                Some(Ok(Arm::Canary)),
+            ),
+            (
+                vec![(ARM_LABEL, "flagger"), ("app", "checkout")],
+                Some(Ok(Arm::Canary)),
+            ),
+            (
+                vec![(ARM_LABEL, "flagger"), ("app", "checkout-primary")],
+                Some(Ok(Arm::Baseline)),
+            ),
+            (
+                vec![(ARM_LABEL, "flagger"), ("app", "a"), ("name", "checkout-primary")],
+                Some(Ok(Arm::Baseline)),
+            ),
+            (
+                vec![(ARM_LABEL, "flagger"), ("team", "x-primary")],
+                Some(Ok(Arm::Canary)),
+            ),
+        ] {
+            let label = |name: &str| {
+                let mut all = labels.iter();
+                all.find_map(|(known, value)| (*known == name).then_some(*value))
+            };
+            assert_eq!(Arm::of_labels(label), expected, "{labels:?}");
+        }
+        assert!(Arm::of_labels(|_| Some("stable")).unwrap().is_err());
     }
 }

@@ -27,7 +27,7 @@ Injects the agent into the pod templates of Pods, Deployments, StatefulSets, Dae
 CronJobs and Argo Rollouts, and into those in lists. A template asks for it by its labels:
 
   coalmine.dev/inject: enabled
-  coalmine.dev/arm: canary                 or baseline
+  coalmine.dev/arm: canary                 or baseline; or flagger, for both: the primary is the baseline
   app.kubernetes.io/name: checkout         the service
   app.kubernetes.io/version: v2            its version
 

@@ -1,13 +1,13 @@
 //! `coalmine rollout` and `coalmine gate`.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+mod gate;
 
-use clap::Subcommand;
+use std::{collections::BTreeMap, time::Duration};
+
+use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
+pub(super) use self::gate::{Gate, gate};
 use super::{Exit, Failure, Output, say, tell};
 use crate::{
     book::ArmContext,
@@ -48,6 +48,17 @@ pub(super) enum Command {
         #[arg(long, short)]
         watch: bool,
     },
+    /// Decide in the judge's place, or give the decision back to it; recorded, and shown by every face
+    Override {
+        /// The rollout
+        rollout: String,
+        /// The decision; `judge` gives it back
+        #[arg(long, value_name = "VERDICT")]
+        verdict: Decision,
+        /// Why; it is part of the record
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
     /// End a rollout: nothing more is judged
     End {
         /// The rollout
@@ -56,6 +67,36 @@ pub(super) enum Command {
         #[arg(long, default_value = "ended by hand")]
         reason: String,
     },
+}
+
+/// Who decides, and what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Decision {
+    /// The rollout may go on.
+    Approve,
+    /// It has to wait.
+    Hold,
+    /// It has to go back.
+    Rollback,
+    /// The judge decides again.
+    Judge,
+}
+
+impl Decision {
+    /// As the server has it.
+    fn to_json(self) -> Value {
+        match self {
+            Self::Approve => json!("approve"),
+            Self::Hold => json!("hold"),
+            Self::Rollback => json!("rollback"),
+            Self::Judge => Value::Null,
+        }
+    }
+}
+
+/// Who asks, as records have it.
+fn actor() -> String {
+    std::env::var("USER").unwrap_or_else(|_| "cli".to_owned())
 }
 
 fn workload(text: &str) -> Result<Value, String> {
@@ -87,13 +128,12 @@ pub(super) async fn run(command: Command, client: &Client, output: Output) -> Re
             key,
             workload,
         } => {
-            let actor = std::env::var("USER").unwrap_or_else(|_| "cli".to_owned());
             let request = json!({
                 "service": service,
                 "canary_version": canary_version,
                 "baseline_version": baseline_version,
                 "key": key,
-                "actor": actor,
+                "actor": actor(),
                 "workload": workload,
             });
             let view = client.post("/v1/rollouts", &request).await?;
@@ -145,11 +185,28 @@ pub(super) async fn run(command: Command, client: &Client, output: Output) -> Re
             Ok(Exit::Good)
         }
         Command::Status { rollout, watch } => status(client, &rollout, watch, output).await,
+        Command::Override {
+            rollout,
+            verdict,
+            reason,
+        } => {
+            let path = format!("/v1/rollouts/{}/override", segment(&rollout));
+            let request = json!({ "verdict": verdict.to_json(), "actor": actor(), "reason": reason });
+            let view = client.post(&path, &request).await?;
+            match output {
+                Output::Json => say(&view),
+                Output::Table => say(&format_args!(
+                    "{}: {}",
+                    text(&view, "verdict"),
+                    text(&view, "reason")
+                )),
+            }
+            Ok(Exit::Good)
+        }
         Command::End { rollout, reason } => {
-            let actor = std::env::var("USER").unwrap_or_else(|_| "cli".to_owned());
             let path = format!("/v1/rollouts/{}/end", segment(&rollout));
             let view = client
-                .post(&path, &json!({ "actor": actor, "reason": reason }))
+                .post(&path, &json!({ "actor": actor(), "reason": reason }))
                 .await?;
             match output {
                 Output::Json => say(&view),
@@ -169,9 +226,9 @@ async fn status(client: &Client, rollout: &str, watch: bool, output: Output) -> 
     let mut shown = None;
     loop {
         let view = client.get(&path).await?;
-        let window = number(&view, "windows_judged");
-        if shown != Some(window) {
-            shown = Some(window);
+        let news = (number(&view, "windows_judged"), text(&view, "verdict").to_owned());
+        if shown.as_ref() != Some(&news) {
+            shown = Some(news);
             show(&view, watch, output);
         }
         let waiting = text(&view, "state") == "running" && text(&view, "verdict") == "HOLD";
@@ -224,6 +281,7 @@ fn show(view: &Value, brief: bool, output: Output) {
     ));
     say(&format_args!("verdict    {}", text(view, "verdict")));
     say(&format_args!("reason     {}", text(view, "reason")));
+    show_interventions(view);
     say(&format_args!("score      {}", score(view)));
     say(&format_args!(
         "judged     {} windows of {} s since {}, {} tenants",
@@ -269,6 +327,21 @@ fn show(view: &Value, brief: bool, output: Output) {
     }
 }
 
+/// What stands beside the judge's word: a decision in its place, a first traffic that was let through.
+fn show_interventions(view: &Value) {
+    if let Some(overridden) = view.get("overridden").filter(|overridden| overridden.is_object()) {
+        say(&format_args!(
+            "overridden by {}: {}; the judge says {}",
+            text(overridden, "actor"),
+            text(overridden, "reason"),
+            text(overridden, "judged")
+        ));
+    }
+    if view.get("bootstrapped").and_then(Value::as_bool) == Some(true) {
+        say(&"bootstrap  the canary was let have its first traffic before anything could be judged");
+    }
+}
+
 /// What the pods and pools of both arms do at present, as far as the server says.
 fn show_arms(view: &Value) {
     for arm in ["canary", "baseline"] {
@@ -277,68 +350,5 @@ fn show_arms(view: &Value) {
         if let Some(context) = context {
             say(&format_args!("{arm:<10} {context}"));
         }
-    }
-}
-
-/// Asks for the verdict, once or until there is one.
-pub(super) async fn gate(
-    client: &Client,
-    rollout: &str,
-    wait: Option<Duration>,
-    output: Output,
-) -> Result<Exit, Failure> {
-    let path = format!("/v1/rollouts/{}/gate", segment(rollout));
-    let deadline = wait.map(|wait| Instant::now() + wait);
-    let mut told = None;
-    loop {
-        // While waiting, a server that is away for a moment is no answer.
-        let gate = match client.get(&path).await {
-            Ok(gate) => gate,
-            Err(error) => {
-                let failure = Failure::from(error);
-                let patient = failure.exit == Exit::Unknown
-                    && deadline.is_some_and(|deadline| Instant::now() < deadline);
-                if !patient {
-                    return Err(failure);
-                }
-                if told.as_ref() != Some(&failure.message) {
-                    tell(&format_args!("waiting: {failure}"));
-                    told = Some(failure.message);
-                }
-                tokio::time::sleep(POLL).await;
-                continue;
-            }
-        };
-        let exit = match text(&gate, "verdict") {
-            "APPROVE" => Exit::Good,
-            "ROLLBACK" => Exit::Bad,
-            _ => Exit::Hold,
-        };
-        let open = exit == Exit::Hold && text(&gate, "state") == "running";
-        if !open || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
-            match output {
-                Output::Json => say(&gate),
-                Output::Table => {
-                    say(&format_args!(
-                        "{} {}  {}",
-                        text(&gate, "verdict"),
-                        score(&gate),
-                        text(&gate, "reason")
-                    ));
-                }
-            }
-            return Ok(exit);
-        }
-        let progress = format!(
-            "{} {}  {}",
-            text(&gate, "verdict"),
-            score(&gate),
-            text(&gate, "reason")
-        );
-        if told.as_ref() != Some(&progress) {
-            tell(&progress);
-            told = Some(progress);
-        }
-        tokio::time::sleep(POLL).await;
     }
 }

@@ -136,7 +136,7 @@ impl Stage {
             agents,
             services,
             aggregator,
-            client: Client::new(&format!("http://{http}"))?,
+            client: Client::new(&format!("http://{http}"), None)?,
             rollout: String::new(),
             report,
             load_arguments,

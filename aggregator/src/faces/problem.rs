@@ -1,7 +1,5 @@
 //! Errors as RFC 9457 problem documents.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
@@ -9,11 +7,12 @@ use axum::{
 };
 use serde::Serialize;
 
-use crate::{clock, rollouts::RolloutError};
+use super::admit::request_id;
+use crate::{access::Denied, rollouts::RolloutError};
 
 /// An error for the caller. What only the operator may know goes to the log instead.
-#[derive(Debug, Serialize)]
-pub(super) struct Problem {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(crate) struct Problem {
     r#type: &'static str,
     title: &'static str,
     status: u16,
@@ -25,25 +24,33 @@ pub(super) struct Problem {
 
 impl Problem {
     pub(super) fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        static REQUESTS: AtomicU64 = AtomicU64::new(0);
         let problem = Self {
             r#type: "about:blank",
             title: status.canonical_reason().unwrap_or("error"),
             status: status.as_u16(),
             detail: detail.into(),
-            request_id: format!(
-                "{:x}-{:x}",
-                clock::now_ms(),
-                REQUESTS.fetch_add(1, Ordering::Relaxed)
-            ),
+            request_id: request_id(),
         };
-        tracing::info!(
-            status = problem.status,
-            detail = problem.detail,
-            request_id = problem.request_id,
-            "request refused"
-        );
+        problem.log();
         problem
+    }
+
+    fn log(&self) {
+        let Self {
+            status,
+            detail,
+            request_id,
+            ..
+        } = self;
+        // Whoever knocks without a right must not be able to fill the log.
+        if matches!(
+            StatusCode::from_u16(*status),
+            Ok(StatusCode::UNAUTHORIZED | StatusCode::TOO_MANY_REQUESTS)
+        ) {
+            tracing::debug!(status, detail, request_id, "request refused");
+        } else {
+            tracing::info!(status, detail, request_id, "request refused");
+        }
     }
 
     pub(super) fn not_found(detail: impl Into<String>) -> Self {
@@ -69,6 +76,16 @@ impl From<RolloutError> for Problem {
             RolloutError::Append(_) => StatusCode::SERVICE_UNAVAILABLE,
         };
         Self::new(status, error.to_string())
+    }
+}
+
+impl From<Denied> for Problem {
+    fn from(denied: Denied) -> Self {
+        let status = match &denied {
+            Denied::Unknown(_) => StatusCode::UNAUTHORIZED,
+            Denied::Forbidden(_) => StatusCode::FORBIDDEN,
+        };
+        Self::new(status, denied.to_string())
     }
 }
 

@@ -53,10 +53,10 @@ pub enum Refusal {
     )]
     Windows,
     /// Nobody said which side the pod is on.
-    #[error("the pod has no label coalmine.dev/arm; say canary or baseline")]
+    #[error("the pod has no label coalmine.dev/arm; say canary, baseline or flagger")]
     NoArm,
     /// There is no such side.
-    #[error("the label coalmine.dev/arm is {}; say canary or baseline", shown(.0))]
+    #[error("the label coalmine.dev/arm is {}; say canary, baseline or flagger", shown(.0))]
     UnknownArm(String),
     /// Nobody said what is measured.
     #[error(

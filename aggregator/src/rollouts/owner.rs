@@ -9,20 +9,19 @@ use std::{
 use coalmine_judge::{
     evidence::Window,
     manifest::Snapshot,
-    record::{Body, Bootstrap, Decision, Finding, HoldDeadline, Override, RolloutEnd, Step},
+    record::{Body, Bootstrap, Decision, HoldDeadline, Override, RolloutEnd},
     replay::Judged,
     v1::{Outcome, Verdict},
 };
-use coalmine_proto::names::Arm;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
-    RolloutError, Shared, comparison,
+    RolloutError, Shared, comparison, execution,
+    overriding::Overriding,
     view::{State, View},
 };
 use crate::{
-    BUILD,
-    book::{ArmContext, Comparison, locked},
+    book::{Comparison, locked},
     clock,
     ledger::{AppendError, Appended, Blob},
 };
@@ -58,37 +57,6 @@ pub(super) enum Command {
         hook: String,
         reply: Reply,
     },
-}
-
-/// What was decided in the judge's place.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Overriding {
-    /// What is in force, with the hash of its record once that is on record.
-    in_force: Option<(Override, Option<String>)>,
-    /// How often somebody has decided, or given the decision back.
-    count: u64,
-}
-
-impl Overriding {
-    pub(super) fn restored(in_force: Option<(Override, String)>, count: u64) -> Self {
-        Self {
-            in_force: in_force.map(|(change, hash)| (change, Some(hash))),
-            count,
-        }
-    }
-
-    /// What is shown of a view that is the judge's.
-    pub(super) fn shown(&self, view: &View) -> View {
-        let mut view = view.clone();
-        if let Some((change, hash)) = &self.in_force {
-            view.override_with(change, hash.as_deref());
-        }
-        view
-    }
-
-    fn take(&mut self, change: &Override, hash: Option<String>) {
-        self.in_force = change.verdict.is_some().then(|| (change.clone(), hash));
-    }
 }
 
 /// What can happen to a rollout.
@@ -166,30 +134,6 @@ fn pack(window: &Window) -> Result<Blob, AppendError> {
     // What could not be read back must not be written.
     Window::from_json(&line).map_err(|error| AppendError::Refused(format!("the evidence: {error}")))?;
     Blob::pack(line.as_bytes())
-}
-
-/// Who reported a window, and what is known of their pods and pools beside it. It is told and not judged, so it may be
-/// other when the decision is judged again.
-fn connectivity(window: &Window, contexts: &[ArmContext; 2]) -> String {
-    let mut text = format!(
-        "{} of {} canary agents and {} of {} baseline agents reported",
-        window.canary.reported, window.canary.expected, window.baseline.reported, window.baseline.expected
-    );
-    for pool in &window.pool {
-        text += &format!(
-            "; pool of the {}: {} of {} acquires had to wait and {} timed out",
-            pool.arm, pool.waits, pool.acquires, pool.timeouts
-        );
-        if pool.max > 0 {
-            text += &format!(", {} of {} connections in use", pool.used, pool.max);
-        }
-    }
-    for (arm, context) in Arm::ALL.into_iter().zip(contexts) {
-        if let Some(host) = &context.host {
-            text += &format!("; pods of the {arm}: {host}");
-        }
-    }
-    text
 }
 
 /// A rollout and its state.
@@ -451,9 +395,10 @@ impl Owner {
         let evidence = pack(&window).map_err(refused)?;
         self.judged.manifest.windows.push(evidence.digest);
         let manifest = Blob::pack(self.judged.manifest.to_json().as_bytes()).map_err(refused)?;
-        let connectivity = connectivity(&window, &contexts);
+        let connectivity = execution::connectivity(&window, &contexts);
         let times = (frozen, judged);
-        let decision = self.decide(&window, &outcome, (&evidence, &manifest), connectivity, times);
+        let blobs_of = (&evidence, &manifest);
+        let decision = execution::decision(&self.judged, &window, &outcome, blobs_of, connectivity, times);
         blobs.extend([evidence, manifest]);
         self.pending
             .push_back(Pending::new(Entry::Decision(Box::new(decision)), blobs));
@@ -598,124 +543,6 @@ impl Owner {
         );
         self.broken = true;
         self.view.broken(problem);
-    }
-
-    fn decide(
-        &self,
-        window: &Window,
-        outcome: &Outcome,
-        (evidence, manifest): (&Blob, &Blob),
-        connectivity: String,
-        times: (Duration, Duration),
-    ) -> Decision {
-        let finding = Finding::of(outcome);
-        let now_ms = clock::now_ms();
-        Decision {
-            id: self.judged.start.decision_id(outcome.window),
-            execution_id: format!(
-                "canary-{}-{:.5}",
-                clock::rfc3339(now_ms),
-                finding.outcome.to_string()
-            ),
-            task: "orchestrate_canary_health_checks".to_owned(),
-            rollout: self.judged.start.rollout.clone(),
-            service: self.judged.start.service.clone(),
-            canary_version: self.judged.start.canary_version.clone(),
-            steps: self.steps(window, outcome, connectivity, times, finding.anomalies_detected),
-            finding,
-            evidence: evidence.digest,
-            manifest: manifest.digest,
-            snapshot: self.judged.manifest.snapshot.map(|snapshot| snapshot.state),
-            policy: self.judged.start.policy,
-            judge: self.judged.start.judge.clone(),
-            build: BUILD.to_owned(),
-            late: false,
-        }
-    }
-
-    /// The steps of an execution, as everywhere in Coalmine; what a judged window does not need is skipped.
-    fn steps(
-        &self,
-        window: &Window,
-        outcome: &Outcome,
-        connectivity: String,
-        (frozen, judged): (Duration, Duration),
-        anomalies: u64,
-    ) -> Vec<Step> {
-        let policy = self.judged.judge.policy();
-        let steps = [
-            (
-                "load_sla_baselines",
-                "success",
-                format!(
-                    "{} tenant definitions, policy {:.12}",
-                    policy.tenants.len(),
-                    self.judged.start.policy.to_string()
-                ),
-                Duration::ZERO,
-            ),
-            (
-                "validate_metrics_connectivity",
-                if outcome.agents_ppm == 1_000_000 {
-                    "success"
-                } else {
-                    "failed"
-                },
-                connectivity,
-                frozen,
-            ),
-            (
-                "batch_health_probes",
-                "skipped",
-                "live traffic is judged; no probes were asked for".to_owned(),
-                Duration::ZERO,
-            ),
-            (
-                "analyze_latency_distribution",
-                "success",
-                format!(
-                    "{} tenants in {} rows of window {}, {anomalies} anomalies",
-                    outcome.tenants.total(),
-                    window.rows.len(),
-                    window.number
-                ),
-                judged,
-            ),
-            (
-                "calculate_rollout_health_score",
-                "success",
-                format!(
-                    "score {} ppm, threshold {} ppm, {}",
-                    outcome.score_ppm,
-                    policy.rollout.rollback_threshold.ppm,
-                    outcome.worst_tenant.as_ref().map_or_else(
-                        || "no tenant suspected".to_owned(),
-                        |tenant| format!("worst tenant {tenant}")
-                    )
-                ),
-                Duration::ZERO,
-            ),
-            (
-                "log_decision_audit_trail",
-                "in_progress",
-                "decisions.jsonl; the hash is that of this record".to_owned(),
-                Duration::ZERO,
-            ),
-            (
-                "emit_metrics_event",
-                "skipped",
-                "no receiver of events is configured".to_owned(),
-                Duration::ZERO,
-            ),
-        ];
-        let step = |(number, (action, status, detail, took)): (u32, (&str, &str, String, Duration))| Step {
-            step: number,
-            action: action.to_owned(),
-            status: status.to_owned(),
-            detail,
-            duration_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
-        };
-        (1..).zip(steps).map(step).collect()
     }
 
     async fn end(&mut self, actor: String, reason: String) -> Result<(), RolloutError> {

@@ -3,11 +3,12 @@
 use coalmine_judge::record::Workload;
 use coalmine_proto::names::check_name;
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::view::View;
 
 /// What a caller asks for.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StartRequest {
     /// The service.
@@ -21,6 +22,7 @@ pub struct StartRequest {
     /// Who asks.
     pub actor: Option<String>,
     /// What is rolled out, so that it can be halted.
+    #[schema(value_type = Option<Object>)]
     pub workload: Option<Workload>,
 }
 
@@ -110,7 +112,7 @@ fn check_workload(workload: &Workload) -> Result<(), String> {
 }
 
 /// Whether a name is a DNS subdomain of RFC 1123, as Kubernetes has it: it becomes part of a path.
-fn is_subdomain(name: &str) -> bool {
+pub(crate) fn is_subdomain(name: &str) -> bool {
     let is_label = |label: &str| {
         let is_plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
         let ends = [label.bytes().next(), label.bytes().last()];

@@ -5,11 +5,12 @@ use coalmine_judge::{
     v1::{self, Verdict},
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::clock;
 
 /// Where a rollout stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Windows are being judged.
@@ -21,7 +22,7 @@ pub enum State {
 }
 
 /// A decision in the judge's place.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Overridden {
     /// APPROVE, HOLD or ROLLBACK.
     pub verdict: String,
@@ -34,7 +35,7 @@ pub struct Overridden {
 }
 
 /// A rollout as the world sees it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct View {
     /// Its name.
     pub id: String,
@@ -50,6 +51,7 @@ pub struct View {
     pub actor: String,
     /// What is rolled out, where it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
     pub workload: Option<Workload>,
     /// Whether it was approved at any time.
     #[serde(skip)]
@@ -79,6 +81,7 @@ pub struct View {
     /// Why, in one sentence.
     pub reason: String,
     /// The unit with the lowest score, if one is suspected.
+    #[schema(value_type = Option<Object>)]
     pub worst: Option<Anomaly>,
     /// The tenant to look at first, if anything is suspected.
     pub worst_tenant: Option<String>,
@@ -97,12 +100,14 @@ pub struct View {
     /// Tenants judged.
     pub tenants_checked: u64,
     /// What is not in order, worst first.
+    #[schema(value_type = Vec<Object>)]
     pub anomalies: Vec<Anomaly>,
     /// The judge.
     pub judge: String,
     /// Digest of the policy.
     pub policy: String,
     /// Who ended it and why.
+    #[schema(value_type = Option<Object>)]
     pub ended: Option<RolloutEnd>,
     /// The end of the last window that was judged.
     #[serde(skip)]

@@ -72,7 +72,7 @@ const REFUSED: &[(&str, &str, Edit)] = &[
     ("windows_pod", "Linux", |pod, _| {
         spec(pod)["os"] = json!({ "name": "windows" })
     }),
-    ("no_arm", "say canary or baseline", |pod, _| {
+    ("no_arm", "say canary, baseline or flagger", |pod, _| {
         remove_label(pod, "coalmine.dev/arm")
     }),
     ("unknown_arm", "is \"stable\"", |pod, _| {

@@ -31,7 +31,7 @@ use super::{
 use crate::client;
 
 /// The pods that are measured.
-const SELECTOR: &str = "coalmine.dev/arm in (canary,baseline)";
+const SELECTOR: &str = "coalmine.dev/arm in (canary,baseline,flagger)";
 
 /// Pods in one page of a list.
 const PAGE: u32 = 500;

@@ -16,7 +16,7 @@ use k8s_openapi::{
 use super::RosterPod;
 use crate::{
     book::Build,
-    inject::{AGENT, ARM_LABEL, SERVICE_LABEL, VERSION_ANNOTATION, VERSION_LABEL},
+    inject::{AGENT, SERVICE_LABEL, VERSION_ANNOTATION, VERSION_LABEL},
 };
 
 const SERVICE_ANNOTATION: &str = "coalmine.dev/service";
@@ -51,7 +51,7 @@ pub(super) fn read(pod: &Pod) -> Result<Option<Found>, String> {
     if !is_running(meta, status) || (has_agent && !may_have_been_ready(status)) {
         return Ok(None);
     }
-    let arm = label(meta, ARM_LABEL).and_then(|text| text.parse::<Arm>().ok());
+    let arm = Arm::of_labels(|name| label(meta, name)).and_then(Result::ok);
     let (Some(arm), Some(uid)) = (arm, meta.uid.clone()) else {
         return Ok(None);
     };

@@ -1,0 +1,371 @@
+//! Who may ask for what, and how often.
+//!
+//! A caller is found once for each request (`faces/admit.rs`), by the token that it presents or, without one, by what
+//! whoever presents none may do:
+//!
+//! ```text
+//!                           from this machine    from another
+//! nothing is configured     everything           nothing
+//! --anonymous only          everything           what --anonymous says
+//! --tokens                  what --anonymous says, and nothing without it
+//! ```
+//!
+//! Tokens are in a file (`access/file.rs`), of which only hashes are known here. It is read again while running: a token
+//! that was taken out is unknown a second later, and a file that cannot be used changes nothing.
+
+pub(crate) mod file;
+mod limits;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Duration,
+};
+
+use clap::Args;
+use coalmine_judge::chain::Hash;
+use coalmine_proto::names::MAX_NAME_BYTES;
+use governor::clock::MonotonicClock;
+use serde::Serialize;
+use tokio::time::MissedTickBehavior;
+
+use self::{
+    file::Grant,
+    limits::{Key, Limiter},
+};
+use crate::clock;
+
+/// How often the file of tokens is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Requests a second of one address with tokens that are not known.
+const UNKNOWN_A_SECOND: u32 = 10;
+
+/// What a caller may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Ask for verdicts, and see rollouts.
+    Gate,
+    /// Start rollouts and end them.
+    Rollout,
+    /// Decide in the judge's place.
+    Override,
+    /// Read decisions, evidence and proofs.
+    Audit,
+}
+
+impl Scope {
+    const ALL: [Self; 4] = [Self::Gate, Self::Rollout, Self::Override, Self::Audit];
+
+    /// The scope's name in files, on the command line and in answers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Gate => "gate",
+            Self::Rollout => "rollout",
+            Self::Override => "override",
+            Self::Audit => "audit",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|scope| scope.as_str() == text)
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Who may ask.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Access")]
+#[group(id = "access")]
+pub struct Settings {
+    /// Who may ask, as `coalmine token create` writes it; read again when it changes
+    #[arg(long, env = "COALMINE_TOKENS", value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+    /// What whoever presents no token may do; repeat it for several scopes
+    #[arg(long, env = "COALMINE_ANONYMOUS", value_name = "SCOPE", value_delimiter = ',')]
+    pub anonymous: Vec<Scope>,
+    /// Requests a second of one caller
+    #[arg(long, env = "COALMINE_RATE_LIMIT", value_name = "N", default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub rate_limit: u32,
+}
+
+/// Why a caller is refused, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Denied {
+    /// It is not known who asks (401).
+    #[error("{0}")]
+    Unknown(String),
+    /// It is known, and may not (403).
+    #[error("{0}")]
+    Forbidden(String),
+}
+
+type Tokens = BTreeMap<Hash, Arc<Grant>>;
+
+/// What was found in the file when it was last looked at, so that it is told once: the hash of its content, or why it
+/// cannot be read.
+type Seen = Result<Hash, String>;
+
+/// Who may ask for what, and how often.
+pub struct Access {
+    file: Option<PathBuf>,
+    /// What callers without a token may do, on this machine and elsewhere.
+    local: Arc<Grant>,
+    elsewhere: Arc<Grant>,
+    tokens: RwLock<Tokens>,
+    seen: Mutex<Seen>,
+    callers: Limiter<MonotonicClock>,
+    unknown: Limiter<MonotonicClock>,
+}
+
+impl fmt::Debug for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Access")
+            .field("file", &self.file)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a file of tokens cannot be used.
+struct Unusable {
+    problem: String,
+    missing: bool,
+}
+
+/// Reads the file of tokens.
+fn read(path: &Path) -> (Seen, Result<String, Unusable>) {
+    match file::read(path) {
+        Ok(text) => (Ok(Hash::of(text.as_bytes())), Ok(text)),
+        Err(error) => {
+            let problem = format!("cannot read the tokens {}: {error}", path.display());
+            let missing = error.kind() == io::ErrorKind::NotFound;
+            (Err(problem.clone()), Err(Unusable { problem, missing }))
+        }
+    }
+}
+
+fn parse(path: &Path, text: &str) -> Result<Tokens, Unusable> {
+    let entries = file::parse(text).map_err(|(line, problem)| Unusable {
+        problem: format!("{}:{line}: {problem}", path.display()),
+        missing: false,
+    })?;
+    let known = entries.into_iter();
+    Ok(known.map(|entry| (entry.hash, Arc::new(entry.grant))).collect())
+}
+
+impl Access {
+    /// Reads the tokens. A file that is missing is an error, unless it is said what everybody may do: then there are no
+    /// tokens yet, as with a Secret that somebody may add later.
+    pub(crate) fn open(settings: &Settings) -> Result<Arc<Self>, String> {
+        let (mut seen, mut tokens) = (Err(String::new()), Tokens::new());
+        if let Some(path) = &settings.tokens {
+            let (found, text) = read(path);
+            seen = found;
+            match text.and_then(|text| parse(path, &text)) {
+                Ok(known) => tokens = known,
+                Err(unusable) if unusable.missing && !settings.anonymous.is_empty() => {
+                    tracing::warn!(file = %path.display(), "there are no tokens yet; they are read when the file appears");
+                }
+                Err(unusable) if unusable.missing => {
+                    return Err(format!(
+                        "{}; make it with `coalmine token create --file`",
+                        unusable.problem
+                    ));
+                }
+                Err(unusable) => return Err(unusable.problem),
+            }
+        }
+        let said: BTreeSet<_> = settings.anonymous.iter().copied().collect();
+        let local = match &settings.tokens {
+            Some(_) => said.clone(),
+            None => Scope::ALL.into(),
+        };
+        Ok(Arc::new(Self {
+            file: settings.tokens.clone(),
+            local: Arc::new(Grant::anonymous(local)),
+            elsewhere: Arc::new(Grant::anonymous(said)),
+            tokens: RwLock::new(tokens),
+            seen: Mutex::new(seen),
+            callers: Limiter::new(settings.rate_limit, MonotonicClock),
+            unknown: Limiter::new(UNKNOWN_A_SECOND, MonotonicClock),
+        }))
+    }
+
+    /// Reads the file of tokens again whenever it changes; ends only if there is none.
+    pub(crate) async fn follow(self: Arc<Self>) {
+        if self.file.is_none() {
+            return;
+        }
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            look.tick().await;
+            let access = Arc::clone(&self);
+            // A disk that does not answer holds up nobody who asks.
+            if let Err(error) = tokio::task::spawn_blocking(move || access.look()).await {
+                tracing::error!(%error, "the file of tokens could not be looked at");
+            }
+        }
+    }
+
+    /// Takes what is in the file, if that has changed and can be used. The content is compared, since a second change
+    /// within one tick of the file system's clock does not show in a file's times.
+    fn look(&self) {
+        let Some(path) = &self.file else { return };
+        let (found, text) = read(path);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if *seen == found {
+            return;
+        }
+        *seen = found;
+        match text.and_then(|text| parse(path, &text)) {
+            Ok(known) => {
+                tracing::info!(file = %path.display(), tokens = known.len(), "the tokens were read again");
+                *self.tokens.write().unwrap_or_else(PoisonError::into_inner) = known;
+            }
+            Err(unusable) => {
+                tracing::warn!(problem = unusable.problem, "the tokens stay as they were");
+            }
+        }
+    }
+
+    /// Who asks at this time, from there, with this token or with none.
+    pub(crate) fn caller(
+        self: &Arc<Self>,
+        token: Option<&str>,
+        peer: Option<IpAddr>,
+        now_ms: u64,
+    ) -> Result<Caller, Denied> {
+        let peer = peer.map(|peer| peer.to_canonical());
+        let grant = match token {
+            Some(token) => self.find(token, now_ms)?,
+            None if peer.is_some_and(|peer| peer.is_loopback()) => Arc::clone(&self.local),
+            None => Arc::clone(&self.elsewhere),
+        };
+        Ok(Caller {
+            grant,
+            has_token: token.is_some(),
+            peer,
+            access: Arc::clone(self),
+        })
+    }
+
+    fn find(&self, token: &str, now_ms: u64) -> Result<Arc<Grant>, Denied> {
+        if !file::is_token(token) {
+            let problem = "what was presented is no token: one is cmt_ and 43 letters, digits, - and _, as \
+                           `coalmine token create` prints it";
+            return Err(Denied::Unknown(problem.to_owned()));
+        }
+        let grant = {
+            let tokens = self.tokens.read().unwrap_or_else(PoisonError::into_inner);
+            tokens.get(&Hash::of(token.as_bytes())).cloned()
+        };
+        let grant = grant.ok_or_else(|| {
+            let problem = match &self.file {
+                Some(_) => "the token is not known; it was revoked, or it is another aggregator's",
+                None => "the token is not known: the aggregator runs without --tokens",
+            };
+            Denied::Unknown(problem.to_owned())
+        })?;
+        if let Some(until) = grant.until.filter(|_| grant.has_expired(now_ms)) {
+            return Err(Denied::Unknown(format!(
+                "the token {} has expired at {until}; make another with `coalmine token create`",
+                grant.name
+            )));
+        }
+        Ok(grant)
+    }
+
+    /// Counts a request of this caller; else how long it has to wait, since it asks too fast.
+    pub(crate) fn take(&self, caller: &Caller) -> Result<(), Duration> {
+        self.callers.take(&caller.key())
+    }
+
+    /// Counts a request with a token that is not known. Known ones from the same address are not held up by it.
+    pub(crate) fn take_unknown(&self, peer: Option<IpAddr>) -> Result<(), Duration> {
+        self.unknown.take(&Key::of_peer(peer))
+    }
+
+    /// What to tell somebody who presents no token and needs one.
+    fn invitation(&self, scope: Scope) -> String {
+        if self.file.is_none() && self.elsewhere.scopes.is_empty() {
+            return "whoever asks from another machine may do nothing: give the aggregator --tokens, or say with \
+                    --anonymous what everybody may do"
+                .to_owned();
+        }
+        format!(
+            "this needs a token with the scope {scope}; send it as `Authorization: Bearer TOKEN`, as the password of \
+             Basic, or before the path as /t/TOKEN"
+        )
+    }
+}
+
+/// Who asks.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    grant: Arc<Grant>,
+    has_token: bool,
+    peer: Option<IpAddr>,
+    access: Arc<Access>,
+}
+
+impl Caller {
+    /// The token's name, or `anonymous`.
+    pub(crate) fn name(&self) -> &str {
+        &self.grant.name
+    }
+
+    /// Whether the caller may do this to this service. Where it is not known yet which service is meant, that is the
+    /// empty one, and the scope alone counts.
+    pub(crate) fn may(&self, scope: Scope, service: &str) -> Result<(), Denied> {
+        let grant = &self.grant;
+        if !grant.scopes.contains(&scope) {
+            if !self.has_token {
+                return Err(Denied::Unknown(self.access.invitation(scope)));
+            }
+            return Err(Denied::Forbidden(format!(
+                "the token {} has the scopes {}, and this needs {scope}",
+                grant.name,
+                file::join(&grant.scopes)
+            )));
+        }
+        if service.is_empty() || grant.is_for(service) {
+            return Ok(());
+        }
+        let service: String = service.chars().take(MAX_NAME_BYTES).collect();
+        Err(Denied::Forbidden(format!(
+            "the token {} is for {}, and not for service {service:?}",
+            grant.name,
+            file::join(&grant.services)
+        )))
+    }
+
+    /// The same caller, or who the token in a request's body names, if it names one.
+    pub(crate) fn or_token(&self, token: Option<&str>) -> Result<Self, Denied> {
+        match token {
+            None => Ok(self.clone()),
+            Some(_) => self.access.caller(token, self.peer, clock::now_ms()),
+        }
+    }
+
+    /// Whose requests are counted together: those of a token, whatever they come from, or of an address.
+    fn key(&self) -> Key {
+        if self.has_token {
+            Key::Token(Arc::clone(&self.grant.name))
+        } else {
+            Key::of_peer(self.peer)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! How often a caller may ask, counted for each caller in memory that is bounded.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    num::NonZeroU32,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use governor::{
+    Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, state::keyed::DashMapStateStore,
+};
+
+/// After so many requests, callers that have been quiet are forgotten. Between two times as many can be added at most.
+const FORGET_EVERY: u32 = 4_096;
+
+/// Upper half of an IPv6 address: whoever has one address of a network has them all.
+const NETWORK: u128 = !0 << 64;
+
+/// Whose requests are counted together.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Key {
+    /// Those that present the token of this name.
+    Token(Arc<str>),
+    /// Those that come from this address, or from this IPv6 network.
+    Address(IpAddr),
+}
+
+impl Key {
+    /// Of an address; whoever has none shares one key.
+    pub(super) fn of_peer(peer: Option<IpAddr>) -> Self {
+        Self::Address(match peer.map(|peer| peer.to_canonical()) {
+            Some(IpAddr::V6(address)) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & NETWORK)),
+            Some(address) => address,
+            None => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        })
+    }
+}
+
+/// So many requests a second of each caller, and as many at once.
+pub(super) struct Limiter<C: Clock> {
+    callers: RateLimiter<Key, DashMapStateStore<Key>, C, NoOpMiddleware<C::Instant>>,
+    asked: AtomicU32,
+}
+
+impl<C: Clock> Limiter<C> {
+    pub(super) fn new(a_second: u32, clock: C) -> Self {
+        let a_second = NonZeroU32::new(a_second).unwrap_or(NonZeroU32::MIN);
+        Self {
+            callers: RateLimiter::dashmap_with_clock(Quota::per_second(a_second), clock),
+            asked: AtomicU32::new(0),
+        }
+    }
+
+    /// Counts a request; else how long the caller has to wait.
+    pub(super) fn take(&self, key: &Key) -> Result<(), Duration> {
+        if self
+            .asked
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(FORGET_EVERY)
+        {
+            self.callers.retain_recent();
+        }
+        let taken = self.callers.check_key(key);
+        taken.map_err(|until| until.wait_time_from(self.callers.clock().now()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use governor::clock::FakeRelativeClock;
+
+    use super::*;
+
+    fn limiter(a_second: u32) -> (Limiter<FakeRelativeClock>, FakeRelativeClock) {
+        let clock = FakeRelativeClock::default();
+        (Limiter::new(a_second, clock.clone()), clock)
+    }
+
+    fn address(text: &str) -> Key {
+        Key::of_peer(Some(text.parse().unwrap()))
+    }
+
+    #[test]
+    fn a_caller_waits_and_others_do_not() {
+        let (limiter, clock) = limiter(4);
+        let (fast, other) = (Key::Token("fast".into()), Key::Token("other".into()));
+        for _ in 0..4 {
+            assert_eq!(limiter.take(&fast), Ok(()));
+        }
+        assert_eq!(limiter.take(&fast), Err(Duration::from_millis(250)));
+        assert_eq!(limiter.take(&other), Ok(()), "each is counted alone");
+        clock.advance(Duration::from_millis(250));
+        assert_eq!(limiter.take(&fast), Ok(()));
+        assert!(limiter.take(&fast).is_err());
+    }
+
+    #[test]
+    fn addresses_of_one_network_are_one_caller() {
+        assert_eq!(address("2001:db8::1"), address("2001:db8::ffff:1"));
+        assert_ne!(address("2001:db8::1"), address("2001:db8:0:1::1"));
+        assert_eq!(address("::ffff:192.0.2.1"), address("192.0.2.1"));
+        assert_ne!(address("192.0.2.1"), address("192.0.2.2"));
+        assert_ne!(address("192.0.2.1"), Key::of_peer(None));
+    }
+
+    #[test]
+    fn callers_that_are_quiet_are_forgotten() {
+        let (limiter, clock) = limiter(1_000);
+        for number in 0..100_000_u32 {
+            let caller = Key::Address(IpAddr::V4(Ipv4Addr::from_bits(number)));
+            assert_eq!(limiter.take(&caller), Ok(()));
+            clock.advance(Duration::from_millis(1));
+        }
+        let bound = usize::try_from(FORGET_EVERY).unwrap() + 2;
+        assert!(limiter.callers.len() <= bound, "{}", limiter.callers.len());
+    }
+}

@@ -1,0 +1,298 @@
+//! One call of a hook: who asks about which Canary, and what the answer is.
+
+use std::time::{Duration, Instant};
+
+use axum::{
+    Json,
+    extract::rejection::JsonRejection,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use coalmine_judge::v1::Verdict;
+use tokio::time::timeout;
+
+use super::{
+    attempt::{Grant, Next, untouched},
+    hook::Hook,
+    open::Found,
+    payload::Payload,
+};
+use crate::{
+    access::{Caller, Scope},
+    book::locked,
+    faces::{Faces, problem::Problem},
+    rollouts::{RolloutError, View},
+};
+
+/// How long a call waits for others about the same Canary, and again for the decision log. A hook that Flagger calls has
+/// 10 s, of which less is left when it is called again.
+pub(super) const WITHIN: Duration = Duration::from_secs(4);
+
+/// What Flagger's event begins with when it begins with a revision, or begins anew because there is a newer one.
+const NEW_REVISION: &str = "New revision detected";
+
+/// What a hook is answered.
+#[derive(Debug)]
+pub(super) struct Answer {
+    status: StatusCode,
+    text: String,
+}
+
+impl Answer {
+    pub(super) fn new(status: StatusCode, text: impl Into<String>) -> Self {
+        Self {
+            status,
+            text: text.into(),
+        }
+    }
+
+    fn passed(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::OK, text)
+    }
+
+    /// What is shown of a rollout, as a success or a failure of the hook. A verdict is never any other status: Flagger calls
+    /// a hook again on 5xx, and does not show its text.
+    fn of(view: &View, passes: bool) -> Self {
+        let status = if passes {
+            StatusCode::OK
+        } else {
+            StatusCode::FORBIDDEN
+        };
+        Self::new(status, told(view))
+    }
+}
+
+impl IntoResponse for Answer {
+    fn into_response(self) -> Response {
+        let kind = [
+            (header::CONTENT_TYPE, "text/plain; charset=utf-8"),
+            (header::CACHE_CONTROL, "no-store"),
+        ];
+        (self.status, kind, self.text).into_response()
+    }
+}
+
+fn told(view: &View) -> String {
+    let decision = view.decision_id.as_deref().unwrap_or(&view.id);
+    format!("{} ({decision}): {}\n", view.verdict, view.reason)
+}
+
+/// One call.
+#[derive(Clone)]
+pub(super) struct Call {
+    pub(super) faces: Faces,
+    pub(super) caller: Caller,
+    pub(super) payload: Payload,
+}
+
+impl Call {
+    pub(super) fn new(
+        faces: Faces,
+        caller: &Caller,
+        payload: Result<Json<Payload>, JsonRejection>,
+    ) -> Result<Self, Problem> {
+        let payload = Payload::read(payload)?;
+        let caller = caller.or_token(payload.get("token"))?;
+        Ok(Self {
+            faces,
+            caller,
+            payload,
+        })
+    }
+
+    pub(super) async fn answer(self, hook: Hook) -> Result<Answer, Problem> {
+        match hook {
+            Hook::ConfirmRollout => self.confirm_rollout(),
+            Hook::PostRollout => {
+                let phase = self.payload.phase().to_owned();
+                self.close(format!("Flagger says that the canary is {phase}"))
+                    .await
+            }
+            Hook::Event => self.event().await,
+            Hook::PreRollout
+            | Hook::Rollout
+            | Hook::ConfirmTrafficIncrease
+            | Hook::ConfirmPromotion
+            | Hook::Rollback => self.check(hook).await,
+        }
+    }
+
+    /// Answers by the verdict, and begins an attempt where there is none.
+    pub(super) async fn check(self, hook: Hook) -> Result<Answer, Problem> {
+        let found = self.find()?;
+        let service = self.service(&found).to_owned();
+        let is_named = self.payload.get("rollout").is_some();
+        let scope = if hook == Hook::PreRollout {
+            Scope::Rollout
+        } else {
+            Scope::Gate
+        };
+        self.caller.may(scope, &service)?;
+        let begins = !is_named
+            && hook.begins(self.payload.phase())
+            && self.caller.may(Scope::Rollout, &service).is_ok();
+        let view = match found {
+            Found::Open(view) if !begins || self.next(hook, &view) == Next::Take => view,
+            _ if begins => self.attempt(hook).await?,
+            _ => return Err(self.nothing_open(&service)),
+        };
+        let passes = hook.passes(view.standing());
+        if hook == Hook::ConfirmTrafficIncrease
+            && let Some(answer) = self.first_traffic(&view).await?
+        {
+            return Ok(answer);
+        }
+        if hook == Hook::Rollback && passes {
+            self.faces.flagger.roll_back(&self.payload.canary(), &view.id);
+        }
+        Ok(Answer::of(&view, passes))
+    }
+
+    /// A canary may be tried unless a person holds what is open of it.
+    fn confirm_rollout(&self) -> Result<Answer, Problem> {
+        let found = self.find()?;
+        self.caller.may(Scope::Gate, self.service(&found))?;
+        match found {
+            Found::Open(view) if view.overridden.is_some() && view.standing() != Verdict::Approve => {
+                Ok(Answer::of(&view, false))
+            }
+            _ => Ok(Answer::passed("nobody holds this canary\n")),
+        }
+    }
+
+    async fn event(self) -> Result<Answer, Problem> {
+        let message = self.payload.get("eventMessage").unwrap_or_default();
+        tracing::debug!(canary = self.name(), message, "Flagger tells an event");
+        if message.starts_with(NEW_REVISION) {
+            return self.close("Flagger has found a new revision".to_owned()).await;
+        }
+        self.caller.may(Scope::Rollout, self.payload.service())?;
+        Ok(Answer::passed("noted\n"))
+    }
+
+    /// Ends the attempt, if one is open.
+    async fn close(self, reason: String) -> Result<Answer, Problem> {
+        if self.payload.get("rollout").is_some() {
+            self.caller.may(Scope::Rollout, self.payload.service())?;
+            return Ok(Answer::passed("metadata.rollout is not Flagger's to end\n"));
+        }
+        let found = self.find()?;
+        self.caller.may(Scope::Rollout, self.service(&found))?;
+        if found.ours().is_none() {
+            return Ok(Answer::passed("there is no attempt to end\n"));
+        }
+        let turn = self.turn().await?;
+        recorded(async move {
+            // Another call may have ended it, and begun one more.
+            let found = self.find()?;
+            if let Some(view) = found.ours() {
+                self.end(view, reason).await?;
+            }
+            drop(turn);
+            Ok(Answer::passed("the attempt is ended\n"))
+        })
+        .await
+    }
+
+    /// Decides in the judge's place; without a verdict, takes back that it is to be rolled back.
+    pub(super) async fn decide(self, verdict: Option<Verdict>, gate: &str) -> Result<Answer, Problem> {
+        let found = self.find()?;
+        self.caller.may(Scope::Override, self.service(&found))?;
+        let Found::Open(view) = found else {
+            return Err(Problem::not_found(format!(
+                "no rollout of the Canary {} is open, so nothing can be decided; its hooks begin one, or `coalmine rollout \
+                 start --workload Canary/{0}`",
+                self.name()
+            )));
+        };
+        let is_ordered = view.overridden.is_some() && view.standing() == Verdict::Rollback;
+        if verdict.is_none() && !is_ordered {
+            return Ok(Answer::new(StatusCode::ACCEPTED, told(&view)));
+        }
+        let caller = self.caller.name();
+        let actor = self.payload.get("actor");
+        let actor = actor.map_or_else(|| caller.to_owned(), |actor| format!("{caller}/{actor}"));
+        let reason = self.payload.get("reason");
+        let reason = reason.map_or_else(|| format!("asked for at {gate}"), str::to_owned);
+        let rollouts = self.faces.rollouts;
+        recorded(async move {
+            let decided = rollouts
+                .override_verdict(&view.id, verdict, actor, reason)
+                .await?;
+            Ok::<_, Problem>(Answer::new(StatusCode::ACCEPTED, told(&decided)))
+        })
+        .await
+    }
+
+    /// The Canary, as people write it.
+    pub(super) fn name(&self) -> String {
+        let canary = self.payload.canary();
+        format!("{}/{}", canary.namespace, canary.name)
+    }
+
+    /// Flagger asks before a canary has any traffic, and without traffic there is nothing to judge: the first increase is
+    /// granted where an agent waits for it.
+    async fn first_traffic(&self, view: &View) -> Result<Option<Answer>, Problem> {
+        if view.standing() != Verdict::Hold || view.overridden.is_some() {
+            return Ok(None);
+        }
+        let canaries = locked(&self.faces.ingest.book).canaries(&view.service);
+        let Some(agents) = untouched(&canaries, &view.canary_version) else {
+            return Ok(None);
+        };
+        let canary = self.payload.canary();
+        match self.faces.flagger.granted(&canary, &view.id, Instant::now()) {
+            Grant::Stands => {}
+            Grant::Over => return Ok(None),
+            Grant::None => {
+                // On record already, it may be that nobody has heard of it: the process was another one.
+                if !view.bootstrapped && !self.record_first_traffic(view, agents).await? {
+                    return Ok(None);
+                }
+                self.faces.flagger.grant(&canary, &view.id, Instant::now());
+            }
+        }
+        Ok(Some(Answer::passed(format!(
+            "BOOTSTRAP ({}): no request has reached {} yet (agents connected: {agents}), so its first traffic is granted\n",
+            view.id, view.canary_version
+        ))))
+    }
+
+    /// Whether it is on record; not so where the rollout cannot go on.
+    async fn record_first_traffic(&self, view: &View, agents: u64) -> Result<bool, Problem> {
+        let (rollouts, id) = (self.faces.rollouts.clone(), view.id.clone());
+        recorded(async move {
+            let hook = Hook::ConfirmTrafficIncrease.as_str();
+            match rollouts.bootstrap(&id, agents, hook).await {
+                Ok(_) => Ok(true),
+                Err(RolloutError::Conflict(problem)) => {
+                    tracing::debug!(rollout = id, problem, "no first traffic is granted");
+                    Ok(false)
+                }
+                Err(error) => Err(error.into()),
+            }
+        })
+        .await
+    }
+}
+
+/// Waits for what is recorded on the way, but not without end: it goes on without the caller.
+pub(super) async fn recorded<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+) -> Result<T, Problem> {
+    match timeout(WITHIN, tokio::spawn(work)).await {
+        Ok(Ok(done)) => done,
+        Ok(Err(error)) => Err(Problem::internal("the hook cannot be answered", &error)),
+        Err(_) => Err(slow()),
+    }
+}
+
+pub(super) fn slow() -> Problem {
+    Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        format!(
+            "the decision log has not answered within {} s; what was asked for may still be done, so ask again",
+            WITHIN.as_secs()
+        ),
+    )
+}
