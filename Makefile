@@ -38,11 +38,12 @@ SEEDS = 200
 SECONDS = 20
 
 fuzz: deps ## Feed every parser with mutated input; SECONDS=60 for longer than 20 s each
-	@deploy/deps.sh c++=g++
+	@deploy/deps.sh c++=g++ python3=python3-venv
 	@tests/fuzz/run.sh $(SECONDS)
+	@tests/fuzz/openapi.sh
 
-image: ## Build both container images and run each
-	@deploy/image.sh
+image: ## Build both container images and run each; TWICE=1 shows that two builds are the same
+	@deploy/image.sh $(if $(TWICE),--twice)
 
 .PHONY: deps
 deps:
