@@ -11,7 +11,7 @@ mod kills;
 
 mod faults;
 
-mod full_disk;
+pub(crate) mod full_disk;
 
 mod elsewhere;
 

@@ -2,19 +2,26 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
+mod api;
 mod bad_input;
+mod contracts;
 mod crash;
 mod deadline;
 mod demo;
+mod examples;
+mod flagger_face;
 mod halts;
 mod house;
 mod identity;
 mod judging;
+mod kayenta_face;
 mod manifests;
 mod monitoring;
 mod pool;
 mod postgres;
+mod prometheus_face;
 mod rollout;
+mod tokens;
 mod witness;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -29,7 +29,7 @@ const KUSTOMIZATIONS: [&str; 5] = [
 ];
 
 /// Each component, and all that it lets the account of the aggregator do. The README has the same lines.
-const COMPONENTS: [(&str, &[&str]); 13] = [
+const COMPONENTS: [(&str, &[&str]); 14] = [
     (
         "webhook",
         &[
@@ -59,6 +59,7 @@ const COMPONENTS: [(&str, &[&str]); 13] = [
             "create events",
         ],
     ),
+    ("tokens", &[]),
     ("halt-webhook", &[]),
     ("network-policy", &[]),
     ("prometheus", &[]),
@@ -67,8 +68,9 @@ const COMPONENTS: [(&str, &[&str]); 13] = [
 ];
 
 /// Secrets that somebody else makes, as the components' comments say.
-const MADE_ELSEWHERE: [&str; 3] = [
+const MADE_ELSEWHERE: [&str; 4] = [
     "coalmine-halt-webhook",
+    "coalmine-tokens",
     "coalmine-postgres",
     "coalmine-webhook-tls",
 ];

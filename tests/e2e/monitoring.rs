@@ -41,7 +41,7 @@ fn lint(metrics: &str) {
     );
 }
 
-fn prometheus(directory: &Path, targets: &[SocketAddr]) -> (Process, SocketAddr) {
+pub(crate) fn prometheus(directory: &Path, targets: &[SocketAddr]) -> (Process, SocketAddr) {
     let prometheus = tool("prometheus", "prometheus");
     let [address] = free_addresses();
     let targets: Vec<_> = targets.iter().map(|target| format!("'{target}'")).collect();

@@ -25,7 +25,7 @@ use crate::stage;
 
 /// Whose schema it is, who may append, and who may only read.
 const OWNER: &str = "keeper";
-const WRITER: &str = "writer";
+pub(super) const WRITER: &str = "writer";
 const READER: &str = "reader";
 
 /// The tenant of the sixth rank in the load generator's traffic.
@@ -58,7 +58,7 @@ fn make_schema(directory: &Path, postgres: &Postgres) {
 }
 
 /// A server with the schema.
-fn database(directory: &Path) -> Postgres {
+pub(super) fn database(directory: &Path) -> Postgres {
     let postgres = Postgres::start(directory);
     make_schema(directory, &postgres);
     postgres

@@ -116,6 +116,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "create events shop/",
         ],
     ),
+    ("tokens", &[]),
     ("halt-webhook", &[]),
     ("network-policy", &[]),
     ("prometheus", &[]),

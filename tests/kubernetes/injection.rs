@@ -213,7 +213,9 @@ fn who_asks_and_cannot_have_one_is_created_and_told_why() {
     let said = error_of(&output);
     assert!(output.status.success(), "{said}");
     assert!(
-        said.contains("Warning: ") && said.contains("no agent") && said.contains("say canary or baseline"),
+        said.contains("Warning: ")
+            && said.contains("no agent")
+            && said.contains("say canary, baseline or flagger"),
         "{said}"
     );
 

@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod access;
+mod argo;
 mod certificates;
 mod crash;
+mod deploying;
+mod flagger;
 mod halts;
 mod identity;
 mod injection;

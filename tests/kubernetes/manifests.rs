@@ -93,6 +93,24 @@ fn every_manifest_is_taken_by_the_server() {
     takes(cluster, "deploy/install.yaml", &installed());
 }
 
+#[test]
+fn the_examples_for_deploy_tools_are_taken_by_the_server() {
+    let scene = Scene::install(&[]);
+    for definitions in ["argo-rollouts.yaml", "flagger.yaml"] {
+        scene.cluster.custom_resources(definitions);
+    }
+    for tool in ["argo", "flagger"] {
+        for entry in fs::read_dir(repository().join("deploy/examples").join(tool)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|it| it == "yaml") {
+                let text = fs::read_to_string(&path).unwrap();
+                let objects: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
+                takes(&scene.cluster, &path.display().to_string(), &objects);
+            }
+        }
+    }
+}
+
 fn installed() -> Vec<Value> {
     let text = fs::read_to_string(repository().join("deploy/install.yaml")).unwrap();
     serde_saphyr::from_multiple(&text).unwrap()
@@ -106,7 +124,8 @@ fn what_is_installed_is_what_its_overlay_renders_to() {
 }
 
 /// Values under which the chart has all that it can have.
-const EVERYTHING: [&str; 9] = [
+const EVERYTHING: [&str; 10] = [
+    "access.tokensSecretName=tokens",
     "halts.argo=true",
     "halts.flagger=true",
     "halts.deployment=true",

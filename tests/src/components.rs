@@ -235,8 +235,7 @@ impl Aggregator {
 
     /// What Flagger is told at its gate and at its way back, as statuses.
     pub fn gates(&self) -> [u16; 2] {
-        let canary =
-            json!({ "name": "checkout", "namespace": "shop", "phase": "Progressing", "checksum": "1" });
+        let canary = json!({ "name": "checkout", "namespace": "shop", "phase": "Waiting", "checksum": "1" });
         ["/gate/check", "/rollback/check"].map(|path| self.post(path, &canary).status)
     }
 

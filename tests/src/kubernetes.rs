@@ -1,14 +1,16 @@
 //! A real Kubernetes API server for one test: etcd and kube-apiserver on loopback, killed when the test is over.
 //!
 //! There are no nodes and no controllers. Pods can be created and stay Pending; a test gives them the status that a node
-//! would give them, and makes ReplicaSets itself. Everything else is what a cluster does: admission with its webhooks,
-//! validation, RBAC, Pod Security, service-account tokens, custom resources.
+//! would give them, and makes ReplicaSets itself; or it plays the nodes (`nodes`) and runs the controllers. Everything
+//! else is what a cluster does: admission with its webhooks, validation, RBAC, Pod Security, service-account tokens,
+//! custom resources.
 //!
 //! Services have addresses in 127.96.0.0/16, all of which are this machine. So the API server finds a webhook by its
 //! Service, as it does in a cluster: a program of the test listens on the Service's own address.
 //!
 //! The programs come from `tests/kubernetes/assets.sh`, which builds them once.
 
+mod nodes;
 mod proxy;
 
 use std::{
@@ -30,7 +32,10 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub use self::proxy::{Held, Proxy, When};
+pub use self::{
+    nodes::{FAILING, Nodes, Plan, Split},
+    proxy::{Held, Proxy, When},
+};
 use crate::{
     eventually,
     http::{Answer, request},
@@ -52,6 +57,12 @@ const ADMIN_TOKEN: &str = "administrator-of-the-test";
 
 /// Starting takes seconds; on a busy machine, many.
 const START_WITHIN: Duration = Duration::from_secs(180);
+
+/// Asks an API server as the user who may do everything; a thread can take it along.
+#[derive(Debug, Clone, Copy)]
+pub struct Client {
+    address: SocketAddr,
+}
 
 /// A cluster without nodes.
 #[derive(Debug)]
@@ -221,12 +232,19 @@ impl Cluster {
         );
     }
 
+    /// Who asks beside this thread.
+    pub fn client(&self) -> Client {
+        Client {
+            address: self.direct.address,
+        }
+    }
+
     /// One request to the API, as the user who may do everything. A patch is a merge patch.
     ///
     /// # Panics
     /// When there is no answer.
     pub fn request(&self, method: &str, path: &str, body: &Value) -> Answer {
-        self.request_as(ADMIN_TOKEN, method, path, body)
+        self.client().request(method, path, body)
     }
 
     /// The same as somebody else.
@@ -234,23 +252,7 @@ impl Cluster {
     /// # Panics
     /// When there is no answer.
     pub fn request_as(&self, token: &str, method: &str, path: &str, body: &Value) -> Answer {
-        let bearer = format!("Bearer {token}");
-        let kind = if method == "PATCH" {
-            "application/merge-patch+json"
-        } else {
-            "application/json"
-        };
-        let headers = [
-            ("authorization", bearer.as_str()),
-            ("content-type", kind),
-            ("accept", "application/json"),
-        ];
-        let body = if body.is_null() {
-            String::new()
-        } else {
-            body.to_string()
-        };
-        request(self.direct.address, method, path, &headers, &body).expect("the API server answers")
+        self.client().request_as(token, method, path, body)
     }
 
     /// An object, as JSON.
@@ -332,7 +334,7 @@ impl Cluster {
         let path = assets().join("crds").join(file);
         assert!(
             path.is_file(),
-            "{} is missing; tests/kubernetes/assets.sh says where it is from",
+            "{} is missing; tests/kubernetes/assets.sh makes it",
             path.display()
         );
         let path = path.display().to_string();
@@ -348,6 +350,36 @@ impl Cluster {
         eventually("the definitions are established", || {
             self.try_kubectl(wait, None).status.success().then_some(())
         });
+    }
+}
+
+impl Client {
+    /// One request to the API, as the user who may do everything. A patch is a merge patch.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    pub fn request(&self, method: &str, path: &str, body: &Value) -> Answer {
+        self.request_as(ADMIN_TOKEN, method, path, body)
+    }
+
+    fn request_as(&self, token: &str, method: &str, path: &str, body: &Value) -> Answer {
+        let bearer = format!("Bearer {token}");
+        let kind = if method == "PATCH" {
+            "application/merge-patch+json"
+        } else {
+            "application/json"
+        };
+        let headers = [
+            ("authorization", bearer.as_str()),
+            ("content-type", kind),
+            ("accept", "application/json"),
+        ];
+        let body = if body.is_null() {
+            String::new()
+        } else {
+            body.to_string()
+        };
+        request(self.address, method, path, &headers, &body).expect("the API server answers")
     }
 }
 

@@ -10,6 +10,7 @@
     reason = "a harness fails a test by panicking, and says why"
 )]
 
+pub mod clients;
 pub mod components;
 pub mod cutter;
 mod held;

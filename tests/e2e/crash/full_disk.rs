@@ -40,11 +40,11 @@ const TRAFFIC: Traffic = Traffic {
 
 /// A file system of its own; taken away when dropped.
 #[derive(Debug)]
-struct Disk(PathBuf);
+pub(crate) struct Disk(PathBuf);
 
 impl Disk {
     /// Mounts one; none where that is refused and need not be.
-    fn mount(path: &Path) -> Option<Self> {
+    pub(crate) fn mount(path: &Path) -> Option<Self> {
         fs::create_dir(path).unwrap();
         let mut mount = Command::new(tool("mount", "mount"));
         mount.args(["-t", "tmpfs", "-o", DISK, "tmpfs"]).arg(path);
@@ -66,7 +66,7 @@ impl Disk {
 
 impl Disk {
     /// Makes room.
-    fn enlarge(&self) {
+    pub(crate) fn enlarge(&self) {
         let mut mount = Command::new(tool("mount", "mount"));
         let status = mount.args(["-o", LARGER]).arg(&self.0).status().unwrap();
         assert!(status.success(), "the tmpfs cannot be enlarged");
@@ -91,15 +91,15 @@ impl Drop for Disk {
 
 /// A file that takes all the space that is left.
 #[derive(Debug)]
-struct Filler(File);
+pub(crate) struct Filler(File);
 
 impl Filler {
-    fn new(data: &Path) -> Self {
+    pub(crate) fn new(data: &Path) -> Self {
         Self(File::create(data.join("filler")).unwrap())
     }
 
     /// Takes what is free now; gives how many bytes that was.
-    fn fill(&mut self) -> usize {
+    pub(crate) fn fill(&mut self) -> usize {
         let block = [0; 4_096];
         let mut taken = 0;
         while let Ok(written) = self.0.write(&block) {

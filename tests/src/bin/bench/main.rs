@@ -3,7 +3,7 @@
 //! Read in this order: [`proxies`] (the agent beside nginx, HAProxy and a bare relay), [`soak`] (its memory in the long
 //! run), [`recorder`] (what a request costs in the agent's tables), [`ingest`] (what a window costs in the aggregator),
 //! [`decide`] (what a decision costs), [`ledger`] (what it costs to keep decisions and windows, and to read them again),
-//! [`admission`] (how long an API server waits for the webhook), [`quality`] (how often a decision is right, and how
+//! [`admission`] (how long an API server waits for the webhook), [`faces`] (polls of deploy tools), [`quality`] (how often a decision is right, and how
 //! soon; simulated). What they share: [`agent`] and [`aggregator`] (real ones), [`upstream`] (the application), [`child`]
 //! and [`programs`] (processes that never outlive the run), [`load`] and [`pace`] (the clients), [`cpu`] (what a process
 //! or thread has used), [`sample`] (made-up traffic) and [`report`] (medians, tables, budgets).
@@ -29,6 +29,8 @@ mod decide;
 mod ledger;
 
 mod admission;
+
+mod faces;
 
 mod quality;
 
@@ -70,7 +72,7 @@ const OPEN_FILES: u64 = 16_384;
 /// What the design has a budget for and nothing here measures.
 const NOT_MEASURED: &str = "Not measured here: linkerd2-proxy, which cannot be installed from Debian (the design's ratios to it \
     are of another run); gRPC; HTTP/2 at a constant rate; TLS, but for the webhook's; a network other than loopback; \
-    transparency, which the tests hold; Prometheus; face polls; the gate after a restart.";
+    transparency, which the tests hold; Prometheus; the gate after a restart.";
 
 /// Measures the budgets of Coalmine's design, as ratios in one run
 #[derive(Debug, Parser)]
@@ -122,6 +124,8 @@ enum Part {
     Ledger,
     /// Reviews of new pods, over TLS, as an API server sends them
     Admission,
+    /// Polls on each face while ten thousand tenants are judged
+    Faces,
     /// False alarms, detection and limits of the judge, simulated
     Quality,
 }
@@ -236,6 +240,10 @@ async fn measure(options: &Options, plan: Plan, directory: &Path) -> anyhow::Res
     if chosen(Part::Admission) {
         let admission = admission::measure(plan, directory, &mut report).await;
         admission.context("admissions cannot be measured")?;
+    }
+    if chosen(Part::Faces) {
+        let faces = faces::measure(plan, directory, &mut report).await;
+        faces.context("the faces cannot be measured")?;
     }
     if chosen(Part::Quality) {
         report = quality::measure(plan, report).await?;

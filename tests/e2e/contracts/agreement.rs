@@ -1,0 +1,217 @@
+//! All faces say the same at every moment, whatever has happened: histories of decisions, traffic, crashes and new
+//! rollouts that follow from a seed.
+//!
+//! The gate is asked, then every client, then the gate again. If it said the same both times, whatever a client does
+//! must be what the table says of that verdict, and whatever names a decision must name that one. `COALMINE_SEED=7` runs
+//! the history of one seed.
+
+#![allow(clippy::print_stderr, reason = "a history that fails is told")]
+
+use std::env;
+
+use coalmine_tests::{clients::Poll, eventually};
+
+use super::{
+    Asked, Client, fits, row,
+    site::{ASKER, DEPLOYER, Service, Site, Traffic},
+};
+use crate::stage;
+
+/// The seeds that are run.
+const SEEDS: [u64; 3] = [1, 2, 3];
+
+/// How much happens in a history.
+const STEPS: usize = 10;
+
+/// When the aggregator is killed in any case.
+const CRASH: usize = 6;
+
+const SERVICE: Service = Service::new("checkout", "hold_deadline: 1h", 3, Some(Traffic::Healthy));
+
+/// Numbers that follow from a seed (SplitMix64).
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut number = self.0;
+        number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (number ^ (number >> 31)) % limit
+    }
+}
+
+/// What happens next.
+#[derive(Debug, Clone, Copy)]
+enum Act {
+    /// Somebody decides in the judge's place.
+    Decide(&'static str),
+    /// Or gives the decision back.
+    GiveBack,
+    /// The agents count something else.
+    Serve(Traffic),
+    /// Another window is judged.
+    Judge,
+    /// The aggregator is killed and starts again.
+    Crash,
+    /// The rollout is ended, and another one is begun.
+    Next,
+}
+
+impl Act {
+    fn draw(rng: &mut Rng) -> Self {
+        match rng.below(12) {
+            0 => Self::Decide("approve"),
+            1 => Self::Decide("hold"),
+            2 => Self::Decide("rollback"),
+            3 | 4 => Self::GiveBack,
+            5 => Self::Serve(Traffic::Healthy),
+            6 => Self::Serve(Traffic::Failing),
+            7..=9 => Self::Judge,
+            10 => Self::Crash,
+            _ => Self::Next,
+        }
+    }
+}
+
+/// What has happened; told when the test fails.
+struct Told {
+    seed: u64,
+    acts: Vec<Act>,
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("COALMINE_SEED={}: {:?}", self.seed, self.acts);
+        }
+    }
+}
+
+/// A rollout, and who asks about it.
+struct Trial {
+    rollout: String,
+    asked: Asked,
+    /// Whether somebody has decided in the judge's place.
+    overridden: bool,
+}
+
+impl Trial {
+    fn begin(site: &Site, number: usize) -> Self {
+        let rollout = site.roll_out(SERVICE.name, &number.to_string());
+        Self {
+            rollout,
+            asked: Asked::begin(&site.server(DEPLOYER), SERVICE.name).by(site.server(ASKER)),
+            overridden: false,
+        }
+    }
+
+    /// Waits for the next window, if another one is judged.
+    fn judge(&self, site: &Site) {
+        let path = format!("/v1/rollouts/{}", self.rollout);
+        let view = || site.get(&path).expect("the rollout is known");
+        let before = view()["windows_judged"].as_u64();
+        eventually("another window is judged", || {
+            let view = view();
+            let goes_on = view["state"] == "running";
+            (!goes_on || view["windows_judged"].as_u64() > before).then_some(())
+        });
+    }
+
+    /// Holds every client to what the gate says. `state` gives the row of the table for a verdict.
+    fn agrees(&self, site: &Site, state: fn(&str) -> &str) {
+        let ask = |(client, cell): (&'static Client, &'static str)| (client, cell, (client.ask)(&self.asked));
+        let (gate, told) = site.while_it_says(&self.rollout, None, &["verdict", "decision_id"], |gate| {
+            let verdict = gate["verdict"].as_str().expect("a verdict");
+            let quick = row(state(verdict))
+                .into_iter()
+                .filter(|(client, _)| client.name != "job");
+            quick.map(ask).collect::<Vec<(&Client, &str, Poll)>>()
+        });
+        for (client, cell, poll) in told {
+            assert!(
+                fits(cell, &poll),
+                "{}: not {cell}, but {poll:?} at {gate}",
+                client.name
+            );
+            let Some(decision) = gate["decision_id"].as_str() else {
+                continue;
+            };
+            let must_name = client.names_decision && state("HOLD") == "HOLD";
+            if must_name || poll.came.contains("decision_id") {
+                assert!(
+                    poll.came.contains(decision),
+                    "{}: {} is of another decision than {gate}",
+                    client.name,
+                    poll.came
+                );
+            }
+        }
+    }
+}
+
+/// The row of a verdict while the rollout is open.
+fn open(verdict: &str) -> &str {
+    verdict
+}
+
+/// The row of a verdict when the rollout has ended with it.
+fn ended(verdict: &str) -> &str {
+    match verdict {
+        "APPROVE" => "approved",
+        "ROLLBACK" => "failed",
+        _ => "held",
+    }
+}
+
+fn history(seed: u64) {
+    let mut rng = Rng(seed);
+    let mut told = Told {
+        seed,
+        acts: Vec::new(),
+    };
+    let mut site = Site::start(&[SERVICE]);
+    let mut trial = Trial::begin(&site, 0);
+    trial.agrees(&site, open);
+    for step in 1..=STEPS {
+        let act = if step == CRASH {
+            Act::Crash
+        } else {
+            Act::draw(&mut rng)
+        };
+        told.acts.push(act);
+        match act {
+            Act::Decide(verdict) => {
+                site.decide(&trial.rollout, Some(verdict));
+                trial.overridden = true;
+            }
+            Act::GiveBack if trial.overridden => {
+                site.decide(&trial.rollout, None);
+                trial.overridden = false;
+            }
+            Act::GiveBack | Act::Judge => trial.judge(&site),
+            Act::Serve(traffic) => {
+                site.serve(SERVICE.name, traffic);
+                trial.judge(&site);
+            }
+            Act::Crash => site.restart(),
+            Act::Next => {
+                site.end(&trial.rollout);
+                trial.agrees(&site, ended);
+                trial = Trial::begin(&site, step);
+            }
+        }
+        trial.agrees(&site, open);
+    }
+    site.stop();
+}
+
+#[test]
+fn all_faces_say_the_same_at_every_moment() {
+    let _stage = stage();
+    let seed = env::var("COALMINE_SEED").ok().and_then(|seed| seed.parse().ok());
+    match seed {
+        Some(seed) => history(seed),
+        None => SEEDS.into_iter().for_each(history),
+    }
+}

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Asks the real aggregator for all that its OpenAPI document offers, with data that fits the document and data that does
+# not: twice so many examples of each operation (20, or the first argument). The first time names are made up, the second
+# time they are those of a rollout that runs. Whatever is answered must be in the document, in the form that it has there,
+# and no fault of the server. Streams are left out, since they do not end.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+examples=${1:-20}
+version=4.32.5
+target=${CARGO_TARGET_DIR:-$PWD/target}
+tool=$target/schemathesis-$version
+
+if [ ! -x "$tool/bin/schemathesis" ]; then
+    if ! python3 -m venv "$tool"; then
+        rm -rf "$tool"
+        echo "Python cannot make an environment; run: sudo apt-get install -y python3-venv" >&2
+        exit 1
+    fi
+    "$tool/bin/pip" install --quiet --disable-pip-version-check "schemathesis==$version"
+fi
+
+cargo build --quiet --locked -p coalmine-aggregator --bins
+work=$(mktemp -d)
+server=
+# Ends what was started here, and nothing else.
+clean() {
+    if [ -n "$server" ]; then
+        kill "$server" 2>/dev/null || true
+        wait "$server" 2>/dev/null || true
+    fi
+    rm -rf "$work"
+}
+trap clean EXIT
+
+cat >"$work/sla.yaml" <<'POLICY'
+apiVersion: coalmine.dev/v1
+kind: SlaBaseline
+service: checkout
+defaults: { errors: { max_rate: 1% }, judge_window: 1s, hold_deadline: 1h, required: [errors] }
+POLICY
+
+mapfile -t ports < <(python3 - <<'PORTS'
+import socket
+sockets = [socket.socket() for _ in range(3)]
+for one in sockets:
+    one.bind(("127.0.0.1", 0))
+    print(one.getsockname()[1])
+PORTS
+)
+url=http://127.0.0.1:${ports[0]}
+"$target/debug/coalmine-aggregator" serve --data "$work/data" --policy "$work/sla.yaml" --rate-limit 1000000 \
+    --listen-http "127.0.0.1:${ports[0]}" --listen-grpc "127.0.0.1:${ports[1]}" \
+    --listen-admin "127.0.0.1:${ports[2]}" >"$work/log" 2>&1 &
+server=$!
+
+coalmine() {
+    "$target/debug/coalmine" --server "$url" "$@"
+}
+# Waits for what is printed, and not for ever.
+eventually() {
+    local deadline=$((SECONDS + 60))
+    until "$@" 2>/dev/null; do
+        if [ "$SECONDS" -ge "$deadline" ] || ! kill -0 "$server" 2>/dev/null; then
+            echo "not within a minute: $*" >&2
+            tail -n 20 "$work/log" >&2
+            exit 1
+        fi
+        sleep 0.2
+    done
+}
+is_judged() {
+    decision=$(coalmine --output json gate "$rollout" | sed -n 's/.*"decision_id":"\([^"]*\)".*/\1/p')
+    [ -n "$decision" ]
+}
+
+eventually coalmine rollout list >/dev/null
+rollout=$(coalmine rollout start --service checkout --canary-version v2 --workload Canary/shop/checkout 2>/dev/null)
+# `gate` exits with 2 on HOLD, which is what it is asked for here.
+set +o pipefail
+eventually is_judged
+
+# That nothing is known of a Canary is 503 for Flagger alone: to it anything else would be a verdict.
+cat >"$work/made-up.toml" <<'CONFIG'
+[[operations]]
+include-tag = "flagger"
+checks = { not_a_server_error = { expected-statuses = ["2xx", "3xx", "4xx", 503] } }
+CONFIG
+cat - "$work/made-up.toml" >"$work/known.toml" <<CONFIG
+[parameters]
+"path.rollout" = "$rollout"
+"path.decision" = "$decision"
+"path.service" = "checkout"
+
+CONFIG
+
+checks=not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance
+for names in made-up known; do
+    # The rollout goes on until everything was asked about it.
+    if ! "$tool/bin/schemathesis" --config-file "$work/$names.toml" --no-color run "$url/openapi.json" \
+        --checks "$checks" --max-examples "$examples" --phases examples,coverage,fuzzing \
+        --exclude-path-regex "/(watch$([ "$names" = made-up ] || echo '|end'))\$" \
+        --request-timeout 20 --generation-database none --generation-deterministic >"$work/$names" 2>&1; then
+        cat "$work/$names" >&2
+        echo "with $names names, something is answered that the document does not say" >&2
+        exit 1
+    fi
+    grep -E 'passed|Test cases' "$work/$names" || tail -n 3 "$work/$names"
+done
+if grep -q panicked "$work/log"; then
+    grep -A 5 panicked "$work/log" >&2
+    exit 1
+fi
+coalmine rollout list >/dev/null
