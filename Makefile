@@ -23,6 +23,7 @@ test-kubernetes: deps ## Run the tests against a real Kubernetes API server, bui
 lint: deps ## Check the form and the lints
 	@cargo fmt --all --check
 	@cargo clippy --workspace --all-targets --locked -- -D warnings
+	@cargo clippy -p coalmine-tests --test kubernetes --locked -- -D warnings
 
 bench: deps ## Print speed and cost as ratios against peers, in one run
 	@deploy/deps.sh nginx=nginx-light haproxy=haproxy h2load=nghttp2-client openssl=openssl \

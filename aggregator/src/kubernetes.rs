@@ -33,6 +33,7 @@ use crate::{
     ingest::drained,
     inject::{self, certificate::Certificate},
     metrics::Metrics,
+    server::BACKLOG,
 };
 use automatic::Automatic;
 use certificates::Names;
@@ -43,9 +44,6 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// How long after a failed question it is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
-
-/// Connections to the webhook that wait to be accepted.
-const BACKLOG: u32 = 1_024;
 
 /// How often it is looked whether a rollout has no canary pod any more.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);

@@ -39,6 +39,9 @@ use crate::{
 /// How often slots that nobody waits for are let go, and windows rolled up if they have grown.
 const TIDY_EVERY: Duration = Duration::from_secs(1);
 
+/// Connections that wait to be accepted, at most.
+pub(crate) const BACKLOG: u32 = 1_024;
+
 /// How long open requests may take after a signal to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 
@@ -228,16 +231,35 @@ pub enum StartError {
 /// Listening sockets, made before anything else is touched.
 #[derive(Debug)]
 pub struct Listeners {
-    grpc: TcpListener,
-    http: TcpListener,
+    grpc: Port,
+    http: Port,
     admin: TcpListener,
     /// Not listening: whoever connects is refused until there is an answer.
     webhook: Option<TcpSocket>,
 }
 
+/// A port that is ours.
+#[derive(Debug)]
+enum Port {
+    /// Whoever connects while the log is being read waits for the answer.
+    Open(TcpListener),
+    /// Whoever connects is refused: another aggregator may have the log for as long as it lives, and this one no answer.
+    Shut(TcpSocket),
+}
+
+impl Port {
+    fn open(self) -> io::Result<TcpListener> {
+        match self {
+            Self::Open(listener) => Ok(listener),
+            Self::Shut(socket) => socket.listen(BACKLOG),
+        }
+    }
+}
+
 impl Listeners {
     /// Binds all.
     pub async fn bind(settings: &Settings) -> Result<Self, StartError> {
+        let may_stand_by = settings.postgres.is_some();
         let webhook = match settings.kubernetes.listen_webhook {
             Some(address) => {
                 Some(reserve(address).map_err(|error| refused("--listen-webhook", address, &error))?)
@@ -246,11 +268,19 @@ impl Listeners {
         };
         Ok(Self {
             webhook,
-            grpc: bind("--listen-grpc", settings.listen_grpc).await?,
-            http: bind("--listen-http", settings.listen_http).await?,
+            grpc: port("--listen-grpc", settings.listen_grpc, may_stand_by).await?,
+            http: port("--listen-http", settings.listen_http, may_stand_by).await?,
             admin: bind("--listen-admin", settings.listen_admin).await?,
         })
     }
+}
+
+async fn port(flag: &str, address: SocketAddr, is_shut: bool) -> Result<Port, StartError> {
+    if is_shut {
+        let socket = reserve(address).map_err(|error| refused(flag, address, &error))?;
+        return Ok(Port::Shut(socket));
+    }
+    Ok(Port::Open(bind(flag, address).await?))
 }
 
 async fn bind(flag: &str, address: SocketAddr) -> Result<TcpListener, StartError> {
@@ -592,6 +622,11 @@ async fn listen(
             drop(draining.wait_for(|draining| *draining).await);
         }
     };
+    let open = |port: Port| {
+        port.open()
+            .map_err(|error| StartError::Failed(format!("cannot listen: {error}")))
+    };
+    let (grpc_port, http_port) = (open(listeners.grpc)?, open(listeners.http)?);
     let telemetry = TelemetryServer::new(faces.ingest.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let grpc = tonic::transport::Server::builder()
         .tcp_nodelay(true)
@@ -600,9 +635,9 @@ async fn listen(
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(telemetry)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listeners.grpc), stopping());
+        .serve_with_incoming_shutdown(TcpListenerStream::new(grpc_port), stopping());
     let api = faces::api(faces.clone()).into_make_service_with_connect_info::<SocketAddr>();
-    let http = axum::serve(listeners.http, api).with_graceful_shutdown(stopping());
+    let http = axum::serve(http_port, api).with_graceful_shutdown(stopping());
     let admin = axum::serve(listeners.admin, faces::admin(faces.clone())).with_graceful_shutdown(stopping());
     let servers = async {
         let (grpc, http, admin) = tokio::join!(grpc, async { http.await }, async { admin.await });

@@ -398,6 +398,23 @@ fn what_somebody_else_has_begun_is_taken_and_left_to_them() {
     assert_eq!(run.call("/v1/flagger/pre-rollout", &other).status, 200);
     assert_eq!(run.call("/v1/flagger/post-rollout", &other).status, 200);
     assert_eq!(open(&aggregator)["id"], id.as_str());
+
+    // Rollouts that begin by their pods' labels name the Deployment that the Canary is for.
+    aggregator.post(&format!("/v1/rollouts/{id}/end"), &json!({}));
+    let request = json!({
+        "service": "checkout",
+        "canary_version": "v2",
+        "workload": { "kind": "Deployment", "namespace": "shop", "name": "checkout" },
+    });
+    let id = text(&aggregator.post("/v1/rollouts", &request).json()["id"]);
+    assert!(run.passes("pre-rollout") && !run.passes("rollback"));
+    assert_eq!(run.hook("post-rollout", "Failed").status, 200);
+    assert_eq!(aggregator.get(&format!("/v1/rollouts/{id}"))["state"], "running");
+    let mut elsewhere = run.body("Progressing");
+    elsewhere["namespace"] = json!("market");
+    elsewhere["metadata"]["service"] = json!("checkout");
+    let conflict = run.call("/v1/flagger/pre-rollout", &elsewhere);
+    assert_eq!(conflict.status, 409, "{}", conflict.body);
 }
 
 #[test]

@@ -26,7 +26,11 @@ const PROMETHEUS: &str = "coalmine-prometheus";
 const KAYENTA: &str = "coalmine-kayenta";
 
 const HEALTHY: Trial = Trial::named("healthy");
-const BROKEN: Trial = Trial::named("broken");
+/// A tenant is judged from so many requests on that one in seven that fail are seen.
+const BROKEN: Trial = Trial {
+    requests: 100,
+    ..Trial::named("broken")
+};
 const HELD: Trial = Trial::named("held");
 /// Nothing is ever enough for it.
 const EXPIRED: Trial = Trial {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::http::StatusCode;
-use coalmine_judge::v1::Verdict;
+use coalmine_judge::{record::Workload, v1::Verdict};
 use tokio::{sync::OwnedMutexGuard, time::timeout};
 
 use super::{
@@ -72,8 +72,7 @@ impl Call {
         });
         of_service.retain(|view| is_open(view));
         Ok(match of_service.into_iter().next() {
-            // Whoever began it did not say what is rolled out.
-            Some(view) if view.workload.is_none() => Found::Open(view),
+            Some(view) if may_be_of(&view, &canary) => Found::Open(view),
             Some(view) => Found::Other(view),
             None => Found::None,
         })
@@ -235,6 +234,13 @@ impl Call {
 
 fn is_open(view: &View) -> bool {
     view.state != State::Ended
+}
+
+/// Whether a rollout may be of a Canary: whoever began it did not say what is rolled out, or said it of the Deployment that
+/// the Canary is for, as the pods' labels do.
+fn may_be_of(view: &View, canary: &Workload) -> bool {
+    let workload = view.workload.as_ref();
+    workload.is_none_or(|workload| workload.kind == "Deployment" && workload.namespace == canary.namespace)
 }
 
 /// Whether a rollout was begun here; what others began is theirs to end.
