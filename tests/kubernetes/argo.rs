@@ -120,8 +120,8 @@ fn wait_for_version(stage: &Stage, trial: &Trial, version: &str) {
         assert!(status["abort"] != true, "{}: {status}", trial.name);
         let wanted = &spec["template"]["metadata"]["labels"]["app.kubernetes.io/version"];
         // The status is of the template only if it was seen.
-        let is_seen = status["observedGeneration"].as_str().unwrap_or_default()
-            == object["metadata"]["generation"].to_string();
+        let generation = object["metadata"]["generation"].to_string();
+        let is_seen = status["observedGeneration"] == generation.as_str();
         let is_stable = status["stableRS"].is_string() && status["stableRS"] == status["currentPodHash"];
         (*wanted == version && is_seen && is_stable && status["phase"] == "Healthy").then_some(())
     });

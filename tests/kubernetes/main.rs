@@ -1,6 +1,7 @@
 //! The tests against a real API server: one binary, run by `make test-kubernetes` alone, since what it needs is large.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+#![allow(clippy::print_stdout, reason = "a test says what it has seen")]
 
 mod access;
 mod argo;

@@ -310,7 +310,8 @@ fn the_admission_policy_injects_without_the_aggregator() {
         other["metadata"]["labels"][label] = json!(value);
         assert!(!has_agent(&create(&other)), "{label}: {value:?}");
     }
-    let edits: [(&str, fn(&mut Value)); 5] = [
+    type Edit = fn(&mut Value);
+    let edits: [(&str, Edit); 5] = [
         ("host network", |pod| pod["spec"]["hostNetwork"] = json!(true)),
         ("port's name", |pod| {
             pod["spec"]["containers"][0]["ports"][0]["name"] = json!("web");
