@@ -10,8 +10,11 @@
 //! --tokens                  what --anonymous says, and nothing without it
 //! ```
 //!
+//! From this machine is what comes over its loopback, names it as such, and is not sent for a page in a browser: any page
+//! that somebody looks at can send there.
+//!
 //! Tokens are in a file (`access/file.rs`), of which only hashes are known here. It is read again while running: a token
-//! that was taken out is unknown a second later, and a file that cannot be used changes nothing.
+//! that was taken out is unknown two seconds later, and a file that cannot be used changes nothing.
 
 pub(crate) mod file;
 mod limits;
@@ -34,7 +37,7 @@ use tokio::time::MissedTickBehavior;
 
 use self::{
     file::Grant,
-    limits::{Key, Limiter},
+    limits::{Held, Holder, Key, Limiter},
 };
 use crate::clock;
 
@@ -43,6 +46,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Requests a second of one address with tokens that are not known.
 const UNKNOWN_A_SECOND: u32 = 10;
+
+/// Streams of one caller at a time.
+pub(crate) const MAX_STREAMS: usize = 50;
 
 /// What a caller may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum, Serialize)]
@@ -115,6 +121,31 @@ type Tokens = BTreeMap<Hash, Arc<Grant>>;
 /// cannot be read.
 type Seen = Result<Hash, String>;
 
+/// What is known of the file.
+#[derive(Debug)]
+struct Looked {
+    seen: Seen,
+    /// A content that lacks tokens and was found once. Whoever writes the file where it stands has it cut short for a
+    /// moment, which takes nobody's token.
+    doubted: Option<Hash>,
+}
+
+/// Where a request comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Sender {
+    /// The address of the other side.
+    pub(crate) peer: Option<IpAddr>,
+    /// Whether the request itself does not speak against that it was sent on this machine, and for nobody else: see
+    /// `faces/admit.rs`.
+    pub(crate) may_be_near: bool,
+}
+
+impl Sender {
+    fn is_near(self) -> bool {
+        self.may_be_near && self.peer.is_some_and(|peer| peer.to_canonical().is_loopback())
+    }
+}
+
 /// Who may ask for what, and how often.
 pub struct Access {
     file: Option<PathBuf>,
@@ -122,9 +153,10 @@ pub struct Access {
     local: Arc<Grant>,
     elsewhere: Arc<Grant>,
     tokens: RwLock<Tokens>,
-    seen: Mutex<Seen>,
+    looked: Mutex<Looked>,
     callers: Limiter<MonotonicClock>,
     unknown: Limiter<MonotonicClock>,
+    streams: Arc<Holder>,
 }
 
 impl fmt::Debug for Access {
@@ -194,9 +226,10 @@ impl Access {
             local: Arc::new(Grant::anonymous(local)),
             elsewhere: Arc::new(Grant::anonymous(said)),
             tokens: RwLock::new(tokens),
-            seen: Mutex::new(seen),
+            looked: Mutex::new(Looked { seen, doubted: None }),
             callers: Limiter::new(settings.rate_limit, MonotonicClock),
             unknown: Limiter::new(UNKNOWN_A_SECOND, MonotonicClock),
+            streams: Arc::new(Holder::new(MAX_STREAMS)),
         }))
     }
 
@@ -218,16 +251,26 @@ impl Access {
     }
 
     /// Takes what is in the file, if that has changed and can be used. The content is compared, since a second change
-    /// within one tick of the file system's clock does not show in a file's times.
+    /// within one tick of the file system's clock does not show in a file's times. Tokens are given up only when the
+    /// next look finds the same.
     fn look(&self) {
         let Some(path) = &self.file else { return };
         let (found, text) = read(path);
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if *seen == found {
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let doubted = looked.doubted.take();
+        if looked.seen == found {
             return;
         }
-        *seen = found;
-        match text.and_then(|text| parse(path, &text)) {
+        let parsed = text.and_then(|text| parse(path, &text));
+        if let (Ok(known), Ok(content)) = (&parsed, &found)
+            && doubted != Some(*content)
+            && self.loses(known)
+        {
+            looked.doubted = Some(*content);
+            return;
+        }
+        looked.seen = found;
+        match parsed {
             Ok(known) => {
                 tracing::info!(file = %path.display(), tokens = known.len(), "the tokens were read again");
                 *self.tokens.write().unwrap_or_else(PoisonError::into_inner) = known;
@@ -238,36 +281,37 @@ impl Access {
         }
     }
 
+    /// Whether there is a token that is not among these.
+    fn loses(&self, known: &Tokens) -> bool {
+        let tokens = self.tokens.read().unwrap_or_else(PoisonError::into_inner);
+        tokens.keys().any(|token| !known.contains_key(token))
+    }
+
     /// Who asks at this time, from there, with this token or with none.
     pub(crate) fn caller(
         self: &Arc<Self>,
         token: Option<&str>,
-        peer: Option<IpAddr>,
+        sender: Sender,
         now_ms: u64,
     ) -> Result<Caller, Denied> {
-        let peer = peer.map(|peer| peer.to_canonical());
-        let grant = match token {
+        let token = token.map(hash).transpose()?;
+        let grant = match &token {
             Some(token) => self.find(token, now_ms)?,
-            None if peer.is_some_and(|peer| peer.is_loopback()) => Arc::clone(&self.local),
+            None if sender.is_near() => Arc::clone(&self.local),
             None => Arc::clone(&self.elsewhere),
         };
         Ok(Caller {
             grant,
-            has_token: token.is_some(),
-            peer,
+            token,
+            sender,
             access: Arc::clone(self),
         })
     }
 
-    fn find(&self, token: &str, now_ms: u64) -> Result<Arc<Grant>, Denied> {
-        if !file::is_token(token) {
-            let problem = "what was presented is no token: one is cmt_ and 43 letters, digits, - and _, as \
-                           `coalmine token create` prints it";
-            return Err(Denied::Unknown(problem.to_owned()));
-        }
+    fn find(&self, token: &Hash, now_ms: u64) -> Result<Arc<Grant>, Denied> {
         let grant = {
             let tokens = self.tokens.read().unwrap_or_else(PoisonError::into_inner);
-            tokens.get(&Hash::of(token.as_bytes())).cloned()
+            tokens.get(token).cloned()
         };
         let grant = grant.ok_or_else(|| {
             let problem = match &self.file {
@@ -298,8 +342,8 @@ impl Access {
     /// What to tell somebody who presents no token and needs one.
     fn invitation(&self, scope: Scope) -> String {
         if self.file.is_none() && self.elsewhere.scopes.is_empty() {
-            return "whoever asks from another machine may do nothing: give the aggregator --tokens, or say with \
-                    --anonymous what everybody may do"
+            return "whoever asks from another machine, by another name than localhost, or from a page in a browser may \
+                    do nothing: give the aggregator --tokens, or say with --anonymous what everybody may do"
                 .to_owned();
         }
         format!(
@@ -309,12 +353,22 @@ impl Access {
     }
 }
 
+/// The hash of a token, if this is one.
+fn hash(token: &str) -> Result<Hash, Denied> {
+    if file::is_token(token) {
+        return Ok(Hash::of(token.as_bytes()));
+    }
+    let problem = "what was presented is no token: one is cmt_ and 43 letters, digits, - and _, as \
+                   `coalmine token create` prints it";
+    Err(Denied::Unknown(problem.to_owned()))
+}
+
 /// Who asks.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
     grant: Arc<Grant>,
-    has_token: bool,
-    peer: Option<IpAddr>,
+    token: Option<Hash>,
+    sender: Sender,
     access: Arc<Access>,
 }
 
@@ -324,12 +378,34 @@ impl Caller {
         &self.grant.name
     }
 
+    /// Whether the name says something: it is a token's, or says that none was presented where others have one.
+    pub(crate) fn is_named(&self) -> bool {
+        self.token.is_some() || self.access.file.is_some()
+    }
+
+    /// The same caller by what is known now: its token may have been revoked, or have expired, or say something else.
+    pub(crate) fn again(&self) -> Result<Self, Denied> {
+        let grant = match &self.token {
+            Some(token) => self.access.find(token, clock::now_ms())?,
+            None => Arc::clone(&self.grant),
+        };
+        Ok(Self {
+            grant,
+            ..self.clone()
+        })
+    }
+
+    /// A place for a stream; none where the caller has as many as one may have.
+    pub(crate) fn stream(&self) -> Option<Held> {
+        self.access.streams.take(self.key())
+    }
+
     /// Whether the caller may do this to this service. Where it is not known yet which service is meant, that is the
     /// empty one, and the scope alone counts.
     pub(crate) fn may(&self, scope: Scope, service: &str) -> Result<(), Denied> {
         let grant = &self.grant;
         if !grant.scopes.contains(&scope) {
-            if !self.has_token {
+            if self.token.is_none() {
                 return Err(Denied::Unknown(self.access.invitation(scope)));
             }
             return Err(Denied::Forbidden(format!(
@@ -353,16 +429,16 @@ impl Caller {
     pub(crate) fn or_token(&self, token: Option<&str>) -> Result<Self, Denied> {
         match token {
             None => Ok(self.clone()),
-            Some(_) => self.access.caller(token, self.peer, clock::now_ms()),
+            Some(_) => self.access.caller(token, self.sender, clock::now_ms()),
         }
     }
 
     /// Whose requests are counted together: those of a token, whatever they come from, or of an address.
     fn key(&self) -> Key {
-        if self.has_token {
+        if self.token.is_some() {
             Key::Token(Arc::clone(&self.grant.name))
         } else {
-            Key::of_peer(self.peer)
+            Key::of_peer(self.sender.peer)
         }
     }
 }

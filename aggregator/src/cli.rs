@@ -17,6 +17,7 @@ use std::{io, path::PathBuf, process::ExitCode, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use coalmine_judge::quantity::Span;
 use coalmine_proto::names::TenantName;
+use http::StatusCode;
 
 use crate::{
     client::{Client, ClientError},
@@ -160,6 +161,11 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match &error {
             ClientError::Usage(_) => Exit::Usage,
+            // It says that it can be asked again.
+            ClientError::Refused {
+                status: StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS,
+                ..
+            } => Exit::Unknown,
             ClientError::Refused { status, .. } if status.is_client_error() => Exit::Usage,
             ClientError::Refused { .. } | ClientError::Unreachable { .. } => Exit::Unknown,
         };
@@ -263,4 +269,27 @@ pub(crate) fn tell(line: &dyn std::fmt::Display) {
 fn complain(failure: &Failure) -> ExitCode {
     tell(&format_args!("coalmine: {failure}"));
     ExitCode::from(failure.exit as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_asked_again_is_no_mistake_of_the_caller() {
+        for (status, exit) in [
+            (StatusCode::BAD_REQUEST, Exit::Usage),
+            (StatusCode::UNAUTHORIZED, Exit::Usage),
+            (StatusCode::NOT_FOUND, Exit::Usage),
+            (StatusCode::CONFLICT, Exit::Usage),
+            (StatusCode::REQUEST_TIMEOUT, Exit::Unknown),
+            (StatusCode::TOO_MANY_REQUESTS, Exit::Unknown),
+            (StatusCode::INTERNAL_SERVER_ERROR, Exit::Unknown),
+            (StatusCode::SERVICE_UNAVAILABLE, Exit::Unknown),
+        ] {
+            let detail = "no".to_owned();
+            let failure = Failure::from(ClientError::Refused { status, detail });
+            assert_eq!(failure.exit, exit, "{status}");
+        }
+    }
 }

@@ -62,7 +62,9 @@ pub fn api(faces: Faces) -> Router {
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(faces);
     // What the door says itself is in the envelope of the face that was asked, too.
-    admit(access, metrics, router).layer(middleware::from_fn(prometheus::as_envelope))
+    admit(access, metrics, router)
+        .layer(middleware::from_fn(prometheus::as_envelope))
+        .layer(middleware::from_fn(kayenta::with_message))
 }
 
 fn routes() -> OpenApiRouter<Faces> {

@@ -38,6 +38,7 @@ pub mod client;
 pub mod demo;
 
 mod clock;
+mod connections;
 pub mod database;
 mod disk;
 mod identity;

@@ -124,6 +124,7 @@ pub struct Metrics {
     worst: Family<Worst, Gauge<f64, std::sync::atomic::AtomicU64>>,
     rejected: Family<Reason, Counter>,
     refused: Family<Reason, Counter>,
+    closed: Family<Reason, Counter>,
     records: Family<Kind, Counter>,
     /// How long a commit of the decision log takes.
     pub audit_append_seconds: Histogram,
@@ -166,6 +167,7 @@ impl Metrics {
             worst: Family::default(),
             rejected: Family::default(),
             refused: Family::default(),
+            closed: Family::default(),
             records: Family::default(),
             audit_append_seconds: durations(),
             audit_writable: Gauge::default(),
@@ -224,6 +226,11 @@ impl Metrics {
                 "requests_refused",
                 "Requests that came to no route or were not allowed, by reason",
                 metrics.refused.clone(),
+            );
+            registry.register(
+                "connections_closed",
+                "Connections of tools that were closed: full, all places were taken; silent, no whole head came within 10 s",
+                metrics.closed.clone(),
             );
             registry.register(
                 "audit_records",
@@ -338,6 +345,11 @@ impl Metrics {
         self.refused.get_or_create(&Reason { reason }).inc();
     }
 
+    /// Counts a connection of a tool that was closed.
+    pub(crate) fn connection_closed(&self, reason: &'static str) {
+        self.closed.get_or_create(&Reason { reason }).inc();
+    }
+
     /// Counts a refused session or batch.
     pub fn reject(&self, reason: &'static str) {
         self.rejected.get_or_create(&Reason { reason }).inc();
@@ -370,15 +382,7 @@ impl Metrics {
             })
             .inc();
         self.score.get_or_create(&label()).set(ratio(outcome.score_ppm));
-        for verdict in Verdict::ALL {
-            self.verdict
-                .get_or_create(&RolloutVerdict {
-                    service: service.to_owned(),
-                    rollout: rollout.to_owned(),
-                    verdict: verdict.as_str(),
-                })
-                .set(i64::from(verdict == shown));
-        }
+        self.shown(service, rollout, shown);
         for state in TENANT_STATES {
             self.tenants
                 .get_or_create(&RolloutState {
@@ -405,6 +409,19 @@ impl Metrics {
         }
         for (label, score) in worst_labels(service, rollout, outcome) {
             self.worst.get_or_create(&label).set(score);
+        }
+    }
+
+    /// Shows the verdict that is published of a rollout.
+    pub fn shown(&self, service: &str, rollout: &str, shown: Verdict) {
+        for verdict in Verdict::ALL {
+            self.verdict
+                .get_or_create(&RolloutVerdict {
+                    service: service.to_owned(),
+                    rollout: rollout.to_owned(),
+                    verdict: verdict.as_str(),
+                })
+                .set(i64::from(verdict == shown));
         }
     }
 

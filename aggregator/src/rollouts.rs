@@ -9,6 +9,7 @@ mod kept;
 mod logbook;
 mod overriding;
 mod owner;
+mod ownerless;
 mod request;
 mod view;
 
@@ -21,7 +22,7 @@ use coalmine_judge::{
     chain::Hash,
     history,
     policy::Policy,
-    record::{Actuation, Body, Override, RolloutEnd, RolloutStart},
+    record::{Actuation, Body, RolloutStart},
     replay::{Judged, replay_decision},
     threshold::Thresholds,
     v1::{self, Verdict},
@@ -53,6 +54,9 @@ use crate::{
     ledger::{AppendError, Blob, Ledger},
     metrics::Metrics,
 };
+
+/// How often whoever watches a rollout is told that an approval is held back, or is not any more.
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// The history of each service that has one.
 pub type Histories = BTreeMap<String, Arc<history::History>>;
@@ -137,8 +141,7 @@ impl Rollouts {
             deadline_told,
             end,
             actuations,
-            overriding,
-            overrides,
+            changed,
             bootstrapped,
             hold_expired,
         } = logged;
@@ -149,7 +152,7 @@ impl Rollouts {
             view.recorded_decision(decision, hash);
         }
         view.hold_expired = hold_expired;
-        let overriding = Overriding::restored(overriding, overrides);
+        let overriding = Overriding::restored(changed);
         if let Some(end) = end {
             view.end(&end);
             let publish = self.keep(&start, None, overriding.shown(&view));
@@ -246,6 +249,7 @@ impl Rollouts {
             service: start.service.clone(),
             commands,
             view: Arc::clone(&publish),
+            changing: Arc::default(),
         };
         self.kept_mut().insert(start, handle);
         publish
@@ -272,7 +276,10 @@ impl Rollouts {
         };
         let _one_at_a_time = self.0.starting.lock().await;
         if let Some(key) = &request.key
-            && let Some(handle) = self.kept().all().find(|handle| handle.key == *key)
+            && let Some(handle) = self
+                .kept()
+                .all()
+                .find(|handle| handle.key == *key && handle.service == request.service)
         {
             let view = handle.view.borrow().clone();
             let asked = (
@@ -374,38 +381,18 @@ impl Rollouts {
     /// Ends a rollout.
     pub async fn end(&self, id: &str, actor: String, reason: String) -> Result<Arc<View>, RolloutError> {
         let handle = self.handle(id)?;
-        if handle.is_ended() {
-            return Ok(self.trusted(handle.view.borrow().clone()));
+        if !handle.is_ended() {
+            let command = |reply| Command::End {
+                actor: actor.clone(),
+                reason: reason.clone(),
+                reply,
+            };
+            match ask(&handle, command).await {
+                Some(done) => done?,
+                None => self.end_without_owner(id, &handle, actor, reason).await?,
+            }
         }
-        let Some(commands) = handle.commands.as_ref().filter(|commands| !commands.is_closed()) else {
-            return self.end_without_owner(id, &handle, actor, reason).await;
-        };
-        ask(id, commands, |reply| Command::End { actor, reason, reply }).await?;
-        Ok(self.trusted(handle.view.borrow().clone()))
-    }
-
-    /// A rollout that cannot be judged any more can still be ended.
-    async fn end_without_owner(
-        &self,
-        id: &str,
-        handle: &Handle,
-        actor: String,
-        reason: String,
-    ) -> Result<Arc<View>, RolloutError> {
-        let verdict = handle.view.borrow().verdict.clone();
-        let end = RolloutEnd {
-            rollout: id.to_owned(),
-            actor,
-            reason,
-            verdict,
-        };
-        self.0
-            .shared
-            .ledger
-            .append(Body::End(end.clone()), Vec::new())
-            .await?;
-        handle.view.send_modify(|view| Arc::make_mut(view).end(&end));
-        Ok(handle.view.borrow().clone())
+        Ok(self.trusted(handle.shown()))
     }
 
     /// Decides in the judge's place, or gives the decision back to it. It is on record before it is shown; a HOLD and a
@@ -418,72 +405,32 @@ impl Rollouts {
         reason: String,
     ) -> Result<Arc<View>, RolloutError> {
         let handle = self.open_handle(id)?;
-        let Some(commands) = handle.commands.as_ref().filter(|commands| !commands.is_closed()) else {
-            return self
-                .override_without_owner(id, &handle, verdict, actor, reason)
-                .await;
-        };
         let command = |reply| Command::Override {
             verdict,
-            actor,
-            reason,
+            actor: actor.clone(),
+            reason: reason.clone(),
             reply,
         };
-        ask(id, commands, command).await?;
-        Ok(self.trusted(handle.view.borrow().clone()))
-    }
-
-    /// What cannot be judged any more is a person's to decide.
-    async fn override_without_owner(
-        &self,
-        id: &str,
-        handle: &Handle,
-        verdict: Option<Verdict>,
-        actor: String,
-        reason: String,
-    ) -> Result<Arc<View>, RolloutError> {
-        let _one_at_a_time = self.0.starting.lock().await;
-        let view = Arc::clone(&handle.view.borrow());
-        let change = Override {
-            // The log's length makes it another name than any before.
-            id: format!("{id}-override-at-{}", clock::now_ms()),
-            rollout: id.to_owned(),
-            verdict: verdict.map(|verdict| verdict.as_str().to_owned()),
-            judged: v1::Verdict::Hold.as_str().to_owned(),
-            decision: view
-                .overridden
-                .is_none()
-                .then(|| view.decision_id.clone())
-                .flatten(),
-            actor,
-            reason,
-        };
-        let appended = self
-            .0
-            .shared
-            .ledger
-            .append(Body::Override(change.clone()), Vec::new());
-        let hash = appended.await?.hash.to_string();
-        handle.view.send_modify(|view| {
-            let view = Arc::make_mut(view);
-            view.given_back();
-            if verdict.is_some() {
-                view.override_with(&change, Some(&hash));
+        match ask(&handle, command).await {
+            Some(done) => done?,
+            None => {
+                let decided = self.override_without_owner(id, &handle, verdict, actor, reason);
+                decided.await?;
             }
-        });
-        Ok(self.trusted(handle.view.borrow().clone()))
+        }
+        Ok(self.trusted(handle.shown()))
     }
 
     /// Records that a canary without any traffic may get its first, once for a rollout.
     pub async fn bootstrap(&self, id: &str, agents: u64, hook: &str) -> Result<Arc<View>, RolloutError> {
         let handle = self.open_handle(id)?;
         let hook = hook.to_owned();
-        let commands = handle.commands.as_ref().filter(|commands| !commands.is_closed());
-        let commands = commands.ok_or_else(|| {
-            RolloutError::Conflict(format!("rollout {id} cannot be judged any more; start a new one"))
+        let done = ask(&handle, |reply| Command::Bootstrap { agents, hook, reply }).await;
+        done.unwrap_or_else(|| {
+            let problem = format!("rollout {id} cannot be judged any more; start a new one");
+            Err(RolloutError::Conflict(problem))
         })?;
-        ask(id, commands, |reply| Command::Bootstrap { agents, hook, reply }).await?;
-        Ok(self.trusted(handle.view.borrow().clone()))
+        Ok(self.trusted(handle.shown()))
     }
 
     fn open_handle(&self, id: &str) -> Result<Handle, RolloutError> {
@@ -503,7 +450,7 @@ impl Rollouts {
 
     /// The last published state of a rollout.
     pub fn view(&self, id: &str) -> Result<Arc<View>, RolloutError> {
-        Ok(self.trusted(self.handle(id)?.view.borrow().clone()))
+        Ok(self.trusted(self.handle(id)?.shown()))
     }
 
     /// What is shown of a view: an approval only while the log takes records, for whatever reason it does not.
@@ -523,43 +470,49 @@ impl Rollouts {
 
     /// All rollouts that are kept, newest first.
     pub fn list(&self) -> Vec<Arc<View>> {
-        let views = self
-            .kept()
-            .all()
-            .map(|handle| handle.view.borrow().clone())
-            .collect();
-        let mut views: Vec<_> = self.all_trusted(views);
+        let kept: Vec<_> = self.kept().all().map(Handle::shown).collect();
+        let mut views: Vec<_> = kept.into_iter().map(|view| self.trusted(view)).collect();
         views.sort_by(|a, b| (b.start_ms, &b.id).cmp(&(a.start_ms, &a.id)));
         views
     }
 
-    /// The open rollouts that are meant; if none is open, the newest that is. Newest first.
+    /// The open rollouts that are meant, newest first; if none is open, the newest that is. What is over says nothing of what
+    /// comes next: it is on HOLD then, unless it is asked for by its name.
     pub fn find(&self, question: &Question) -> Vec<Arc<View>> {
         let views = self.kept().find(question);
-        self.all_trusted(views)
-    }
-
-    fn all_trusted(&self, views: Vec<Arc<View>>) -> Vec<Arc<View>> {
-        views.into_iter().map(|view| self.trusted(view)).collect()
+        let is_named = question.rollout.is_some();
+        let of_next = |view: Arc<View>| {
+            if view.state == State::Ended && !is_named {
+                Arc::new(view.of_next())
+            } else {
+                self.trusted(view)
+            }
+        };
+        views.into_iter().map(of_next).collect()
     }
 
     /// What is shown of a rollout, now and whenever it changes, until it is ended.
     pub fn watch(&self, id: &str) -> Result<impl Stream<Item = Arc<View>> + Send + use<>, RolloutError> {
         let mut views = self.handle(id)?.view.subscribe();
         views.mark_changed();
-        let this = self.clone();
-        Ok(stream::unfold(
-            (this, views, false),
-            async |(this, mut views, is_over)| {
-                if is_over || views.changed().await.is_err() {
-                    return None;
+        let begin = (self.clone(), views, None::<Arc<View>>);
+        Ok(stream::unfold(begin, async |(this, mut views, told)| {
+            if told.as_ref().is_some_and(|told| told.state == State::Ended) {
+                return None;
+            }
+            loop {
+                tokio::select! {
+                    changed = views.changed() => changed.ok()?,
+                    // Nobody tells when the log takes no records any more.
+                    () = tokio::time::sleep(LOOK_AGAIN) => {}
                 }
                 let view = views.borrow_and_update().clone();
                 let view = this.trusted(view);
-                let is_over = view.state == State::Ended;
-                Some((view, (this, views, is_over)))
-            },
-        ))
+                if told.as_ref().is_none_or(|told| told.differs(&view)) {
+                    return Some((Arc::clone(&view), (this, views, Some(view))));
+                }
+            }
+        }))
     }
 
     fn handle(&self, id: &str) -> Result<Handle, RolloutError> {
@@ -578,18 +531,12 @@ impl Rollouts {
     }
 }
 
-/// Asks the owner of a rollout for something, and waits for its answer.
-async fn ask(
-    id: &str,
-    commands: &mpsc::Sender<Command>,
-    command: impl FnOnce(Reply) -> Command,
-) -> Result<(), RolloutError> {
+/// Asks the owner of a rollout for something, and waits for its answer. None if it has no owner, or none any more: then
+/// nothing was done.
+async fn ask(handle: &Handle, command: impl FnOnce(Reply) -> Command) -> Option<Result<(), RolloutError>> {
     let (reply, answer) = oneshot::channel();
-    let stopping =
-        || RolloutError::Conflict(format!("rollout {id} cannot be changed while the server stops"));
-    let sent = commands.send(command(reply)).await;
-    sent.map_err(|_| stopping())?;
-    answer.await.map_err(|_| stopping())?
+    handle.commands.as_ref()?.send(command(reply)).await.ok()?;
+    answer.await.ok()
 }
 
 /// Runs what owns a rollout. A verdict that nobody stands behind any more must not stay up.

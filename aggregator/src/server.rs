@@ -22,7 +22,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use crate::{
     access::{self, Access},
     book::{Book, Patience, Roster, locked},
-    clock,
+    clock, connections,
     database::{self, DatabaseError},
     disk,
     effects::{self, Effects},
@@ -636,14 +636,18 @@ async fn listen(
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(telemetry)
         .serve_with_incoming_shutdown(TcpListenerStream::new(grpc_port), stopping());
-    let api = faces::api(faces.clone()).into_make_service_with_connect_info::<SocketAddr>();
-    let http = axum::serve(http_port, api).with_graceful_shutdown(stopping());
+    let http = connections::api(
+        http_port,
+        faces::api(faces.clone()),
+        Arc::clone(&faces.metrics),
+        drain.subscribe(),
+    );
     let admin = axum::serve(listeners.admin, faces::admin(faces.clone())).with_graceful_shutdown(stopping());
     let servers = async {
-        let (grpc, http, admin) = tokio::join!(grpc, async { http.await }, async { admin.await });
+        let (grpc, (), admin) = tokio::join!(grpc, http, async { admin.await });
         let grpc = grpc.map_err(|error| error.to_string());
-        let others = http.and(admin).map_err(|error| error.to_string());
-        grpc.and(others).map_err(StartError::Failed)
+        let admin = admin.map_err(|error| error.to_string());
+        grpc.and(admin).map_err(StartError::Failed)
     };
     tokio::pin!(servers, stop);
     let mut evict = tokio::time::interval(TIDY_EVERY);

@@ -1,6 +1,8 @@
 //! The JSON API: watching a rollout, and deciding in the judge's place. What it refuses, and how, is beside it.
 
+mod pages;
 mod refusals;
+mod streams;
 
 use std::{
     fs,
@@ -79,11 +81,13 @@ struct Events(BufReader<TcpStream>);
 
 impl Events {
     fn open(address: SocketAddr, rollout: &str, last: Option<&str>) -> Self {
+        Self::at(address, &format!("/v1/rollouts/{rollout}/watch"), last)
+    }
+
+    fn at(address: SocketAddr, path: &str, last: Option<&str>) -> Self {
         let mut stream = connect(address);
         let last = last.map_or_else(String::new, |id| format!("last-event-id: {id}\r\n"));
-        let head = format!(
-            "GET /v1/rollouts/{rollout}/watch HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n{last}\r\n"
-        );
+        let head = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n{last}\r\n");
         stream.write_all(head.as_bytes()).unwrap();
         let mut lines = BufReader::new(stream);
         let mut head = String::new();
@@ -147,7 +151,8 @@ fn who_watches_is_told_each_change_once_until_the_end() {
 
     let halted = first.until("verdict", "verdict", "ROLLBACK");
     let gate = aggregator.wait_for_verdict(&rollout, &["ROLLBACK"]);
-    assert_eq!(halted.id.as_deref(), gate["decision_id"].as_str(), "{halted:?}");
+    let decision = gate["decision_id"].as_str().unwrap();
+    assert_eq!(halted.id, Some(format!("{decision}/ROLLBACK")), "{halted:?}");
     for field in [
         "verdict",
         "reason",
@@ -161,6 +166,10 @@ fn who_watches_is_told_each_change_once_until_the_end() {
 
     // Who has seen it is not told again, and the next that there is to tell is the end.
     let mut second = Events::open(aggregator.http, &rollout, halted.id.as_deref());
+    // Who has seen another verdict of the same decision is.
+    let mut other = Events::open(aggregator.http, &rollout, Some(&format!("{decision}/HOLD")));
+    let told = other.next().unwrap();
+    assert_eq!((told.kind.as_str(), told.id), ("verdict", halted.id.clone()));
     let ended = aggregator.post(&format!("/v1/rollouts/{rollout}/end"), &json!({}));
     assert_eq!(ended.status, 200, "{}", ended.body);
     let mut third = Events::open(aggregator.http, &rollout, None);
@@ -179,6 +188,18 @@ fn who_watches_is_told_each_change_once_until_the_end() {
         assert_eq!(event.kind, "end", "{event:?}");
         assert_eq!(event.data["state"], "ended", "{event:?}");
         assert!(events.next().is_none());
+    }
+
+    // What the last one has ended with is not said of the next.
+    let server = format!("http://{}", aggregator.http);
+    for (arguments, code) in [
+        (&["--service", "checkout"][..], 2),
+        (&["--service", "checkout", "--wait", "--timeout", "1s"][..], 2),
+        (&[&*rollout][..], 1),
+    ] {
+        let words = ["gate", "--server", &server].into_iter();
+        let asked = coalmine(words.chain(arguments.iter().copied()));
+        assert_eq!(asked.status.code(), Some(code), "{arguments:?}: {asked:?}");
     }
 
     // When the server stops it waits for nobody who watches.
@@ -260,6 +281,22 @@ fn a_person_decides_in_the_judges_place_and_gives_the_decision_back() {
     );
     let replay = aggregator.post(&format!("/v1/decisions/{id}/replay"), &Value::Null);
     assert_eq!(replay.status, 409, "{}", replay.body);
+    let overriding = id.to_owned();
+    let explains = |arguments: &[&str]| {
+        let explained = coalmine(["explain", &*overriding].iter().chain(arguments));
+        let said = String::from_utf8_lossy(&explained.stdout).into_owned();
+        assert!(explained.status.success(), "{explained:?}");
+        for part in [
+            "APPROVE, in the judge's place",
+            "eve",
+            "the customer is waiting",
+            "said HOLD",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        said
+    };
+    explains(&["--server", &server]);
 
     // The judge goes on beside it, and the rollout is found by what it is of.
     let judged = |aggregator: &Aggregator| {
@@ -339,6 +376,14 @@ fn a_person_decides_in_the_judges_place_and_gives_the_decision_back() {
         let output = coalmine(arguments);
         assert!(output.status.success(), "{output:?}");
     }
+    let said = explains(&["--data", &data]);
+    assert!(said.contains("not the judge's decision"), "{said}");
+    let proof = coalmine(["audit", "proof", &overriding, "--data", &data]);
+    assert!(proof.status.success(), "{proof:?}");
+    let replay = coalmine(["replay", &overriding, "--data", &data]);
+    let complaint = String::from_utf8_lossy(&replay.stderr).into_owned();
+    assert_eq!(replay.status.code(), Some(64), "{replay:?}");
+    assert!(complaint.contains("is not the judge's decision"), "{complaint}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::{fs, time::Duration};
 
 use coalmine_tests::{
     clients::{
-        Poll, Server, Subject,
+        Poll, Reading, Server, Subject,
         argo::{self, Limits, Metric, Phase},
         ci,
         flagger::{self, Hook},
@@ -22,21 +22,23 @@ use coalmine_tests::{
 };
 use serde_json::json;
 
-use self::site::{ASKER, AUDITOR, DEPLOYER, ELSEWHERE, STRANGER, Service, Site, Traffic, server};
+use self::site::{ASKER, AUDITOR, DEPLOYER, ELSEWHERE, NOBODY, STRANGER, Service, Site, Traffic, server};
 use crate::{
     postgres::{WRITER, database},
     stage,
 };
 
-/// What each client does in each state. `errors` is counted: too many of them go back. A `!` allows everything else,
-/// and what has a `-` is not asked.
+/// What each client does in each state. `errors` is counted: too many of them go back. A `!` allows everything else.
 ///
 /// Of Flagger: the hooks `rollout`, `confirm-traffic-increase`, `confirm-promotion` and `rollback`, then `/gate/check`
 /// and `/rollback/check`, then a metric. Of Argo: the providers web, prometheus, kayenta, and job at the end of its time.
 /// Of Orca: an interval that is not the last one, and the last one. Then a script.
 ///
-/// `first-one` is a HOLD without any traffic yet, `overdue` one that has lasted as long as it may and goes on; `approved`,
-/// `held` and `failed` have ended so. `denied` has no valid token, or one for something else.
+/// `first-one` is a HOLD without any traffic yet (Flagger calls `rollout` only once it leads some to the canary, so `-`
+/// is not asked), `overdue` one that has lasted as long as it may and goes on; `approved`, `held` and `failed` have ended
+/// so, which says nothing to whoever asks about the service and not about that rollout.
+/// `unbegun` is a service without any rollout, `unknown` one without a policy. `denied` has no valid token, or one for
+/// something else.
 const TABLE: &str = "
 state      rollout raise promote back  check undo  metric web    prom   kayenta job   interval last  ci
 
@@ -44,18 +46,22 @@ APPROVE    goes    goes  goes    goes  goes  goes  goes   goes   goes   goes    
 HOLD       goes    holds holds   goes  holds goes  goes   holds  holds  holds   stops holds    holds holds
 ROLLBACK   errors  holds holds   stops holds stops errors stops  stops  stops   stops stops    stops stops
 
-first-one  goes    goes  holds   goes  holds goes  goes   holds  holds  holds   stops holds    holds holds
+first-one  -       goes  holds   goes  holds goes  goes   holds  holds  holds   stops holds    holds holds
 overdue    goes    holds holds   goes  holds goes  goes   holds  holds  holds   stops goes     stops holds
 
-approved   errors  holds holds   goes  holds goes  goes   goes   goes   goes    goes  goes     goes  goes
+approved   errors  holds holds   goes  holds goes  goes   holds  holds  goes    stops goes     goes  holds
 held       errors  holds holds   goes  holds goes  goes   holds  holds  !goes   stops stops    stops holds
-failed     errors  holds holds   goes  holds goes  errors stops  stops  stops   stops stops    stops stops
+failed     errors  holds holds   goes  holds goes  goes   holds  holds  stops   stops stops    stops holds
 
+unbegun    errors  holds holds   goes  holds goes  errors errors errors errors  stops errors   errors errors
 unknown    errors  holds holds   goes  holds goes  errors errors errors errors  stops errors   errors errors
 denied     errors  holds holds   goes  holds goes  errors errors errors errors  stops errors   errors errors
 stopped    errors  holds holds   goes  holds goes  errors errors errors errors  stops errors   errors errors
-standby    errors  holds holds   goes  holds goes  errors errors errors errors  -     errors   errors -
+standby    errors  holds holds   goes  holds goes  errors errors errors errors  stops errors   errors errors
 ";
+
+/// The cell of a client that does not ask then.
+const NOT_ASKED: &str = "-";
 
 /// A client that polls.
 struct Client {
@@ -153,16 +159,23 @@ struct Asked {
 
 impl Asked {
     fn begin(server: &Server, service: &str) -> Self {
-        let subject = Subject {
-            service: service.to_owned(),
-            version: "v2".to_owned(),
-            namespace: "shop".to_owned(),
-        };
+        let subject = subject(service);
         Self {
             server: server.clone(),
             argo: argo::kayenta::begin(server, &subject),
             orca: orca::begin(server, &subject),
             subject,
+        }
+    }
+
+    /// The same with executions of a rollout that there never was.
+    fn made_up(server: &Server, service: &str) -> Self {
+        let execution = Ok(format!("{service}-v2-1700000000.95.75"));
+        Self {
+            server: server.clone(),
+            argo: execution.clone(),
+            orca: execution,
+            subject: subject(service),
         }
     }
 
@@ -183,6 +196,14 @@ impl Asked {
             Ok(execution) => orca::poll(&self.server, execution, interval),
             Err(why) => Poll::failed(why.clone()),
         }
+    }
+}
+
+fn subject(service: &str) -> Subject {
+    Subject {
+        service: service.to_owned(),
+        version: "v2".to_owned(),
+        namespace: "shop".to_owned(),
     }
 }
 
@@ -212,7 +233,7 @@ fn fits(cell: &str, poll: &Poll) -> bool {
 /// Has every client ask once; gives what is not as in the table.
 fn differences(state: &str, asked: &Asked) -> Vec<String> {
     let mut found = Vec::new();
-    for (client, cell) in row(state).into_iter().filter(|(_, cell)| *cell != "-") {
+    for (client, cell) in row(state).into_iter().filter(|(_, cell)| *cell != NOT_ASKED) {
         let poll = (client.ask)(asked);
         if !fits(cell, &poll) {
             let service = &asked.subject.service;
@@ -325,10 +346,89 @@ fn unlike(wanted: &str, limits: Limits, measured: &[&Asked]) -> Option<String> {
     (!told.starts_with(wanted)).then(|| format!("a metric with {limits:?}: not {wanted}, but {told}"))
 }
 
+/// A service that has a policy, and of which nobody has begun a rollout.
+const UNBEGUN: Service = Service::new("unbegun", HOLDS_LONG, 3, None);
+
+/// What is told where there is no rollout: to Flagger a status that is no verdict and that it asks again after, to
+/// everybody else that there is none.
+const THERE_IS_NONE: [(&str, &str); 8] = [
+    ("rollout", "giving up after 3 attempt(s)"),
+    ("metric", "status 404"),
+    ("web", "404"),
+    ("prom", "404"),
+    ("kayenta", "404"),
+    ("interval", "404"),
+    ("last", "404"),
+    ("ci", "64"),
+];
+
+/// What is told otherwise.
+fn told_otherwise(asked: &Asked) -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, told) in THERE_IS_NONE {
+        let client = CLIENTS.iter().find(|client| client.name == name).unwrap();
+        let poll = (client.ask)(asked);
+        let is_told = matches!(&poll.reading, Reading::Errors(why) if why.contains(told));
+        if !is_told {
+            found.push(format!("unbegun: {name}: not {told}, but {poll:?}"));
+        }
+    }
+    found
+}
+
+/// What whoever may see only other services is told of this one.
+fn told_to_strangers(site: &Site, trial: &Trial) -> Vec<String> {
+    let mut found = Vec::new();
+    let verdict =
+        |label: &str, value: &str| format!("query?query=coalmine_verdict%7B{label}=%22{value}%22%7D");
+    for (path, status) in [
+        (verdict("canary", trial.service), 404),
+        (verdict("rollout", &trial.rollout), 404),
+        (verdict("service", trial.service), 401),
+        ("query?query=coalmine_tenant_score".to_owned(), 200),
+        ("series?match[]=coalmine_verdict".to_owned(), 200),
+        ("label/service/values".to_owned(), 200),
+    ] {
+        let path = format!("/api/v1/{path}");
+        let answer = site.ask_as(ELSEWHERE, &path);
+        // Errors say again what was asked for, once.
+        let is_named = [trial.service, trial.rollout.as_str()]
+            .into_iter()
+            .any(|name| answer.body.matches(name).count() > path.matches(name).count());
+        if answer.status != status || is_named {
+            found.push(format!(
+                "{path}: not {status}, but {} {}",
+                answer.status, answer.body
+            ));
+        }
+    }
+    found
+}
+
+/// Kills the aggregator and starts it again; gives what goes on meanwhile although it is held.
+fn goes_on_while_it_restarts(site: &mut Site, held: &Asked) -> Vec<String> {
+    let mut found = Vec::new();
+    let clients: Vec<_> = row("HOLD")
+        .into_iter()
+        .filter(|(client, cell)| *cell == "holds" && client.name != "job")
+        .collect();
+    site.restart(|| {
+        for (client, _) in &clients {
+            let poll = (client.ask)(held);
+            if poll.reading == Reading::Goes {
+                found.push(format!("not ready yet: {}: {poll:?}", client.name));
+            }
+        }
+    });
+    found
+}
+
 #[test]
 fn every_client_does_what_the_verdict_means_in_every_state() {
     let _stage = stage();
-    let mut site = Site::start(&STATES.map(|(service, _)| service));
+    let mut services = STATES.map(|(service, _)| service).to_vec();
+    services.push(UNBEGUN);
+    let mut site = Site::start(&services);
     let trials: Vec<Trial> = STATES
         .into_iter()
         .map(|(service, state)| Trial::begin(&site, &service, state))
@@ -357,7 +457,7 @@ fn every_client_does_what_the_verdict_means_in_every_state() {
     }
 
     // Executions that were begun before a crash go on after it. The first increase depends on who is back already.
-    site.restart();
+    wrong.extend(goes_on_while_it_restarts(&mut site, &trial("held").asked));
     for trial in trials.iter().filter(|trial| trial.state != "first-one") {
         wrong.extend(trial.differs(&site, trial.state));
     }
@@ -369,9 +469,13 @@ fn every_client_does_what_the_verdict_means_in_every_state() {
     wrong.extend(unlike("Successful", patient, &waits));
     wrong.extend(unlike("Failed", patient, &[held, approved, failing]));
 
-    for token in [STRANGER, AUDITOR, ELSEWHERE] {
+    for token in [NOBODY, STRANGER, AUDITOR, ELSEWHERE] {
         wrong.extend(differences("denied", &approved.by(site.server(token))));
     }
+    wrong.extend(told_to_strangers(&site, trial("approved")));
+    let unbegun = Asked::made_up(&site.server(ASKER), UNBEGUN.name);
+    wrong.extend(differences("unbegun", &unbegun));
+    wrong.extend(told_otherwise(&unbegun));
     wrong.extend(differences(
         "unknown",
         &Asked::begin(&site.server(DEPLOYER), "nobody"),
@@ -421,11 +525,8 @@ fn whoever_does_not_own_the_log_gives_no_verdict_and_the_next_owner_gives_the_sa
     eventually("the second has its directory", || {
         (fs::read_dir(&standby.data).unwrap().count() > 1).then_some(())
     });
-    let impatient = Server {
-        patience: Duration::from_millis(300),
-        ..server(standby.http, None)
-    };
-    wrong.extend(differences("standby", &asked.by(impatient)));
+    // Its port is shut, so nobody waits.
+    wrong.extend(differences("standby", &asked.by(server(standby.http, None))));
     assert_eq!(standby.ended(), None, "the second waits");
 
     owner.terminate();

@@ -12,6 +12,7 @@ use std::{fs, path::PathBuf};
 
 use coalmine_tests::{
     components::Aggregator,
+    http::Answer,
     process::{coalmine, repository},
 };
 use serde_json::{Value, json};
@@ -82,36 +83,55 @@ fn list<'v>(value: &'v Value, pointer: &str) -> &'v [Value] {
     found.unwrap_or_else(|| panic!("{pointer} is no list in {value}"))
 }
 
-/// An aggregator that knows one token, of the scopes that the examples ask for. Whoever has none may do everything: that
-/// is the test itself.
+/// An aggregator that knows two tokens, one of the scopes that the examples ask for, and one of the test itself.
 struct Stand {
     directory: TempDir,
     aggregator: Aggregator,
     token: String,
+    /// May do everything.
+    own_token: String,
+}
+
+/// Makes a token; it is in the file from then on.
+fn create_token(file: &str, wanted: &str) -> String {
+    let words = ["token", "create", "--file", file].into_iter();
+    let created = coalmine(words.chain(wanted.split(' ')));
+    let said = String::from_utf8_lossy(&created.stderr);
+    assert!(created.status.success(), "{said}");
+    String::from_utf8(created.stdout).unwrap().trim().to_owned()
 }
 
 impl Stand {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let tokens = directory.path().join("tokens").display().to_string();
-        let create = "token create --name examples --scope gate --scope rollout --service checkout --file";
-        let created = coalmine(create.split(' ').chain([tokens.as_str()]));
-        let said = String::from_utf8_lossy(&created.stderr);
-        assert!(created.status.success(), "{said}");
-        let token = String::from_utf8(created.stdout).unwrap().trim().to_owned();
-        let anonymous = "gate,rollout,override,audit";
-        let mut aggregator = Aggregator::prepare(directory.path()).with_arguments(&[
-            "--tokens",
+        let of_examples = "--name examples --scope gate --scope rollout --service checkout";
+        let token = create_token(&tokens, of_examples);
+        let own_token = create_token(
             &tokens,
-            "--anonymous",
-            anonymous,
-        ]);
+            "--name test --scope gate,rollout,override,audit --service *",
+        );
+        let mut aggregator = Aggregator::prepare(directory.path()).with_arguments(&["--tokens", &tokens]);
         aggregator.launch();
         Self {
             directory,
             aggregator,
             token,
+            own_token,
         }
+    }
+
+    /// A path as it is for the test.
+    fn path(&self, path: &str) -> String {
+        format!("/t/{}{path}", self.own_token)
+    }
+
+    fn get(&self, path: &str) -> Value {
+        self.aggregator.get(&self.path(path))
+    }
+
+    fn post(&self, path: &str, body: &Value) -> Answer {
+        self.aggregator.post(&self.path(path), body)
     }
 
     fn server(&self) -> String {
@@ -124,7 +144,7 @@ impl Stand {
         if let Some(workload) = workload {
             request["workload"] = workload;
         }
-        let answer = self.aggregator.post("/v1/rollouts", &request);
+        let answer = self.post("/v1/rollouts", &request);
         assert_eq!(answer.status, 201, "{}", answer.body);
         text(&answer.json(), "/id").to_owned()
     }
@@ -133,18 +153,18 @@ impl Stand {
     fn decide(&self, rollout: &str, verdict: &str) {
         let decision = json!({ "verdict": verdict, "reason": "the test says so" });
         let path = format!("/v1/rollouts/{rollout}/override");
-        let answer = self.aggregator.post(&path, &decision);
+        let answer = self.post(&path, &decision);
         assert_eq!(answer.status, 200, "{}", answer.body);
     }
 
     fn state(&self, rollout: &str) -> String {
-        let view = self.aggregator.get(&format!("/v1/rollouts/{rollout}"));
+        let view = self.get(&format!("/v1/rollouts/{rollout}"));
         text(&view, "/state").to_owned()
     }
 
     fn end(&self, rollout: &str) {
         let end = json!({ "reason": "the test is through" });
-        let answer = self.aggregator.post(&format!("/v1/rollouts/{rollout}/end"), &end);
+        let answer = self.post(&format!("/v1/rollouts/{rollout}/end"), &end);
         assert_eq!(answer.status, 200, "{}", answer.body);
     }
 }

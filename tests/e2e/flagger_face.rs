@@ -1,6 +1,6 @@
 //! Flagger's side of a rollout, played by HTTP against a real aggregator: which hooks pass, and which rollouts there are.
 
-use std::{net::SocketAddr, path::Path, thread};
+use std::{fs, net::SocketAddr, path::Path, thread};
 
 use coalmine_tests::{
     components::{Agent, Aggregator, Scene},
@@ -162,8 +162,18 @@ fn a_healthy_canary_gets_its_first_traffic_and_then_all_of_it() {
     let record = aggregator.get(&format!("/v1/decisions/{id}-bootstrap"));
     assert_eq!(record["record"]["body"]["type"], "bootstrap", "{record}");
 
+    // Flagger comes again as it came at first: it could not act on the grant, so there is another.
+    assert!(!run.passes("rollback") && run.passes("pre-rollout"));
+    let granted = run.hook("confirm-traffic-increase", "Progressing");
+    assert!(granted.body.starts_with("BOOTSTRAP"), "{}", granted.body);
+    // It leads traffic to the canary now, and no more than the first is granted.
+    assert!(
+        !run.passes("rollback") && run.passes("rollout"),
+        "HOLD is no failed check"
+    );
+    assert!(!run.passes("confirm-traffic-increase"));
+
     let _load = scene.load(2_000, 80_000);
-    assert!(run.passes("rollout"), "HOLD is no failed check");
     let gate = aggregator.wait_for_verdict(&id, &["ROLLBACK", "APPROVE"]);
     assert_eq!(gate["verdict"], "APPROVE", "{gate}");
     let increase = run.hook("confirm-traffic-increase", "Progressing");
@@ -192,7 +202,7 @@ fn a_failing_tenant_sends_the_canary_back() {
     let aggregator = Aggregator::start(directory.path());
     let scene = connected(directory.path(), &aggregator, Some(FAILING));
     let run = revision(&aggregator, "5d7f9c");
-    assert!(run.passes("pre-rollout"));
+    assert!(!run.passes("rollback") && run.passes("pre-rollout"));
     let id = text(&open(&aggregator)["id"]);
     let _load = scene.load(2_000, 80_000);
     let gate = aggregator.wait_for_verdict(&id, &["ROLLBACK", "APPROVE"]);
@@ -207,18 +217,15 @@ fn a_failing_tenant_sends_the_canary_back() {
     );
     assert!(!run.passes("confirm-traffic-increase") && !run.passes("confirm-promotion"));
     assert!(run.passes("rollback"), "go back");
-    // Until Flagger has done it, it hears the same.
-    assert!(run.passes("rollback") && !run.passes("rollout"));
+    // Until Flagger has done it, it hears the same, also where it has not led any traffic to it yet.
+    assert!(run.passes("rollback") && !run.passes("pre-rollout") && !run.passes("rollout"));
+    assert_eq!(open(&aggregator)["id"], id.as_str());
 
-    // It never said that it has; the same revision comes again.
-    assert!(run.passes("pre-rollout"));
+    assert_eq!(run.hook("post-rollout", "Failed").status, 200);
+    assert!(!run.passes("rollback") && run.passes("pre-rollout"));
     let again = open(&aggregator);
     assert_eq!(again["key"], "flagger/shop/checkout/5d7f9c/2");
     assert_eq!(aggregator.get(&format!("/v1/rollouts/{id}"))["state"], "ended");
-    assert!(
-        !run.passes("rollback"),
-        "what was found of the attempt before is not held against this one"
-    );
 }
 
 #[test]
@@ -227,15 +234,14 @@ fn a_hold_past_its_deadline_opens_the_way_back_and_needs_no_agent() {
     let mut aggregator = Aggregator::prepare_with(directory.path(), SHORT_HOLD);
     aggregator.launch();
     let run = revision(&aggregator, "5d7f9c");
-    assert!(run.passes("pre-rollout") && run.passes("rollout") && !run.passes("rollback"));
+    assert!(!run.passes("rollback") && run.passes("pre-rollout"));
     let rollout = open(&aggregator);
     assert_eq!(rollout["canary_version"], "unknown");
     // Without an agent there is nobody whom first traffic would reach.
     assert!(!run.passes("confirm-traffic-increase"));
     // To call pre-rollout again, as Flagger does while the first increase waits, is no new attempt.
     eventually("the deadline opens the way back", || {
-        let held = run.hook("pre-rollout", "Progressing").status == 200;
-        (!held && run.passes("rollback")).then_some(())
+        (run.passes("rollback") && !run.passes("pre-rollout")).then_some(())
     });
     assert_eq!(rollouts(&aggregator).len(), 1);
     assert!(!run.passes("rollout"));
@@ -281,9 +287,10 @@ fn a_revision_that_comes_again_is_another_attempt() {
     let directory = tempfile::tempdir().unwrap();
     let aggregator = Aggregator::start(directory.path());
     let (v2, v3) = (revision(&aggregator, "aaaa"), revision(&aggregator, "bbbb"));
-    assert!(v2.passes("pre-rollout") && v2.passes("rollout"));
+    assert!(!v2.passes("rollback") && v2.passes("pre-rollout"));
+    assert!(!v2.passes("rollback") && v2.passes("rollout"));
     assert_eq!(v2.hook("post-rollout", "Succeeded").status, 200);
-    assert!(v3.passes("pre-rollout"));
+    assert!(!v3.passes("rollback") && v3.passes("pre-rollout"));
     // Flagger was away when this one ended. The first that it asks of the next one is the way back.
     assert!(!v2.passes("rollback"));
     let expected = ["aaaa/1/unknown", "aaaa/2/unknown", "bbbb/1/unknown"];
@@ -330,6 +337,60 @@ fn a_canary_that_nobody_has_named_is_named_by_its_agents() {
     assert_eq!(rollouts(&aggregator).len(), 2);
 }
 
+/// What people have decided and given back, as it is on record.
+fn overrides(aggregator: &Aggregator) -> Vec<Value> {
+    let log = fs::read_to_string(aggregator.data.join("decisions.jsonl")).unwrap();
+    // The last line may not be whole yet.
+    let records = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let bodies = records.map(|mut record| record["body"].take());
+    bodies.filter(|body| body["type"] == "override").collect()
+}
+
+fn is_said_by_alice(body: &Value, said: &Value) {
+    assert_eq!(
+        (&body["type"], &body["reason"]),
+        (&json!("override"), &said["reason"])
+    );
+    assert!(text(&body["actor"]).ends_with("alice"), "{body}");
+}
+
+#[test]
+fn a_gate_that_is_asked_before_a_canary_is_tried_lets_it_be_tried() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = Aggregator::start(directory.path());
+    let run = revision(&aggregator, "5d7f9c");
+    let check = |phase: &str| run.call("/gate/check", &run.body(phase)).status;
+    // As Flagger's documents have it: the first canary, and one that was told to wait.
+    for phase in ["Initialized", "Waiting", "Succeeded", "Failed"] {
+        assert_eq!(check(phase), 200, "{phase}");
+    }
+    assert_eq!(rollouts(&aggregator).len(), 0, "nothing is on trial yet");
+    // The same gate holds the promotion.
+    assert_eq!(check("Progressing"), 403);
+    assert_eq!([check("WaitingPromotion"), check("")], [403, 403]);
+    // What is found of one canary does not keep the next one from being tried.
+    assert_eq!(run.turn("/rollback/open", &json!({})).status, 202);
+    assert_eq!([check("Failed"), check("Waiting")], [200, 200]);
+}
+
+#[test]
+fn a_gate_that_is_asked_by_hand_replaces_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = Aggregator::start(directory.path());
+    let run = revision(&aggregator, "5d7f9c");
+    assert!(!run.passes("rollback") && run.passes("pre-rollout"));
+    let id = open(&aggregator)["id"].clone();
+    let by_hand = json!({ "name": "checkout", "namespace": "shop", "phase": "Progressing" });
+    for path in ["/gate/check", "/rollback/check", "/v1/flagger/rollout"] {
+        let answer = run.call(path, &by_hand);
+        assert!(matches!(answer.status, 200 | 403), "{path}: {}", answer.body);
+    }
+    assert_eq!(open(&aggregator)["id"], id);
+    assert_eq!(rollouts(&aggregator).len(), 1);
+}
+
 #[test]
 fn gates_that_a_person_opens_and_closes_are_on_record() {
     let directory = tempfile::tempdir().unwrap();
@@ -345,32 +406,39 @@ fn gates_that_a_person_opens_and_closes_are_on_record() {
     let id = text(&open(&aggregator)["id"]);
 
     let said = json!({ "actor": "alice", "reason": "seen with my own eyes" });
-    for (number, gate, expected) in [
-        (1, "/gate/open", [200, 403]),
-        (2, "/gate/close", [403, 403]),
-        (3, "/rollback/open", [403, 200]),
-        (4, "/rollback/close", [403, 403]),
+    // The gate before the next canary: only a person's HOLD closes it.
+    let before_a_canary = || {
+        ["/v1/flagger/confirm-rollout", "/gate/check"].map(|path| run.call(path, &run.body("Waiting")).status)
+    };
+    for (gate, expected, before) in [
+        ("/gate/open", [200, 403], [200, 200]),
+        ("/gate/close", [403, 403], [403, 403]),
+        ("/rollback/open", [403, 200], [200, 200]),
     ] {
         let turned = run.turn(gate, &said);
         assert_eq!(turned.status, 202, "{gate}: {}", turned.body);
         assert_eq!(gates(), expected, "after {gate}");
-        let decision = aggregator.get(&format!("/v1/decisions/{id}-override-{number}"));
-        let body = &decision["record"]["body"];
-        assert_eq!(
-            (&body["type"], &body["reason"]),
-            (&json!("override"), &said["reason"])
-        );
-        assert!(text(&body["actor"]).ends_with("alice"), "{body}");
+        assert_eq!(before_a_canary(), before, "after {gate}");
+        let decision = text(&open(&aggregator)["decision_id"]);
+        assert!(turned.body.contains(&decision), "{}", turned.body);
+        let decision = aggregator.get(&format!("/v1/decisions/{decision}"));
+        is_said_by_alice(&decision["record"]["body"], &said);
     }
+    assert_eq!(run.turn("/rollback/close", &said).status, 202);
+    assert_eq!(gates(), [403, 403], "after /rollback/close");
+    let rollout = open(&aggregator);
     assert_eq!(
-        open(&aggregator)["overridden"],
-        Value::Null,
+        (&rollout["id"], &rollout["overridden"]),
+        (&json!(id), &Value::Null),
         "the judge decides again"
     );
+    let given_back = overrides(&aggregator);
+    assert_eq!(given_back.len(), 4, "{given_back:?}");
+    is_said_by_alice(&given_back[3], &said);
+    assert_eq!(given_back[3]["verdict"], Value::Null);
     // There is nothing to take back.
     assert_eq!(run.turn("/rollback/close", &said).status, 202);
-    let none = get(aggregator.http, &format!("/v1/decisions/{id}-override-5")).unwrap();
-    assert_eq!(none.status, 404, "{}", none.body);
+    assert_eq!(overrides(&aggregator).len(), 4);
     for (gate, status) in [("/gate/approve", 200), ("/gate/halt", 403)] {
         assert_eq!(run.turn(gate, &json!({})).status, status, "{gate}");
     }
@@ -415,6 +483,97 @@ fn what_somebody_else_has_begun_is_taken_and_left_to_them() {
     elsewhere["metadata"]["service"] = json!("checkout");
     let conflict = run.call("/v1/flagger/pre-rollout", &elsewhere);
     assert_eq!(conflict.status, 409, "{}", conflict.body);
+}
+
+#[test]
+fn what_somebody_else_has_begun_for_something_else_answers_no_question() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = Aggregator::start(directory.path());
+    let run = revision(&aggregator, "5d7f9c");
+    let id = aggregator.start_rollout();
+    let in_the_way = |path: &str, body: &Value, says: &str| {
+        let answer = run.call(path, body);
+        assert_eq!(answer.status, 409, "{path}: {}", answer.body);
+        assert!(
+            answer.body.contains(&id) && answer.body.contains(says),
+            "{path}: {}",
+            answer.body
+        );
+    };
+    // The verdict on v2 is none on v3.
+    let mut next = run.body("Progressing");
+    next["metadata"]["version"] = json!("v3");
+    for path in [
+        "/v1/flagger/pre-rollout",
+        "/v1/flagger/rollback",
+        "/gate/check",
+        "/gate/open",
+    ] {
+        in_the_way(
+            path,
+            &next,
+            "is of checkout v2, and the Canary shop/checkout is v3",
+        );
+    }
+    // That is so where nothing would begin, too.
+    next["phase"] = json!("Promoting");
+    in_the_way("/v1/flagger/rollback", &next, "is v3");
+    next["phase"] = json!("Waiting");
+    assert_eq!(run.call("/v1/flagger/confirm-rollout", &next).status, 200);
+    // Unless it is named.
+    next["metadata"]["rollout"] = json!(id);
+    assert_eq!(run.call("/v1/flagger/rollback", &next).status, 403);
+    let mut same = run.body("Progressing");
+    same["metadata"]["version"] = json!("v2");
+    assert_eq!(run.call("/v1/flagger/pre-rollout", &same).status, 200);
+
+    // A Deployment of another name is another one's, as long as nobody says that it is the service's.
+    aggregator.post(&format!("/v1/rollouts/{id}/end"), &json!({}));
+    let request = json!({
+        "service": "checkout",
+        "canary_version": "v2",
+        "workload": { "kind": "Deployment", "namespace": "shop", "name": "till" },
+    });
+    let id = text(&aggregator.post("/v1/rollouts", &request).json()["id"]);
+    let unnamed =
+        json!({ "name": "checkout", "namespace": "shop", "phase": "Progressing", "checksum": "5d7f9c" });
+    let conflict = run.call("/v1/flagger/pre-rollout", &unnamed);
+    assert_eq!(conflict.status, 409, "{}", conflict.body);
+    assert!(
+        conflict.body.contains("of Deployment shop/till"),
+        "{}",
+        conflict.body
+    );
+    assert!(run.passes("pre-rollout"));
+    assert_eq!(open(&aggregator)["id"], id.as_str());
+}
+
+#[test]
+fn a_canary_that_is_not_called_like_its_service_is_known_by_the_rollout_that_names_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = Aggregator::start(directory.path());
+    let http = aggregator.http;
+    let body = |name: &str, metadata: Value| {
+        json!({
+            "name": name, "namespace": "shop", "phase": "Progressing", "checksum": "1", "metadata": metadata,
+        })
+    };
+    let ask = |body: &Value| post(http, "/v1/flagger/rollout", body).unwrap();
+    let begun = |name: &str| {
+        let workload = json!({ "kind": "Canary", "namespace": "shop", "name": name });
+        let request = json!({ "service": "checkout", "canary_version": "v2", "workload": workload });
+        text(&aggregator.post("/v1/rollouts", &request).json()["id"])
+    };
+    let id = begun("till");
+    let answer = ask(&body("till", json!({})));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert!(answer.body.contains(&id), "{}", answer.body);
+    // Whoever says which service it is means no other.
+    let answer = ask(&body("till", json!({ "service": "till" })));
+    assert_eq!(answer.status, 404, "{}", answer.body);
+    assert!(answer.body.contains("checkout"), "{}", answer.body);
+    let answer = ask(&body("till", json!({ "service": "checkout" })));
+    assert_eq!(answer.status, 200, "{}", answer.body);
 }
 
 #[test]

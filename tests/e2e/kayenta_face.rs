@@ -3,9 +3,10 @@
 use std::fs;
 
 use coalmine_tests::{
-    components::{Aggregator, Scene},
+    components::{Agent, Aggregator, Scene},
     eventually,
     http::{Answer, get, request},
+    process::free_addresses,
 };
 use serde_json::{Value, json};
 
@@ -343,6 +344,96 @@ fn a_hold_runs_until_its_deadline_and_an_ended_one_stops() {
         &body("shop/basket/v2").to_string(),
     );
     assert_eq!(elsewhere.status, 409, "{}", elsewhere.body);
+}
+
+#[test]
+fn the_hash_of_the_next_version_ends_what_was_begun_for_the_one_before() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = Aggregator::start(directory.path());
+    let first = argo_begins(&aggregator, "shop/checkout/v1");
+    let next = body(&format!("shop/checkout/{HASH}")).to_string();
+    let ask = || send(&aggregator, "POST", "/kayenta/canary/checkout", &next);
+    let early = ask();
+    assert_eq!(
+        early.status, 409,
+        "nobody knows what the hash stands for: {}",
+        early.body
+    );
+    assert_eq!(poll(&aggregator, &first)["status"], "running");
+
+    let [upstream] = free_addresses();
+    let _agent = Agent::start(directory.path(), "canary-1", "canary", upstream, aggregator.grpc);
+    let second = eventually("the canary's agent is connected", || {
+        let answer = ask();
+        (answer.status == 200).then(|| begun(answer))
+    });
+    assert_ne!(second, first);
+    assert_eq!(poll(&aggregator, &first)["status"], "terminal");
+    assert_eq!(poll(&aggregator, &second)["status"], "running");
+    let list = aggregator.get("/v1/rollouts");
+    let all = list["rollouts"].as_array().unwrap();
+    let open = all.iter().find(|rollout| rollout["state"] != "ended").unwrap();
+    assert_eq!(open["canary_version"], "v2", "{list}");
+    // Without a place it is a version like any other, and nobody has seen it.
+    let bare = send(
+        &aggregator,
+        "POST",
+        "/kayenta/canary/checkout",
+        &body(HASH).to_string(),
+    );
+    assert_eq!(bare.status, 409, "{}", bare.body);
+    assert!(bare.body.contains("is still open"), "{}", bare.body);
+}
+
+#[test]
+fn what_can_be_judged_no_more_is_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut aggregator = Aggregator::prepare_with(directory.path(), &HOLDING.replace("3s", "1h"));
+    aggregator.launch();
+    let execution = argo_begins(&aggregator, "v2");
+    assert_eq!(poll(&aggregator, &execution)["status"], "running");
+    aggregator.kill_9();
+    let changed = HOLDING
+        .replace("3s", "1h")
+        .replace("judge_window: 1s", "judge_window: 2s");
+    // The same addresses and data, another policy.
+    fs::write(directory.path().join("sla.yaml"), changed).unwrap();
+    aggregator.launch();
+    let answer = complete(&aggregator, &execution);
+    assert_eq!(
+        (&answer["status"], score(&answer)),
+        (&json!("terminal"), &json!(85)),
+        "{answer}"
+    );
+    let error = answer["exception"]["details"]["errors"][0].as_str().unwrap();
+    assert!(error.contains("cannot be judged any more"), "{answer}");
+    // A person can still decide.
+    let id = answer["coalmine"]["rollout"].as_str().unwrap();
+    let approves = json!({ "verdict": "approve", "reason": "seen" });
+    let decided = aggregator.post(&format!("/v1/rollouts/{id}/override"), &approves);
+    assert_eq!(decided.status, 200, "{}", decided.body);
+    let answer = poll(&aggregator, &execution);
+    assert_eq!(
+        (&answer["status"], score(&answer)),
+        (&json!("succeeded"), &json!(100)),
+        "{answer}"
+    );
+}
+
+#[test]
+fn whoever_is_not_let_in_is_told_where_callers_of_kayenta_look() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = Aggregator::start(directory.path());
+    for path in ["/kayenta/canaryConfig", "/t/nobody/kayenta/canaryConfig"] {
+        let token = [("authorization", "Bearer nobody")];
+        let answer = request(aggregator.http, "GET", path, &token, "").unwrap();
+        assert_eq!(answer.status, 401, "{path}: {}", answer.body);
+        let fields = answer.json();
+        assert!(fields["message"].is_string(), "{path}: {fields}");
+        assert_eq!(fields["message"], fields["detail"]);
+    }
+    let elsewhere = get(aggregator.http, "/v1/rollouts/nothing").unwrap().json();
+    assert!(elsewhere.get("message").is_none(), "{elsewhere}");
 }
 
 #[test]

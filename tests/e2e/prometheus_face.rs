@@ -114,7 +114,7 @@ fn promtool_and_deploy_tools_read_the_verdict_as_one_number() {
         labels,
         json!({
             "__name__": "coalmine_verdict", "rollout": rollout, "service": "checkout", "version": "v2",
-            "namespace": "shop", "canary": "checkout", "workload": "checkout",
+            "namespace": "shop", "canary": "checkout", "workload": "checkout", "state": "running",
         })
     );
 

@@ -90,8 +90,9 @@ fn log(directory: &Path) -> String {
 #[test]
 fn a_token_may_do_what_it_says_in_whatever_way_it_is_presented() {
     let directory = tempfile::tempdir().unwrap();
-    let [deploy, reader, cart, old, unknown] = ["a", "b", "c", "d", "e"].map(token);
+    let [deploy, reader, cart, old, unknown, prover] = ["a", "b", "c", "d", "e", "f"].map(token);
     let tokens = line(&deploy, "deploy gate,rollout check*")
+        + &line(&prover, "prover gate,audit checkout")
         + &line(&reader, "reader audit *")
         + &line(&cart, "cart gate,rollout cart")
         + &line(&old, "old gate * until=2020-01-01T00:00:00Z");
@@ -113,7 +114,21 @@ fn a_token_may_do_what_it_says_in_whatever_way_it_is_presented() {
         // As `http://any:TOKEN@host` asks.
         (&gate, Some(&basic(format!("any:{deploy}"))), 200),
         (&gate, Some(&basic(format!("{deploy}:"))), 401),
-        (&format!("/t/{deploy}{gate}?proof=true"), None, 200),
+        (&format!("/t/{deploy}{gate}"), None, 200),
+        // A proof has the record, which is for who may read the audit trail.
+        (&format!("/t/{deploy}{gate}?proof=true"), None, 403),
+        (&format!("/t/{prover}{gate}?proof=true"), None, 200),
+        (&format!("/t/{deploy}/v1/gate?service=checkout"), None, 200),
+        (
+            &format!("/t/{deploy}/v1/gate?service=checkout&proof=true"),
+            None,
+            403,
+        ),
+        (
+            &format!("/t/{prover}/v1/gate?service=checkout&proof=true"),
+            None,
+            200,
+        ),
         (&format!("/t/{unknown}{gate}"), None, 401),
         (&format!("/t/{deploy}{gate}"), Some(&bearer(&unknown)), 200),
         (&gate, Some(&bearer(&reader)), 403),
@@ -155,6 +170,15 @@ fn a_token_may_do_what_it_says_in_whatever_way_it_is_presented() {
 
     let start = json!({ "service": "cart", "canary_version": "v2" });
     assert_eq!(post(&aggregator, "/v1/rollouts", None, &start).status, 401);
+    // Nobody's body is looked at who may not send it.
+    let nonsense = json!({ "color": "x".repeat(50_000) });
+    for path in ["/v1/rollouts", &format!("/v1/rollouts/{rollout}/end")] {
+        let answer = post(&aggregator, path, None, &nonsense);
+        assert_eq!(answer.status, 401, "{}", answer.body);
+    }
+    let answer = post(&aggregator, "/v1/rollouts", Some(&bearer(&deploy)), &nonsense);
+    assert_eq!(answer.status, 422, "{}", answer.body);
+    assert!(answer.body.len() < 1_024, "{}", answer.body);
     for wrong in [&deploy, &reader] {
         let answer = post(&aggregator, "/v1/rollouts", Some(&bearer(wrong)), &start);
         assert_eq!(answer.status, 403, "{}", answer.body);
@@ -165,7 +189,7 @@ fn a_token_may_do_what_it_says_in_whatever_way_it_is_presented() {
         assert!(metrics.contains(&series), "{metrics}");
     }
     let log = log(directory.path());
-    for secret in [&deploy, &reader, &cart, &old, &unknown] {
+    for secret in [&deploy, &reader, &cart, &old, &unknown, &prover] {
         assert!(
             !log.contains(secret.as_str()),
             "a token is nobody's business: {log}"
@@ -199,39 +223,158 @@ fn flagger_presents_its_token_among_the_metadata() {
     }
 }
 
+/// A documented route as it is asked: with names that there are, and with what it has to be given.
+fn asked(method: &str, path: &str, rollout: &str, decision: &str) -> (String, &'static str, String) {
+    let execution = format!("{rollout}.95.75");
+    let id = match (method, path) {
+        ("POST", _) | (_, "/kayenta/canaryConfig/{id}") => "checkout",
+        _ => &execution,
+    };
+    let names = [
+        ("{rollout}", rollout),
+        ("{decision}", decision),
+        ("{service}", "checkout"),
+        ("{id}", id),
+        ("{hook}", "rollout"),
+        ("{act}", "check"),
+        ("{name}", "service"),
+    ];
+    let named = names
+        .into_iter()
+        .fold(path.to_owned(), |path, (name, value)| path.replace(name, value));
+    let parameters = match path {
+        "/v1/gate" => "service=checkout",
+        "/v1/audit/consistency" => "from=1&to=1",
+        "/api/v1/query" => "query=vector(1)",
+        "/api/v1/query_range" => "query=vector(1)&start=0&end=1&step=1",
+        "/api/v1/series" => "match[]=coalmine_verdict",
+        _ => "",
+    };
+    if method == "POST" && path.starts_with("/api/v1/") {
+        return (named, "application/x-www-form-urlencoded", parameters.to_owned());
+    }
+    let side = |scope: &str| {
+        json!({
+            "scope": scope, "location": "shop", "step": 60,
+            "start": "2026-11-28T10:00:00Z", "end": "2026-11-28T10:00:30Z",
+        })
+    };
+    let scopes = json!({ "default": { "controlScope": side("*"), "experimentScope": side("v2") } });
+    let thresholds = json!({ "pass": 95, "marginal": 75 });
+    let body = match path {
+        "/v1/rollouts" => json!({ "service": "checkout", "canary_version": "v2" }),
+        "/v1/rollouts/{rollout}/override" => json!({ "verdict": "approve", "reason": "nobody may" }),
+        "/kayenta/canary/{id}" => json!({ "scopes": scopes, "thresholds": thresholds }),
+        "/kayenta/standalone_canary_analysis/{id}" => json!({
+            "scopes": [{ "experimentScope": "v2", "experimentLocation": "shop" }],
+            "thresholds": thresholds,
+            "lifetimeDurationMins": 60,
+        }),
+        "/v1/flagger/{hook}" | "/gate/{act}" | "/rollback/{act}" => json!({
+            "name": "checkout", "namespace": "shop", "phase": "Progressing", "checksum": "1", "metadata": {},
+        }),
+        _ => json!({}),
+    };
+    let query = if parameters.is_empty() { "" } else { "?" };
+    (
+        format!("{named}{query}{parameters}"),
+        "application/json",
+        body.to_string(),
+    )
+}
+
 #[test]
 fn nothing_that_is_documented_is_open_to_whoever_presents_no_token() {
     let directory = tempfile::tempdir().unwrap();
     let deploy = token("a");
-    let (aggregator, _) = start(directory.path(), &line(&deploy, "deploy gate,rollout *"), &[]);
+    let tokens = line(&deploy, "deploy gate,rollout,override,audit *");
+    let (aggregator, _) = start(directory.path(), &tokens, &[]);
     let rollout = start_rollout(&aggregator, &deploy);
+    let gate = format!("/v1/rollouts/{rollout}/gate");
+    let decision = eventually("a window is judged", || {
+        let gate = ask(&aggregator, &gate, Some(&bearer(&deploy))).json();
+        gate["decision_id"].as_str().map(str::to_owned)
+    });
     let document = ask(&aggregator, "/openapi.json", None).json();
-    let mut asked = 0;
+    let (mut routes, mut open) = (0, Vec::new());
     for (path, methods) in document["paths"].as_object().unwrap() {
-        // What says nothing of any rollout.
-        if ["/openapi.json", "/kayenta/health"].contains(&path.as_str()) {
-            continue;
-        }
-        let path = path.replace("{id}", &rollout).replace("{service}", "checkout");
         for method in methods.as_object().unwrap().keys() {
             if !["get", "post", "put", "delete", "patch"].contains(&method.as_str()) {
                 continue;
             }
             let method = method.to_ascii_uppercase();
-            let json = [("content-type", "application/json")];
-            let body = json!({ "name": "checkout", "namespace": "shop" }).to_string();
-            let answer = request(aggregator.http, &method, &path, &json, &body).unwrap();
+            let (asked, kind, body) = asked(&method, path, &rollout, &decision);
             assert!(
-                (400..500).contains(&answer.status),
-                "{method} {path}: {} {}",
-                answer.status,
-                answer.body
+                !asked.contains('{'),
+                "{path} has a name that is not known here: {asked}"
             );
-            assert!(!answer.body.contains("HOLD"), "{method} {path}: {}", answer.body);
-            asked += 1;
+            let headers = [("content-type", kind)];
+            let answer = request(aggregator.http, &method, &asked, &headers, &body).unwrap();
+            routes += 1;
+            if answer.status != 401 {
+                open.push(format!("{method} {path}: {}", answer.status));
+            }
+            // With the token the same request is let in, whatever it is answered.
+            let authorization = bearer(&deploy);
+            let headers = [("content-type", kind), ("authorization", &authorization)];
+            let read_only = ["GET", "/api/v1/"]
+                .iter()
+                .any(|part| format!("{method} {path}").contains(part));
+            if read_only && !path.ends_with("/watch") {
+                let answer = request(aggregator.http, &method, &asked, &headers, &body).unwrap();
+                assert!(
+                    ![400, 401, 403, 422].contains(&answer.status),
+                    "{method} {asked}: {} {}",
+                    answer.status,
+                    answer.body
+                );
+            }
         }
     }
-    assert!(asked > 10, "{document}");
+    // What says nothing of any rollout.
+    assert_eq!(open, ["GET /kayenta/health: 200"]);
+    assert!(routes > 30, "{routes} routes");
+    let gate = ask(&aggregator, &gate, Some(&bearer(&deploy))).json();
+    assert_eq!(
+        (&gate["verdict"], &gate["state"]),
+        (&"HOLD".into(), &"running".into()),
+        "{gate}"
+    );
+}
+
+#[test]
+fn whoever_presents_no_token_signs_as_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let deploy = token("a");
+    let tokens = line(&deploy, "deploy rollout *");
+    let (aggregator, _) = start(
+        directory.path(),
+        &tokens,
+        &["--anonymous", "gate,rollout,override"],
+    );
+    let body = json!({ "service": "checkout", "canary_version": "v2", "actor": "deploy" });
+    let answer = post(&aggregator, "/v1/rollouts", None, &body);
+    assert_eq!(answer.status, 201, "{}", answer.body);
+    let rollout = answer.json()["id"].as_str().unwrap().to_owned();
+    let at = |rest: &str| format!("/v1/rollouts/{rollout}/{rest}");
+    for (said, actor) in [(json!("deploy"), "anonymous:deploy"), (Value::Null, "anonymous")] {
+        let decision = json!({ "verdict": "hold", "reason": "wait", "actor": said });
+        let answer = post(&aggregator, &at("override"), None, &decision);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        assert_eq!(answer.json()["overridden"]["actor"], actor, "{}", answer.body);
+    }
+    let answer = post(
+        &aggregator,
+        &at("end"),
+        Some(&bearer(&deploy)),
+        &json!({ "actor": "run-17" }),
+    );
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let log = fs::read_to_string(aggregator.data.join("decisions.jsonl")).unwrap();
+    for actor in ["\"anonymous:deploy\"", "\"deploy:run-17\""] {
+        assert!(log.contains(actor), "{actor}: {log}");
+    }
+    assert!(!log.contains("\"actor\":\"deploy\""), "{log}");
 }
 
 #[test]

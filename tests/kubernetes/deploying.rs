@@ -264,19 +264,26 @@ impl Stage {
         });
     }
 
-    /// The rollouts of a trial, the newest first; none while the aggregator is away.
+    /// The rollouts of a trial, the newest first; waits for an aggregator that is away.
     pub(crate) fn rollouts(&self, trial: &Trial) -> Vec<Value> {
-        let answer = get(self.http, &self.path("/v1/rollouts")).ok();
-        let answer = answer.filter(|answer| answer.status == 200);
-        let Some(mut all) = answer.map(|answer| answer.json()) else {
-            return Vec::new();
+        patiently("the rollouts are listed", || self.try_rollouts(trial))
+    }
+
+    /// The same; none while the aggregator is away.
+    fn try_rollouts(&self, trial: &Trial) -> Option<Vec<Value>> {
+        let answer = get(self.http, &self.path("/v1/rollouts")).ok()?;
+        if answer.status != 200 {
+            return None;
+        }
+        let Value::Array(all) = answer.json()["rollouts"].take() else {
+            panic!("no list of rollouts: {}", answer.body);
         };
-        let Value::Array(all) = all["rollouts"].take() else {
-            panic!("no list of rollouts");
-        };
-        all.into_iter()
-            .filter(|rollout| rollout["service"] == trial.name)
-            .collect()
+        let of_trial = all.into_iter();
+        Some(
+            of_trial
+                .filter(|rollout| rollout["service"] == trial.name)
+                .collect(),
+        )
     }
 
     /// Waits until the newest rollout of a trial is so; gives it.
@@ -287,7 +294,7 @@ impl Stage {
         is_so: impl Fn(&Value) -> bool,
     ) -> Value {
         patiently(&format!("{}: the rollout {what}", trial.name), || {
-            let newest = self.rollouts(trial).into_iter().next()?;
+            let newest = self.try_rollouts(trial)?.into_iter().next()?;
             is_so(&newest).then_some(newest)
         })
     }

@@ -235,7 +235,8 @@ impl Aggregator {
 
     /// What Flagger is told at its gate and at its way back, as statuses.
     pub fn gates(&self) -> [u16; 2] {
-        let canary = json!({ "name": "checkout", "namespace": "shop", "phase": "Waiting", "checksum": "1" });
+        let canary =
+            json!({ "name": "checkout", "namespace": "shop", "phase": "Promoting", "checksum": "1" });
         ["/gate/check", "/rollback/check"].map(|path| self.post(path, &canary).status)
     }
 

@@ -1,10 +1,11 @@
-//! How often a caller may ask, counted for each caller in memory that is bounded.
+//! How often a caller may ask and how much it may hold, counted for each caller in memory that is bounded.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     num::NonZeroU32,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -21,7 +22,7 @@ const FORGET_EVERY: u32 = 4_096;
 const NETWORK: u128 = !0 << 64;
 
 /// Whose requests are counted together.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Key {
     /// Those that present the token of this name.
     Token(Arc<str>),
@@ -69,6 +70,56 @@ impl<C: Clock> Limiter<C> {
     }
 }
 
+/// What callers hold at a time, of which each may have so much.
+#[derive(Debug)]
+pub(super) struct Holder {
+    most: usize,
+    /// Those that hold something.
+    held: Mutex<BTreeMap<Key, usize>>,
+}
+
+impl Holder {
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            most,
+            held: Mutex::default(),
+        }
+    }
+
+    /// One more, until it is dropped.
+    pub(super) fn take(self: &Arc<Self>, key: Key) -> Option<Held> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = held.get(&key).copied().unwrap_or(0);
+        if count >= self.most {
+            return None;
+        }
+        held.insert(key.clone(), count.saturating_add(1));
+        Some(Held {
+            holder: Arc::clone(self),
+            key,
+        })
+    }
+}
+
+/// What a caller holds.
+#[derive(Debug)]
+pub(crate) struct Held {
+    holder: Arc<Holder>,
+    key: Key,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut held = self.holder.held.lock().unwrap_or_else(PoisonError::into_inner);
+        match held.get_mut(&self.key) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => {
+                held.remove(&self.key);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use governor::clock::FakeRelativeClock;
@@ -96,6 +147,20 @@ mod tests {
         clock.advance(Duration::from_millis(250));
         assert_eq!(limiter.take(&fast), Ok(()));
         assert!(limiter.take(&fast).is_err());
+    }
+
+    #[test]
+    fn each_caller_holds_so_much_and_what_is_given_back_is_free() {
+        let holder = Arc::new(Holder::new(2));
+        let take = |name: &str| holder.take(Key::Token(name.into()));
+        let (first, second) = (take("a").unwrap(), take("a").unwrap());
+        assert!(take("a").is_none());
+        let other = take("b").unwrap();
+        drop(first);
+        let third = take("a").unwrap();
+        assert!(take("a").is_none());
+        drop((second, third, other));
+        assert!(holder.held.lock().unwrap().is_empty(), "nobody is remembered");
     }
 
     #[test]

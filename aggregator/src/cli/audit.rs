@@ -10,13 +10,17 @@ use clap::Subcommand;
 use coalmine_judge::{
     chain::Hash,
     note::{Proof, VerifierKey},
-    record::{Body, Decision, Record},
+    record::{Body, Record},
     replay::{Blobs as _, Replay, Replayed, replay_decision},
     tree::Nodes,
 };
 use serde_json::json;
 
-use super::{Exit, Failure, Output, say};
+use super::{
+    Exit, Failure, Output,
+    explain::{name, of_another},
+    say,
+};
 use crate::ledger::{LedgerFiles, Published, read_note};
 
 mod export;
@@ -247,15 +251,12 @@ fn verify(
     Ok(if good { Exit::Good } else { Exit::Bad })
 }
 
-/// A decision of a log, with its record.
-fn find(files: &LedgerFiles, wanted: &str) -> Result<(Record, Box<Decision>), Failure> {
+/// The record of a decision in a log, whoever has decided.
+fn find(files: &LedgerFiles, wanted: &str) -> Result<Record, Failure> {
     let mut found = None;
     let scan = files.scan(|record, _, _| {
-        if let Body::Decision(decision) = &record.body
-            && decision.id == wanted
-        {
-            let decision = decision.clone();
-            found = Some((record, decision));
+        if name(&record.body) == Some(wanted) {
+            found = Some(record);
         }
     });
     scan.map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
@@ -269,7 +270,7 @@ fn find(files: &LedgerFiles, wanted: &str) -> Result<(Record, Box<Decision>), Fa
 
 fn proof(data: &Path, wanted: &str) -> Result<Exit, Failure> {
     let files = files(data)?;
-    let (record, _) = find(&files, wanted)?;
+    let record = find(&files, wanted)?;
     let (seq, line) = (record.seq, record.to_line());
     let mut nodes = Nodes::default();
     let scan = files
@@ -321,6 +322,9 @@ fn check_proof(path: &Path, key: &VerifierKey, output: Output) -> Result<Exit, F
                     decision.id, decision.finding.verdict, decision.finding.reason
                 ));
             }
+            for line in of_another(&record.body) {
+                say(&line);
+            }
         }
     }
     Ok(Exit::Good)
@@ -370,7 +374,12 @@ pub(super) fn replay(data: &Path, wanted: Option<&str>, output: Output) -> Resul
 
 /// Judges one decision again, from what it rests on.
 fn replay_one(files: &LedgerFiles, wanted: &str, output: Output) -> Result<Exit, Failure> {
-    let (_, decision) = find(files, wanted)?;
+    let Body::Decision(decision) = find(files, wanted)?.body else {
+        return Err(Failure::usage(format!(
+            "{wanted} is not the judge's decision, so it cannot be judged again; `coalmine explain {wanted}` says who has \
+             decided, and why"
+        )));
+    };
     let problem = replay_decision(&decision, &files.blobs).err();
     match output {
         Output::Json => say(&json!({ "decision": wanted, "same": problem.is_none(), "problem": problem })),

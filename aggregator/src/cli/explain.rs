@@ -30,6 +30,7 @@ pub(super) async fn online(client: &Client, id: &str, output: Output) -> Result<
     let body = answer.pointer("/record/body").cloned().unwrap_or_default();
     match serde_json::from_value(body) {
         Ok(Body::Decision(decision)) => print(&decision, &hash, None),
+        Ok(body) if name(&body).is_some() => print_other(&body, &hash),
         Ok(_) | Err(_) => {
             let cause = "the answer holds no decision of a form that this program knows".to_owned();
             return Err(ClientError::Unreachable {
@@ -56,15 +57,17 @@ pub(super) fn offline(
             return;
         }
         let replayed = replay.take(&record, &files.blobs);
-        if let Body::Decision(decision) = &record.body
-            && decision.id == id
-        {
-            let tree = replay.judged(&decision.rollout).and_then(|judged| {
+        if name(&record.body) != Some(id) {
+            return;
+        }
+        let tree = match &record.body {
+            Body::Decision(decision) => replay.judged(&decision.rollout).and_then(|judged| {
                 let outcome = judged.outcome.as_ref()?;
                 Some(judged.judge.explain(outcome, tenant))
-            });
-            found = Some((record.clone(), hash, replayed, tree));
-        }
+            }),
+            _ => None,
+        };
+        found = Some((record.clone(), hash, replayed, tree));
     });
     let Some((record, hash, replayed, tree)) = found else {
         scan.map_err(|problem| Failure::new(Exit::Bad, problem.to_string()))?;
@@ -77,19 +80,73 @@ pub(super) fn offline(
         say(&serde_json::json!({ "record": record, "hash": hash, "tree": tree }));
         return Ok(Exit::Good);
     }
-    if let Body::Decision(decision) = &record.body {
-        print(decision, &hash.to_string(), tree.as_deref());
+    match &record.body {
+        Body::Decision(decision) => print(decision, &hash.to_string(), tree.as_deref()),
+        other => print_other(other, &hash.to_string()),
     }
     match replayed {
         Replayed::Different { problem, .. } => {
             say(&format_args!("replay     FAILED: {problem}"));
             Ok(Exit::Bad)
         }
-        Replayed::Same | Replayed::Other => {
+        Replayed::Same => {
             say(&"replay     the same bytes");
             Ok(Exit::Good)
         }
+        Replayed::Other => {
+            say(&"replay     it is not the judge's decision, so there is nothing to judge again");
+            Ok(Exit::Good)
+        }
     }
+}
+
+/// The name of the decision in a record, whoever has decided.
+pub(super) fn name(body: &Body) -> Option<&str> {
+    match body {
+        Body::Decision(decision) => Some(&decision.id),
+        Body::Override(change) => Some(&change.id),
+        Body::Bootstrap(bootstrap) => Some(&bootstrap.id),
+        _ => None,
+    }
+}
+
+/// What there is to tell of a decision that is not the judge's: who, why, and what the judge said.
+pub(super) fn of_another(body: &Body) -> Vec<String> {
+    match body {
+        Body::Override(change) => vec![
+            format!("decision   {}", change.id),
+            format!("rollout    {}", change.rollout),
+            match &change.verdict {
+                Some(verdict) => format!("verdict    {verdict}, in the judge's place"),
+                None => "verdict    the judge's again".to_owned(),
+            },
+            format!("actor      {}", change.actor),
+            format!("reason     {}", change.reason),
+            match &change.decision {
+                Some(decision) => format!("judge      said {} by {decision}", change.judged),
+                None => format!("judge      said {}, and had decided nothing yet", change.judged),
+            },
+        ],
+        Body::Bootstrap(bootstrap) => vec![
+            format!("decision   {}", bootstrap.id),
+            format!("rollout    {}", bootstrap.rollout),
+            "verdict    the canary may have its first traffic, once".to_owned(),
+            format!("actor      Flagger's hook {}", bootstrap.hook),
+            format!(
+                "reason     of its {} agents none had counted a request, and without any nothing can be judged",
+                bootstrap.agents
+            ),
+            "judge      HOLD, and it goes on".to_owned(),
+        ],
+        _ => Vec::new(),
+    }
+}
+
+fn print_other(body: &Body, hash: &str) {
+    for line in of_another(body) {
+        say(&line);
+    }
+    say(&format_args!("record     {hash}"));
 }
 
 fn print(decision: &Decision, hash: &str, tree: Option<&[String]>) {

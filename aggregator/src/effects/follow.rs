@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use coalmine_judge::{
-    record::{Actuation, RolloutStart},
+    record::{Actuation, Body, RolloutStart},
     v1::Verdict,
 };
 use tokio::{sync::watch, time::Instant};
@@ -195,7 +195,16 @@ impl Follower {
     /// What is to be tried now: the same as before, or what follows from the newest verdict.
     async fn prepare(&mut self, trial: Option<Trial>, view: &View) -> Option<Trial> {
         let standing = Step::of(view);
-        let Next::Act { step, begun, dropped } = plan::next(standing.as_ref(), &self.records) else {
+        let is_ordered = view.overridden.is_some();
+        let next = plan::next(standing.as_ref(), is_ordered, &self.records);
+        let Next::Act { step, begun, dropped } = next else {
+            // Nothing follows, and what was being tried is not to be done any more.
+            if let (Some(trial), Some(standing)) = (trial, standing)
+                && trial.step.verdict != standing.verdict
+            {
+                let why = format!("not tried again: {} says {}", standing.decision, standing.verdict);
+                self.record(&trial.step, Stage::Failed, why);
+            }
             return None;
         };
         if trial.as_ref().is_some_and(|trial| trial.step == step) {
@@ -231,9 +240,19 @@ impl Follower {
         });
         let read = tokio::time::timeout(RECORD_WITHIN, read).await;
         let appended = read.ok().and_then(Result::ok).flatten();
-        appended
-            .and_then(|appended| Notice::of_record(&appended, step))
-            .unwrap_or_else(|| Notice::of_view(view, &self.start, step))
+        let told = appended
+            .as_ref()
+            .and_then(|appended| Notice::of_record(appended, step));
+        told.unwrap_or_else(|| {
+            let notice = Notice::of_view(view, &self.start, step);
+            match &appended {
+                // A person's decision; all else of it is in the view.
+                Some(appended) if matches!(appended.record.body, Body::Override(_)) => {
+                    notice.recorded(appended)
+                }
+                _ => notice,
+            }
+        })
     }
 
     /// Tries once. Gives the trial back if it is to be tried again.

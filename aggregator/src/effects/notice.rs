@@ -69,6 +69,15 @@ impl Notice {
         }
     }
 
+    /// The same, which is on record.
+    pub(super) fn recorded(self, appended: &Appended) -> Self {
+        Self {
+            hash: Some(appended.hash.to_string()),
+            at_ms: Some(appended.record.time_ms),
+            ..self
+        }
+    }
+
     /// One sentence for a record.
     pub(super) fn summary(&self) -> String {
         cut(&format!("{}: {}", self.verdict, self.reason))

@@ -150,14 +150,15 @@ pub(super) enum Next {
 /// As long as the verdict stays, a step that has begun is taken to its end under the decision that it began with. An
 /// approval that was held back for a while does not follow after all; a hold follows also from a decision that was an
 /// approval, and a rollback is never held up by what was done before. After a rollback nothing else follows: the log may
-/// have lost its decision, and what was done stays done.
-pub(super) fn next(standing: Option<&Step>, records: &[Actuation]) -> Next {
+/// have lost its decision, and what was done stays done; but what a person has decided is told and done all the same.
+pub(super) fn next(standing: Option<&Step>, is_ordered: bool, records: &[Actuation]) -> Next {
     let Some(standing) = standing else {
         return Next::Rest;
     };
     let is_done = |record: &Actuation| record.stage == Stage::Done.as_str() && standing.is_told_by(record);
     let is_rollback = |record: &Actuation| record.act == act(Verdict::Rollback);
-    let is_rolled_back = standing.verdict != Verdict::Rollback && records.iter().any(is_rollback);
+    let may_follow = standing.verdict == Verdict::Rollback || is_ordered;
+    let is_rolled_back = !may_follow && records.iter().any(is_rollback);
     if is_rolled_back || records.iter().any(is_done) {
         return Next::Rest;
     }
@@ -427,7 +428,7 @@ mod tests {
             ),
         ] {
             assert_eq!(
-                next(standing.as_ref(), &records),
+                next(standing.as_ref(), false, &records),
                 expected,
                 "{standing:?} {records:?}"
             );
@@ -490,7 +491,7 @@ mod tests {
             let (mut records, mut effects) = (Vec::new(), Vec::new());
             for (number, verdict) in verdicts.into_iter().enumerate() {
                 let standing = step(&number.to_string(), verdict);
-                while let Next::Act { step, begun, .. } = next(Some(&standing), &records) {
+                while let Next::Act { step, begun, .. } = next(Some(&standing), false, &records) {
                     if !begun {
                         records.push(record(&step.decision, step.verdict, Stage::Begun));
                     }
@@ -516,6 +517,44 @@ mod tests {
                 assert_eq!(told.count(), expected.len(), "{crashes:b}");
             }
         }
+    }
+
+    #[test]
+    fn what_a_person_decides_follows_a_rollback_too() {
+        use Stage::{Begun, Done, Failed};
+        use Verdict::{Approve, Hold, Rollback};
+        let rolled_back = vec![record("3", Rollback, Begun), record("3", Rollback, Done)];
+        let trying = vec![record("3", Rollback, Begun), record("3", Rollback, Failed)];
+        for verdict in [Approve, Hold] {
+            let ordered = step("r-override-1", verdict);
+            let next_of = |is_ordered, records: &[Actuation]| next(Some(&ordered), is_ordered, records);
+            assert_eq!(next_of(false, &rolled_back), Next::Rest);
+            assert_eq!(next_of(true, &rolled_back), acts(ordered.clone(), false, None));
+            let dropped = Some(step("3", Rollback));
+            assert_eq!(next_of(true, &trying), acts(ordered.clone(), false, dropped));
+        }
+        // Given back: the judge's rollback is done again, under the name of that.
+        let approved = [
+            record("r-override-1", Approve, Begun),
+            record("r-override-1", Approve, Done),
+        ];
+        let records = [&rolled_back[..], &approved].concat();
+        let given_back = step("r-override-2", Rollback);
+        assert_eq!(
+            next(Some(&given_back), false, &records),
+            acts(given_back.clone(), false, None)
+        );
+        // And a hold.
+        let records = [
+            &[record("1", Hold, Begun), record("1", Hold, Done)][..],
+            &approved,
+        ]
+        .concat();
+        let given_back = step("r-override-2", Hold);
+        assert_eq!(
+            next(Some(&given_back), false, &records),
+            acts(given_back.clone(), false, None)
+        );
     }
 
     #[test]

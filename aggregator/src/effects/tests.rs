@@ -64,6 +64,7 @@ fn view(decision: Option<&str>, verdict: &str, recorded: bool, state: State) -> 
         judge: "judge".to_owned(),
         policy: String::new(),
         ended: None,
+        beneath: None,
         overridden: None,
         bootstrapped: false,
         hold_expired: false,

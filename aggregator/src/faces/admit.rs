@@ -5,10 +5,15 @@
 //! which is what an address like `http://any:TOKEN@host` becomes. A token in the path is taken off before a route is
 //! looked for. Tokens in the body of a request are for the faces that have one ([`Caller::or_token`]).
 //!
-//! Whoever presents nothing comes in as `anonymous`; what a caller may do is asked by each route.
+//! Whoever presents nothing comes in as `anonymous`; what a caller may do is asked by each route. What callers on this
+//! machine may do is not for the pages that somebody looks at there, which can send here too. A browser says of itself
+//! that it sends for a page (`Origin`, `Sec-Fetch-Site`), and a page whose own name was made to lead here names that
+//! (`Host`). Without a token, pages change nothing at all, whatever everybody may do.
+
+mod slow;
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -19,7 +24,7 @@ use std::{
 use axum::{
     Router,
     extract::{ConnectInfo, FromRequestParts, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, request::Parts},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request::Parts, uri::Authority},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -27,7 +32,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 
 use super::problem::Problem;
 use crate::{
-    access::{Access, Caller, Denied},
+    access::{Access, Caller, Denied, Sender},
     clock,
     metrics::Metrics,
 };
@@ -74,7 +79,9 @@ pub(super) fn admit(access: Arc<Access>, metrics: Arc<Metrics>, inner: Router) -
     let door = Door { access, metrics };
     // A layer of `inner` itself would run after its route was found, which is too late to change the path.
     let outer = Router::new().fallback_service(inner);
-    outer.layer(middleware::from_fn_with_state(door, pass))
+    outer
+        .layer(middleware::from_fn(slow::in_time))
+        .layer(middleware::from_fn_with_state(door, pass))
 }
 
 #[derive(Clone)]
@@ -114,8 +121,22 @@ impl Door {
     fn caller(&self, request: &mut Request) -> Result<Caller, Refusal> {
         let peer = request.extensions().get::<ConnectInfo<SocketAddr>>();
         let peer = peer.map(|peer| peer.0.ip());
-        let caller =
-            presented(request).and_then(|token| self.access.caller(token.as_deref(), peer, clock::now_ms()));
+        let is_for_a_page = is_for_a_page(request.headers());
+        let sender = Sender {
+            peer,
+            may_be_near: !is_for_a_page && names_this_machine(request.uri(), request.headers()),
+        };
+        let changes = !matches!(request.method(), &Method::GET | &Method::HEAD);
+        let caller = presented(request).and_then(|token| {
+            if token.is_none() && is_for_a_page && changes {
+                return Err(Denied::Forbidden(
+                    "a browser sends this for a page, and pages change nothing here: present a token, or ask with \
+                     another program"
+                        .to_owned(),
+                ));
+            }
+            self.access.caller(token.as_deref(), sender, clock::now_ms())
+        });
         let taken = match &caller {
             Ok(caller) => self.access.take(caller),
             Err(_) => self.access.take_unknown(peer),
@@ -131,6 +152,7 @@ impl Door {
         let reason = match response.status() {
             StatusCode::UNAUTHORIZED => "unauthenticated",
             StatusCode::FORBIDDEN if is_problem => "forbidden",
+            StatusCode::REQUEST_TIMEOUT => "too_slow",
             StatusCode::TOO_MANY_REQUESTS => "rate_limited",
             _ => return,
         };
@@ -152,8 +174,7 @@ impl IntoResponse for Refusal {
             Self::TooFast(wait) => {
                 let seconds = whole_seconds(wait);
                 let detail = format!("there are too many requests of this caller; ask again in {seconds} s");
-                let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, detail);
-                ([(header::RETRY_AFTER, HeaderValue::from(seconds))], problem).into_response()
+                Problem::too_many(detail, seconds).into_response()
             }
         }
     }
@@ -163,6 +184,32 @@ impl IntoResponse for Refusal {
 fn whole_seconds(wait: Duration) -> u64 {
     let more = u64::from(wait.subsec_nanos() > 0);
     wait.as_secs().saturating_add(more).max(1)
+}
+
+/// Whether a browser says that it sends this for a page. There are none here that it could be for.
+fn is_for_a_page(headers: &HeaderMap) -> bool {
+    let mut sites = headers.get_all("sec-fetch-site").iter();
+    headers.contains_key(header::ORIGIN) || sites.any(|site| site != "none" && site != "same-origin")
+}
+
+/// Whether the request names this machine as only programs on it do.
+fn names_this_machine(uri: &Uri, headers: &HeaderMap) -> bool {
+    if let Some(host) = uri.host() {
+        return is_this_machine(host);
+    }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else {
+        return false;
+    };
+    let host = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok());
+    host.is_some_and(|host| is_this_machine(host.host()))
+}
+
+fn is_this_machine(host: &str) -> bool {
+    let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let address = address.unwrap_or(host).parse::<IpAddr>();
+    host.eq_ignore_ascii_case("localhost")
+        || address.is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
 /// The token that a request presents, if any; taken off its path.
@@ -310,6 +357,72 @@ mod tests {
             }
         }
         assert!(read(&["Bearer cmt_a", "Bearer cmt_a"]).is_err(), "which of them?");
+    }
+
+    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for &(name, value) in lines {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        headers
+    }
+
+    #[test]
+    fn only_programs_on_this_machine_name_it_so() {
+        for (host, is_near) in [
+            ("localhost", true),
+            ("LocalHost:8080", true),
+            ("127.0.0.1:8080", true),
+            ("127.9.9.9", true),
+            ("[::1]:8080", true),
+            ("[::ffff:127.0.0.1]", true),
+            ("evil.example", false),
+            ("evil.example:8080", false),
+            ("localhost.evil.example", false),
+            ("127.0.0.1.evil.example", false),
+            ("localhost@evil.example", false),
+            ("coalmine.coalmine:8080", false),
+            ("192.0.2.1:8080", false),
+            ("0.0.0.0:8080", false),
+            ("[2001:db8::1]", false),
+            ("", false),
+            ("local host", false),
+        ] {
+            let named = headers(&[("host", host)]);
+            assert_eq!(
+                names_this_machine(&Uri::from_static("/x"), &named),
+                is_near,
+                "{host}"
+            );
+        }
+        let uri = Uri::from_static("/x");
+        assert!(!names_this_machine(&uri, &HeaderMap::new()), "nothing is named");
+        let twice = headers(&[("host", "localhost"), ("host", "evil.example")]);
+        assert!(!names_this_machine(&uri, &twice), "which of them?");
+        // What stands in the request's first line counts before the header.
+        let whole = Uri::from_static("http://evil.example/x");
+        assert!(!names_this_machine(&whole, &headers(&[("host", "localhost")])));
+        let whole = Uri::from_static("http://[::1]:8080/x");
+        assert!(names_this_machine(&whole, &HeaderMap::new()));
+    }
+
+    #[test]
+    fn a_browser_says_that_it_sends_for_a_page() {
+        for (name, values, wanted) in [
+            ("sec-fetch-site", &["none"][..], false),
+            ("sec-fetch-site", &["same-origin"][..], false),
+            ("sec-fetch-site", &["same-site"][..], true),
+            ("sec-fetch-site", &["cross-site"][..], true),
+            ("sec-fetch-site", &["whatever"][..], true),
+            ("sec-fetch-site", &["none", "cross-site"][..], true),
+            ("origin", &["http://evil.example"][..], true),
+            ("origin", &["null"][..], true),
+            ("origin", &["http://localhost:8080"][..], true),
+        ] {
+            let lines: Vec<_> = values.iter().map(|value| (name, *value)).collect();
+            assert_eq!(is_for_a_page(&headers(&lines)), wanted, "{lines:?}");
+        }
+        assert!(!is_for_a_page(&HeaderMap::new()), "another program");
     }
 
     #[test]

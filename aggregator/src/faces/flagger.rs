@@ -1,9 +1,9 @@
 //! The Flagger face: its hooks by type, and the gates of its own load tester at their paths, so that a Canary needs another
-//! host and no more.
+//! host, and a post-rollout hook that ends its attempts.
 //!
 //! ```text
 //! POST /v1/flagger/HOOK     which answers what to which verdict: `flagger/hook.rs`
-//! POST /gate/check          as confirm-promotion
+//! POST /gate/check          as confirm-rollout before a canary is tried (by the phase), else as confirm-promotion
 //! POST /rollback/check      as rollback
 //! POST /gate/open|close     a person's APPROVE or HOLD in the judge's place; on record
 //! POST /rollback/open|close a person's ROLLBACK, or the judge's decision again
@@ -85,7 +85,7 @@ async fn hook(
     Call::new(faces, &caller, payload)?.answer(hook).await
 }
 
-/// The gate of Flagger's load tester: what confirm-promotion asks, and what a person opens and closes.
+/// The gate of Flagger's load tester: what confirm-rollout and confirm-promotion ask, and what a person opens and closes.
 #[utoipa::path(
     post,
     path = "/gate/{act}",
@@ -114,7 +114,7 @@ async fn gate(
         "halt" => return Ok(Answer::new(StatusCode::FORBIDDEN, "Forbidden\n")),
         "check" => {
             let call = undeclared(faces, &caller, body)?;
-            return call.check(Hook::ConfirmPromotion).await;
+            return call.gate().await;
         }
         "open" => Verdict::Approve,
         "close" => Verdict::Hold,

@@ -27,11 +27,11 @@ use axum::{
     Json,
     body::{Body, to_bytes},
     extract::{
-        Path, Query, State,
+        Path, Query, Request, State,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::{StatusCode, header},
-    middleware::map_response,
+    middleware::Next,
     response::{IntoResponse, Response},
     routing::any,
 };
@@ -69,7 +69,6 @@ pub(super) fn routes() -> OpenApiRouter<Faces> {
         .routes(routes!(begin_standalone, standalone))
         .routes(routes!(cancel))
         .route("/kayenta/{*rest}", any(not_offered))
-        .route_layer(map_response(with_message))
 }
 
 async fn not_offered() -> Problem {
@@ -82,8 +81,19 @@ async fn not_offered() -> Problem {
     )
 }
 
-/// Says an error once more where callers of Kayenta look for it.
-async fn with_message(response: Response) -> Response {
+/// Says an error once more where callers of Kayenta look for it, whoever has refused the request.
+pub(super) async fn with_message(request: Request, next: Next) -> Response {
+    // A token may stand before the path.
+    let is_ours = request.uri().path().contains("/kayenta");
+    let response = next.run(request).await;
+    if is_ours {
+        repeated(response).await
+    } else {
+        response
+    }
+}
+
+async fn repeated(response: Response) -> Response {
     let status = response.status();
     if !status.is_client_error() && !status.is_server_error() {
         return response;
@@ -128,8 +138,8 @@ struct BegunStandalone {
 
 /// Finds or begins the rollout of a canary.
 ///
-/// The experiment's scope names it: `NAMESPACE/WORKLOAD/VERSION`, `VERSION`, or `rollout:ID`. The hash of a pod
-/// template that no agent reports as its version stands for the only version that connected agents of the canary
+/// The experiment's scope names it: `NAMESPACE/WORKLOAD/VERSION`, `VERSION`, or `rollout:ID`. With a workload, the hash of
+/// a pod template that no agent reports as its version stands for the only version that connected agents of the canary
 /// report, and so for the open rollout of that version, unless the rollout names another workload. The control's scope
 /// names the version to compare with, if a rollout is begun. All that one pipeline execution asks about a version is
 /// one rollout; another execution ends it and begins its own.
@@ -167,7 +177,8 @@ async fn begin_canary(
 /// The verdict as a score.
 ///
 /// `complete` is false while the verdict is HOLD. APPROVE has the score 100 and ROLLBACK 0. A HOLD that the policy does
-/// not end at its deadline gets a score between the thresholds there, and so does one that somebody has ended.
+/// not end at its deadline gets a score between the thresholds there, and so does one that somebody has ended, or that
+/// cannot be judged any more.
 #[utoipa::path(
     get, path = "/kayenta/canary/{id}", tag = "kayenta",
     params(
@@ -422,7 +433,7 @@ mod tests {
             let bytes = to_bytes(response.into_body(), MAX_ERROR_BYTES).await.unwrap();
             String::from_utf8(bytes.to_vec()).unwrap()
         };
-        let refused = with_message(refused("too little".to_owned()).into_response()).await;
+        let refused = repeated(refused("too little".to_owned()).into_response()).await;
         assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
         assert_eq!(
             refused.headers()[header::CONTENT_TYPE],
@@ -434,9 +445,9 @@ mod tests {
             (&fields["detail"], &Value::from(400))
         );
         assert_eq!(fields["message"], "too little");
-        let plain = with_message((StatusCode::NOT_FOUND, "no JSON").into_response()).await;
+        let plain = repeated((StatusCode::NOT_FOUND, "no JSON").into_response()).await;
         assert_eq!(text(plain).await, "no JSON");
-        let fine = with_message(Json(serde_json::json!({ "detail": 1 })).into_response()).await;
+        let fine = repeated(Json(serde_json::json!({ "detail": 1 })).into_response()).await;
         assert_eq!(text(fine).await, r#"{"detail":1}"#);
     }
 }

@@ -28,8 +28,9 @@ const EVERYWHERE: [(&str, &str); 4] = [
 ];
 
 /// What a route with a body can answer.
-const WITH_A_BODY: [(&str, &str); 4] = [
+const WITH_A_BODY: [(&str, &str); 5] = [
     ("400", "The request makes no sense"),
+    ("408", "The body did not come whole within 10 s"),
     ("413", "The body is larger than 64 KiB"),
     ("415", "The body is not said to be of the type that is read"),
     (

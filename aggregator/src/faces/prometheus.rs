@@ -49,7 +49,8 @@ const SUPPORTED: &str = "this server answers one selector such as coalmine_appro
 /// What to do about Flagger's built-in metrics.
 const OF_A_MESH: &str = "request-success-rate and request-duration are computed from a service mesh's metrics and \
                          cannot be asked here: let --metrics-server name the Prometheus that has them, and ask here \
-                         through a MetricTemplate, for canary_health_score{canary=\"{{ name }}\"}: see docs/gates.md";
+                         through a MetricTemplate, with a thresholdRange of min 0, for \
+                         coalmine_verdict{canary=\"{{ name }}\",namespace=\"{{ namespace }}\"}: see docs/gates.md";
 
 /// What Prometheus says where a limit was reached.
 const TRUNCATED: &str = "results truncated due to limit";
@@ -241,8 +242,8 @@ fn evaluate(
 ) -> Result<Answer, Failure> {
     caller.may(Scope::Gate, "")?;
     let selector = match parse(query).map_err(refused)? {
-        Expression::Number(value) => return Ok(when.scalar(value)),
-        Expression::Vector(value) => return Ok(when.series(&[Sample::alone(value)])),
+        Expression::Number(value) => return when.scalar(value),
+        Expression::Vector(value) => return when.series(&[Sample::alone(value)]),
         Expression::Selector(selector) => selector,
     };
     let Some(name) = selector.name() else {
@@ -250,7 +251,7 @@ fn evaluate(
         return Err(refused(Refusal::Malformed(what)));
     };
     if !is_known(name) {
-        return Ok(when.series(&[]).warn(vec![no_such_metric(name)]));
+        return Ok(when.series(&[])?.warn(vec![no_such_metric(name)]));
     }
     let views = find(faces, caller, &selector)?;
     let readings: Vec<_> = views.iter().map(|view| Reading::of(view)).collect();
@@ -260,7 +261,7 @@ fn evaluate(
         selected.samples.truncate(limit);
         selected.warnings.push(TRUNCATED.to_owned());
     }
-    Ok(when.series(&selected.samples).warn(selected.warnings))
+    Ok(when.series(&selected.samples)?.warn(selected.warnings))
 }
 
 fn refused(refusal: Refusal) -> Failure {
@@ -291,22 +292,15 @@ fn find(faces: &Faces, caller: &Caller, selector: &Selector) -> Result<Vec<Arc<V
     if let Some(service) = &question.service {
         caller.may(Scope::Gate, service)?;
     }
-    visible(caller, faces.rollouts.find(&question))
+    Ok(visible(faces, caller, &question))
 }
 
-/// Leaves out what the caller may not see, unless that is everything.
-fn visible(caller: &Caller, views: Vec<Arc<View>>) -> Result<Vec<Arc<View>>, Failure> {
-    let (mut visible, mut denied) = (Vec::with_capacity(views.len()), None);
-    for view in views {
-        match caller.may(Scope::Gate, &view.service) {
-            Ok(()) => visible.push(view),
-            Err(why) => denied = Some(why),
-        }
-    }
-    match denied {
-        Some(denied) if visible.is_empty() => Err(denied.into()),
-        _ => Ok(visible),
-    }
+/// The rollouts that are meant, without those that the caller may not see: of them there is nothing to tell, not even that
+/// they are there.
+fn visible(faces: &Faces, caller: &Caller, question: &Question) -> Vec<Arc<View>> {
+    let mut views = faces.rollouts.find(question);
+    views.retain(|view| caller.may(Scope::Gate, &view.service).is_ok());
+    views
 }
 
 /// What to do where no rollout matches.
@@ -371,7 +365,7 @@ fn found(
     };
     let selectors = asked.selectors()?;
     if selectors.is_empty() {
-        add(&visible(caller, faces.rollouts.find(&Question::default()))?, None);
+        add(&visible(faces, caller, &Question::default()), None);
     }
     for text in selectors {
         let selector = parse_selector(text)

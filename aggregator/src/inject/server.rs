@@ -40,7 +40,11 @@ use super::{
     admission::{About, Admitted, Answer, MAX_REVIEW_BYTES, answer},
     certificate::{Certificate, Files},
 };
-use crate::{ingest::drained, metrics::Metrics};
+use crate::{
+    connections::{HEAD_WITHIN, Places, accept},
+    ingest::drained,
+    metrics::Metrics,
+};
 
 /// The only thing that is served.
 const PATH: &str = "/inject";
@@ -60,9 +64,8 @@ const MAX_READING_BYTES: usize = 64 << 20;
 /// Reviews that are being answered: as values a review takes many times its size.
 const MAX_ANSWERING: usize = 2;
 
-/// How long a handshake, a head, and a body with its answer may take.
+/// How long a handshake, and a body with its answer may take.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
-const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// Less than the `timeoutSeconds` of deploy/components/webhook-server, after which the API server does not wait: so
 /// what comes too late is counted.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
@@ -76,9 +79,6 @@ const IDLE: Duration = Duration::from_secs(120);
 
 /// How long a connection that is to be closed may take for its last answers.
 const CLOSE_WITHIN: Duration = Duration::from_secs(10);
-
-/// Pause when no connection can be accepted, for want of descriptors as a rule.
-const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// How often the files of a certificate are read.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -101,7 +101,7 @@ pub(crate) async fn serve(
     settings: Settings,
     certificate: Arc<Certificate>,
     metrics: Arc<Metrics>,
-    mut draining: watch::Receiver<bool>,
+    draining: watch::Receiver<bool>,
 ) {
     metrics.watch_certificate(Arc::clone(&certificate));
     let tls = match acceptor(certificate) {
@@ -117,33 +117,11 @@ pub(crate) async fn serve(
         reading: Semaphore::new(MAX_READING_BYTES),
         answering: Semaphore::new(MAX_ANSWERING),
     });
-    let places = Arc::new(Semaphore::new(usize::from(MAX_CONNECTIONS)));
-    loop {
-        let next = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (place, listener.accept().await)
-        };
-        let (place, accepted) = tokio::select! {
-            next = next => next,
-            () = drained(&mut draining) => break,
-        };
-        match accepted {
-            Ok((stream, _)) => {
-                let connection = connection(stream, tls.clone(), Arc::clone(&desk), draining.clone());
-                tokio::spawn(async move {
-                    connection.await;
-                    drop(place);
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the webhook cannot accept a connection");
-                tokio::time::sleep(ACCEPT_AGAIN).await;
-            }
-        }
-    }
-    drop(listener);
-    // All places are free when the last connection is closed.
-    drop(places.acquire_many(u32::from(MAX_CONNECTIONS)).await);
+    let begin = {
+        let draining = draining.clone();
+        move |stream, _| connection(stream, tls.clone(), Arc::clone(&desk), draining.clone())
+    };
+    accept(listener, Places::waited_for(MAX_CONNECTIONS), draining, begin).await;
 }
 
 /// Reads the files now and whenever they change.
@@ -184,9 +162,6 @@ async fn connection(
     desk: Arc<Desk>,
     mut draining: watch::Receiver<bool>,
 ) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "a connection to the webhook keeps its delay");
-    }
     let stream = match timeout(HANDSHAKE_WITHIN, tls.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {

@@ -25,9 +25,22 @@ pub(super) struct Handle {
     /// The owner's inbox, if it has an owner.
     pub(super) commands: Option<mpsc::Sender<Command>>,
     pub(super) view: Arc<watch::Sender<Arc<View>>>,
+    /// Held while something is changed that has no owner who would do one thing after the other.
+    pub(super) changing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Handle {
+    /// What was published last.
+    pub(super) fn shown(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// Publishes a change of what was published last.
+    pub(super) fn change(&self, change: impl FnOnce(&mut View)) -> Arc<View> {
+        self.view.send_modify(|view| change(Arc::make_mut(view)));
+        self.shown()
+    }
+
     pub(super) fn is_ended(&self) -> bool {
         self.view.borrow().state == State::Ended
     }
@@ -80,14 +93,13 @@ impl Kept {
         let candidates = named
             .or_else(|| listed(&self.services, question.service.as_ref()))
             .or_else(|| listed(&self.workloads, question.workload.as_ref()));
-        let view = |handle: &Handle| Arc::clone(&handle.view.borrow());
         let mut views: Vec<_> = match candidates {
             Some(ids) => ids
                 .iter()
                 .filter_map(|id| self.handles.get(id))
-                .map(view)
+                .map(Handle::shown)
                 .collect(),
-            None => self.all().map(view).collect(),
+            None => self.all().map(Handle::shown).collect(),
         };
         views.retain(|view| question.means(view));
         views.sort_by(|a, b| (b.start_ms, &b.id).cmp(&(a.start_ms, &a.id)));
@@ -163,6 +175,7 @@ mod tests {
             service: service.to_owned(),
             commands: None,
             view: Arc::new(watch::Sender::new(Arc::new(view))),
+            changing: Arc::default(),
         };
         kept.insert(&start, handle);
     }

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 
 use coalmine_judge::{
     chain::Hash,
-    record::{Actuation, Body, Decision, Override, Record, RolloutEnd, RolloutStart},
+    record::{Actuation, Body, Decision, Record, RolloutEnd, RolloutStart},
     v1,
 };
+
+use super::overriding::Changed;
 
 /// A rollout as the log tells it.
 #[derive(Debug)]
@@ -20,10 +22,8 @@ pub(super) struct Logged {
     pub(super) end: Option<RolloutEnd>,
     /// What was done outside because of its decisions.
     pub(super) actuations: Vec<Actuation>,
-    /// The decision that is in force in the judge's place, with the hash of its record.
-    pub(super) overriding: Option<(Override, String)>,
-    /// How often somebody has decided in the judge's place, or given it back.
-    pub(super) overrides: u64,
+    /// The last change of who decides, as long as it counts.
+    pub(super) changed: Option<Changed>,
     pub(super) bootstrapped: bool,
     /// Whether its HOLD goes on beyond its deadline.
     pub(super) hold_expired: bool,
@@ -50,8 +50,7 @@ impl Logbook {
                     deadline_told: false,
                     end: None,
                     actuations: Vec::new(),
-                    overriding: None,
-                    overrides: 0,
+                    changed: None,
                     bootstrapped: false,
                     hold_expired: false,
                 };
@@ -62,6 +61,8 @@ impl Logbook {
                     rollout.last = Some(((**decision).clone(), hash.to_string()));
                     rollout.approved |= decision.finding.verdict == v1::Verdict::Approve.as_str();
                     rollout.deadline_told = false;
+                    let changed = rollout.changed.take();
+                    rollout.changed = changed.filter(|changed| changed.change.verdict.is_some());
                     rollout.hold_expired &= decision.finding.verdict == v1::Verdict::Hold.as_str();
                 }
             }
@@ -83,9 +84,12 @@ impl Logbook {
             }
             Body::Override(change) => {
                 if let Some(rollout) = self.rollouts.get_mut(&change.rollout) {
-                    let is_in_force = change.verdict.is_some();
-                    rollout.overriding = is_in_force.then(|| (change.clone(), hash.to_string()));
-                    rollout.overrides = rollout.overrides.saturating_add(1);
+                    rollout.approved |= change.verdict.as_deref() == Some(v1::Verdict::Approve.as_str());
+                    rollout.changed = Some(Changed {
+                        change: change.clone(),
+                        hash: Some(hash.to_string()),
+                        at_ms: record.time_ms,
+                    });
                 }
             }
             Body::Bootstrap(bootstrap) => {

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     RolloutError, Shared, comparison, execution,
-    overriding::Overriding,
+    overriding::{Changed, Overriding},
     view::{State, View},
 };
 use crate::{
@@ -114,6 +114,10 @@ impl Entry {
         matches!(self, Self::Override(Override { id, .. }) | Self::Bootstrap(Bootstrap { id, .. }) if id == wanted)
     }
 
+    const fn is_override(&self) -> bool {
+        matches!(self, Self::Override(_))
+    }
+
     fn body(&self) -> Body {
         match self {
             Self::Decision(decision) => Body::Decision(decision.clone()),
@@ -174,14 +178,28 @@ impl Owner {
     }
 
     fn show_metrics(&self, outcome: &Outcome, before: Option<&Outcome>) {
+        let View {
+            service, id, verdict, ..
+        } = &self.trusted();
+        self.shared.metrics.decided(service, id, verdict, outcome, before);
+    }
+
+    /// Shows the verdict after something else than a window has changed it.
+    fn show_verdict(&self) {
+        if self.view.state != State::Ended && self.judged.outcome.is_some() {
+            let view = self.trusted();
+            self.shared
+                .metrics
+                .shown(&view.service, &view.id, view.standing());
+        }
+    }
+
+    fn trusted(&self) -> View {
         let mut view = self.overriding.shown(&self.view);
         if let Some(why) = self.shared.ledger.trouble() {
             view.hold_back(&why);
         }
-        let View {
-            service, id, verdict, ..
-        } = &view;
-        self.shared.metrics.decided(service, id, verdict, outcome, before);
+        view
     }
 
     pub(super) fn view(&self) -> Arc<View> {
@@ -210,6 +228,7 @@ impl Owner {
                 Event::Command(command) => {
                     let (result, reply) = self.obey(command).await;
                     publish.send_replace(self.view());
+                    self.show_verdict();
                     // The caller may have gone away.
                     drop(reply.send(result));
                     if self.view.state == State::Ended {
@@ -243,10 +262,14 @@ impl Owner {
         actor: String,
         reason: String,
     ) -> Result<(), RolloutError> {
-        self.overriding.count = self.overriding.count.saturating_add(1);
+        let acts_without = verdict.filter(|verdict| *verdict != Verdict::Approve);
+        if acts_without.is_some_and(|verdict| self.overriding.says(verdict)) && !self.pending.is_empty() {
+            // Said again while the log does not take it: once is enough.
+            return Ok(());
+        }
         let start = &self.judged.start;
         let change = Override {
-            id: format!("{}-override-{}", start.rollout, self.overriding.count),
+            id: self.overriding.name(&start.rollout),
             rollout: start.rollout.clone(),
             verdict: verdict.map(|verdict| verdict.as_str().to_owned()),
             judged: self.view.verdict.clone(),
@@ -254,23 +277,21 @@ impl Owner {
             actor,
             reason,
         };
+        let id = change.id.clone();
         self.pending
             .push_back(Pending::new(Entry::Override(change.clone()), Vec::new()));
         self.record().await;
-        if !self.waits_for(&change.id) {
-            return self.outcome_of(&change.id);
+        if self.last_recorded.as_deref() == Some(&id) {
+            return Ok(());
         }
-        if matches!(verdict, Some(Verdict::Hold | Verdict::Rollback)) {
-            self.overriding.take(&change, None);
+        if acts_without.is_some() {
+            self.overriding.take(Changed::now(&change, None));
             for pending in &mut self.pending {
-                pending.shown |= pending.entry.names(&change.id);
+                pending.shown |= pending.entry.names(&id);
             }
             return Ok(());
         }
-        // What was submitted may be recorded yet, and takes effect then.
-        self.pending
-            .retain(|pending| pending.answer.is_some() || !pending.entry.names(&change.id));
-        Err(self.not_recorded())
+        Err(self.not_recorded(&id))
     }
 
     /// Records that the canary may get its first traffic.
@@ -294,26 +315,24 @@ impl Owner {
         if self.view.bootstrapped {
             return Ok(());
         }
-        self.pending
-            .retain(|pending| pending.answer.is_some() || !pending.entry.names(&id));
-        Err(self.not_recorded())
+        Err(self.not_recorded(&id))
     }
 
     fn waits_for(&self, id: &str) -> bool {
         self.pending.iter().any(|pending| pending.entry.names(id))
     }
 
-    /// Whether what is no longer pending was recorded, or dropped with all others.
-    fn outcome_of(&self, id: &str) -> Result<(), RolloutError> {
-        if self.last_recorded.as_deref() == Some(id) {
-            return Ok(());
-        }
-        Err(self.not_recorded())
-    }
-
-    fn not_recorded(&self) -> RolloutError {
+    /// Lets go of what has not taken effect, unless it is on its way.
+    fn not_recorded(&mut self, id: &str) -> RolloutError {
+        self.pending
+            .retain(|pending| pending.answer.is_some() || !pending.entry.names(id));
         let why = self.told.as_deref().unwrap_or("the decision log does not answer");
-        AppendError::Disk(format!("{why}; ask again")).into()
+        let may_be = if self.waits_for(id) {
+            "it takes effect once it is recorded"
+        } else {
+            "ask again"
+        };
+        AppendError::Disk(format!("{why}; {may_be}")).into()
     }
 
     /// Waits for the next thing to do.
@@ -403,6 +422,7 @@ impl Owner {
         self.pending
             .push_back(Pending::new(Entry::Decision(Box::new(decision)), blobs));
         self.judged.outcome = Some(outcome);
+        self.overriding.judged();
         self.tell_deadline();
         Ok(())
     }
@@ -464,7 +484,10 @@ impl Owner {
                     reason = change.reason,
                     "somebody has decided in the judge's place"
                 );
-                self.overriding.take(&change, Some(hash.to_owned()));
+                let is_newer_shown = |pending: &Pending| pending.shown && pending.entry.is_override();
+                if !self.pending.iter().any(is_newer_shown) {
+                    self.overriding.take(Changed::now(&change, Some(hash.to_owned())));
+                }
                 self.last_recorded = Some(change.id);
             }
             Entry::Bootstrap(bootstrap) => {

@@ -17,7 +17,7 @@ pub struct StartRequest {
     pub canary_version: String,
     /// The version to compare with; by default all of the baseline arm.
     pub baseline_version: Option<String>,
-    /// The same key names the same rollout.
+    /// The same key names the same rollout of the service.
     pub key: Option<String>,
     /// Who asks.
     pub actor: Option<String>,

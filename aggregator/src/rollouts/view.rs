@@ -1,12 +1,15 @@
 //! What is published of a rollout: an immutable picture, replaced after each recorded decision.
 
+use std::sync::Arc;
+
 use coalmine_judge::{
-    record::{Anomaly, Decision, Override, RolloutEnd, RolloutStart, Workload},
+    record::{Anomaly, Decision, RolloutEnd, RolloutStart, Workload},
     v1::{self, Verdict},
 };
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::overriding::Changed;
 use crate::clock;
 
 /// Where a rollout stands.
@@ -32,6 +35,13 @@ pub struct Overridden {
     pub reason: String,
     /// What the judge says now.
     pub judged: String,
+}
+
+/// What a view is shown instead of.
+#[derive(Debug, Clone)]
+pub(crate) struct Beneath {
+    judges: View,
+    changed: Changed,
 }
 
 /// A rollout as the world sees it.
@@ -112,6 +122,10 @@ pub struct View {
     /// The end of the last window that was judged.
     #[serde(skip)]
     pub decided_ms: u64,
+    /// The judge's own view, and the change that is shown instead.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub(crate) beneath: Option<Arc<Beneath>>,
     /// The slot that the rollout waits for.
     #[serde(skip)]
     pub waits_for_ms: Option<u64>,
@@ -154,6 +168,7 @@ impl View {
             judge: start.judge.clone(),
             policy: start.policy.to_string(),
             ended: None,
+            beneath: None,
             decided_ms: start.start_ms,
             waits_for_ms: Some(start.start_ms),
         }
@@ -208,6 +223,40 @@ impl View {
         self.waits_for_ms = slot_ms.or(self.waits_for_ms);
     }
 
+    /// What a rollout that is over says of the one that comes next.
+    pub(super) fn of_next(&self) -> Self {
+        let mut view = self.clone();
+        let last = std::mem::replace(&mut view.verdict, Verdict::Hold.as_str().to_owned());
+        view.reason = format!(
+            "no rollout that was asked for is open; the newest, {}, was ended at {last}: {}",
+            view.id, self.reason
+        );
+        view.confidence_ppm = None;
+        view
+    }
+
+    /// Whether whoever knows this has something new to learn.
+    pub(super) fn differs(&self, newer: &Self) -> bool {
+        let told = |view: &Self| {
+            let View {
+                verdict,
+                reason,
+                decision_id,
+                decision_hash,
+                state,
+                ..
+            } = view;
+            (
+                verdict.clone(),
+                reason.clone(),
+                decision_id.clone(),
+                decision_hash.clone(),
+                *state,
+            )
+        };
+        told(self) != told(newer)
+    }
+
     /// An approval becomes a HOLD.
     pub(super) fn hold_back(&mut self, why: &str) {
         if self.verdict == v1::Verdict::Approve.as_str() {
@@ -217,42 +266,54 @@ impl View {
         }
     }
 
-    /// Shows what somebody has decided in the judge's place.
-    pub(super) fn override_with(&mut self, change: &Override, hash: Option<&str>) {
-        let Some(verdict) = &change.verdict else {
-            return;
-        };
-        let judged = std::mem::replace(&mut self.verdict, verdict.clone());
-        let said = format!("{} has decided: {}", change.actor, change.reason);
-        self.reason = format!("{said} (the judge says {judged}: {})", self.reason);
-        self.overridden = Some(Overridden {
-            verdict: verdict.clone(),
-            actor: change.actor.clone(),
-            reason: change.reason.clone(),
-            judged,
-        });
-        self.decision_id = Some(change.id.clone());
-        self.decision_hash = hash.map(str::to_owned);
-        self.recorded = hash.is_some();
-        self.confidence_ppm = None;
-        self.hold_expired = false;
+    /// What is shown of the judge's view while somebody's decision is in force, or was given back and the judge has said
+    /// nothing since.
+    pub(super) fn with(self, changed: &Changed) -> Self {
+        let Changed { change, hash, at_ms } = changed;
+        let mut view = self.clone();
+        view.decision_id = Some(change.id.clone());
+        view.decision_hash.clone_from(hash);
+        view.recorded = hash.is_some();
+        view.decided_ms = view.decided_ms.max(*at_ms);
+        if let Some(verdict) = &change.verdict {
+            view.overridden = Some(Overridden {
+                verdict: verdict.clone(),
+                actor: change.actor.clone(),
+                reason: change.reason.clone(),
+                judged: self.verdict.clone(),
+            });
+            view.reason = format!(
+                "{} has decided: {} (the judge says {}: {})",
+                change.actor, change.reason, self.verdict, self.reason
+            );
+            view.verdict.clone_from(verdict);
+            view.confidence_ppm = None;
+            view.hold_expired = false;
+        }
+        view.beneath = Some(Arc::new(Beneath {
+            judges: self,
+            changed: changed.clone(),
+        }));
+        view
     }
 
-    /// What is left once nobody decides any more for a judge that cannot.
-    pub(super) fn given_back(&mut self) {
-        if self.overridden.take().is_some() {
-            self.broken("the decision was given back to the judge");
+    /// The judge's own view.
+    pub(super) fn judges(&self) -> Self {
+        match &self.beneath {
+            Some(beneath) => beneath.judges.clone(),
+            None => self.clone(),
         }
     }
 
-    /// Shows that the rollout cannot go on.
+    /// Shows that the rollout cannot go on. Whoever has decided has still decided.
     pub(super) fn broken(&mut self, problem: &str) {
-        self.waits_for_ms = None;
-        if let Some(overridden) = &mut self.overridden {
-            // Whoever has decided has still decided.
-            overridden.judged = v1::Verdict::Hold.as_str().to_owned();
+        if let Some(beneath) = &self.beneath {
+            let Beneath { mut judges, changed } = (**beneath).clone();
+            judges.broken(problem);
+            *self = judges.with(&changed);
             return;
         }
+        self.waits_for_ms = None;
         if self.state != State::Halted {
             self.verdict = v1::Verdict::Hold.as_str().to_owned();
         }

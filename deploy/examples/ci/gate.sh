@@ -17,7 +17,9 @@
 #   1   ROLLBACK
 #   2   still HOLD at the timeout
 #   3   no answer: the aggregator is away, or answers with an error of its own
-#   64  the question makes no sense: no such service or policy, no right to ask, a wrong variable
+#   64  the question makes no sense: no such service or policy, another rollout of the service is open, no right to ask, a
+#       wrong variable
+#   143 the pipeline was cancelled (HUP, INT or TERM)
 #
 # Everything but 0 has to stop a deployment. An aggregator that is away, restarts or answers 5xx never counts as approved.
 
@@ -35,13 +37,31 @@ wrong() {
 [ -n "${GATE_KEY:-}" ] || wrong "set GATE_KEY to what names this run, such as the number of the pipeline"
 patience=${GATE_PATIENCE:-60}
 case $patience in
-*[!0-9]*) wrong "GATE_PATIENCE is $patience, and has to be a number of seconds" ;;
+*[!0-9]* | 0?* | ???????*) wrong "GATE_PATIENCE is $patience, and has to be a number of seconds, as in 60" ;;
 esac
 command -v coalmine >/dev/null || wrong "the program coalmine is not there; README.md says where it comes from"
 
 set -- --service "$GATE_SERVICE" --canary-version "$GATE_VERSION" --key "$GATE_KEY"
 [ -z "${GATE_BASELINE_VERSION:-}" ] || set -- "$@" --baseline-version "$GATE_BASELINE_VERSION"
 [ -z "${GATE_WORKLOAD:-}" ] || set -- "$@" --workload "$GATE_WORKLOAD"
+
+finish() {
+    coalmine rollout end "$rollout" --reason "$1" >/dev/null ||
+        complain "rollout $rollout is still open; end it before the next one: coalmine rollout end $rollout"
+}
+
+# Nobody waits for the verdict of a pipeline that was cancelled, and the next version needs the place.
+rollout=
+waiting=
+answer=
+trap '
+    trap "" HUP INT TERM
+    complain "cancelled"
+    [ -z "$waiting" ] || kill "$waiting" 2>/dev/null
+    [ -z "$rollout" ] || finish "the pipeline was cancelled"
+    exit 143
+' HUP INT TERM
+trap '[ -z "$answer" ] || rm -f "$answer"' EXIT
 
 # A restart of the aggregator takes less than 30 s.
 until=$(($(date +%s) + patience))
@@ -55,9 +75,16 @@ while :; do
 done
 complain "asking about rollout $rollout"
 
-# Waits through an aggregator that is away, too.
+# Waits through an aggregator that is away, too. In the background, since a shell hears of a signal only once what runs in
+# front has ended.
+answer=$(mktemp) || exit 3
+coalmine gate "$rollout" --wait --timeout "${GATE_TIMEOUT:-30m}" >"$answer" &
+waiting=$!
 code=0
-said=$(coalmine gate "$rollout" --wait --timeout "${GATE_TIMEOUT:-30m}") || code=$?
+wait "$waiting" || code=$?
+# What is left is quick, and has to be done.
+trap '' HUP INT TERM
+said=$(cat "$answer")
 case $code:$said in
 0:APPROVE*) ;;
 # Whatever this is, it is no approval.
@@ -71,8 +98,7 @@ esac
 if [ "$code" -eq 1 ] && [ -n "${GATE_WORKLOAD:-}" ]; then
     complain "rollout $rollout stays open until $GATE_WORKLOAD is rolled back; then: coalmine rollout end $rollout"
 else
-    coalmine rollout end "$rollout" --reason "the pipeline is through" >/dev/null ||
-        complain "rollout $rollout is still open; end it before the next one: coalmine rollout end $rollout"
+    finish "the pipeline is through"
 fi
 
 [ -z "$said" ] || printf '%s\n' "$said"

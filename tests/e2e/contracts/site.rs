@@ -18,7 +18,7 @@ use coalmine_tests::{
     clients::Server,
     components::Aggregator,
     eventually,
-    http::{Answer, request},
+    http::{Answer, get, request},
     speaker::{Speaker, now_ms},
 };
 use serde_json::{Value, json};
@@ -33,8 +33,10 @@ pub(super) const ASKER: &str = "asker";
 pub(super) const AUDITOR: &str = "auditor";
 /// Who may ask for the verdicts of other services.
 pub(super) const ELSEWHERE: &str = "elsewhere";
-/// Who has a token that nobody knows.
+/// Who has a token that is not known.
 pub(super) const STRANGER: &str = "stranger";
+/// Who has no token.
+pub(super) const NOBODY: &str = "";
 
 /// Scopes and services of the tokens that are known.
 const KNOWN: [(&str, &str, &str); 4] = [
@@ -115,9 +117,9 @@ rollout: {{ min_coverage: {{ requests: 10 }}, min_windows: {} }}
     }
 }
 
-/// The token of somebody, in the form that tokens have.
-fn token(name: &str) -> String {
-    format!("cmt_{name:A<43}")
+/// The token of somebody, in the form that tokens have; none of nobody.
+fn token(name: &str) -> Option<String> {
+    (name != NOBODY).then(|| format!("cmt_{name:A<43}"))
 }
 
 /// Whom a client asks.
@@ -147,7 +149,7 @@ impl Site {
         let directory = tempfile::tempdir().unwrap();
         let place = |name: &str| directory.path().join(name).display().to_string();
         let tokens = KNOWN.map(|(name, scopes, services)| {
-            let hash = Hash::of(token(name).as_bytes());
+            let hash = Hash::of(token(name).unwrap().as_bytes());
             format!("{hash} {name} {scopes} {services}\n")
         });
         fs::write(place("tokens"), tokens.concat()).unwrap();
@@ -211,25 +213,34 @@ impl Site {
 
     /// The aggregator, asked by somebody.
     pub(super) fn server(&self, name: &str) -> Server {
-        server(self.aggregator.http, Some(token(name)))
+        server(self.aggregator.http, token(name))
     }
 
-    fn send(&self, method: &str, path: &str, body: &str) -> Answer {
-        let bearer = format!("Bearer {}", token(DEPLOYER));
-        let headers = [("authorization", &*bearer), ("content-type", "application/json")];
+    /// What somebody is answered at a path.
+    pub(super) fn ask_as(&self, name: &str, path: &str) -> Answer {
+        self.send(name, "GET", path, "")
+    }
+
+    fn send(&self, name: &str, method: &str, path: &str, body: &str) -> Answer {
+        let bearer = token(name).map(|token| format!("Bearer {token}"));
+        let bearer = bearer.iter().map(|bearer| ("authorization", bearer.as_str()));
+        let headers: Vec<_> = [("content-type", "application/json")]
+            .into_iter()
+            .chain(bearer)
+            .collect();
         let answer = request(self.aggregator.http, method, path, &headers, body);
         answer.unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
     /// What there is at a path; none if there is nothing.
     pub(super) fn get(&self, path: &str) -> Option<Value> {
-        let answer = self.send("GET", path, "");
+        let answer = self.ask_as(DEPLOYER, path);
         assert!(matches!(answer.status, 200 | 404), "{path}: {}", answer.body);
         (answer.status == 200).then(|| answer.json())
     }
 
     fn post(&self, path: &str, body: &Value) -> Value {
-        let answer = self.send("POST", path, &body.to_string());
+        let answer = self.send(DEPLOYER, "POST", path, &body.to_string());
         assert!(
             matches!(answer.status, 200 | 201),
             "{path} {body}: {}",
@@ -288,10 +299,15 @@ impl Site {
         })
     }
 
-    /// Kills the aggregator and starts it again.
-    pub(super) fn restart(&mut self) {
+    /// Kills the aggregator and starts it again. Until it is ready, at least once, something is done.
+    pub(super) fn restart(&mut self, mut meanwhile: impl FnMut()) {
         self.aggregator.kill_9();
-        self.aggregator.launch();
+        self.aggregator.spawn();
+        eventually("the aggregator is ready again", || {
+            meanwhile();
+            let answer = get(self.aggregator.admin, "/readyz").ok()?;
+            (answer.status == 200).then_some(())
+        });
     }
 
     /// Ends the aggregator in order, and the agents.

@@ -19,7 +19,7 @@ use coalmine_tests::{
     tools::tool,
     within,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Agents, POLICY, Promises, Traffic, ask, conserves, end_all, lines};
 use crate::stage;
@@ -236,4 +236,78 @@ fn on_a_full_disk_nothing_is_approved_and_harm_is_shown_and_recorded_later() {
     conserves(&aggregator, &agents.made());
     end_all(&aggregator);
     promises.hold(&mut aggregator);
+}
+
+#[test]
+fn what_a_person_decides_on_a_full_disk_holds_and_rolls_back_and_is_recorded_later() {
+    let _stage = stage();
+    let directory = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::mount(&directory.path().join("data")) else {
+        return;
+    };
+    let mut aggregator = Aggregator::prepare_with(directory.path(), POLICY);
+    aggregator.launch();
+    let (grpc, http, data) = (aggregator.grpc, aggregator.http, aggregator.data.clone());
+    let mut agents = Agents::new(1, TRAFFIC);
+    let rollout = aggregator.start_rollout();
+    let gate = format!("/v1/rollouts/{rollout}/gate");
+    let decide = |verdict: Value| {
+        let body = json!({ "verdict": verdict, "reason": "I have seen it" });
+        aggregator.post(&format!("/v1/rollouts/{rollout}/override"), &body)
+    };
+    within(LIMIT, "a window is judged", || {
+        agents.turn(grpc, false);
+        ask(http, &gate).filter(|gate| gate["recorded"] == true)
+    });
+    let mut filler = Filler::new(&data);
+    within(LIMIT, "the log takes nothing any more", || {
+        filler.fill();
+        agents.turn(grpc, false);
+        is_in_state(&aggregator, "full").then_some(())
+    });
+
+    // What lets go needs the log; what keeps back does not, and saying it again changes nothing.
+    let refused = decide(json!("approve"));
+    assert_eq!(refused.status, 503, "{}", refused.body);
+    assert_eq!(ask(http, &gate).unwrap()["overridden"], Value::Null);
+    for _ in 0..3 {
+        let taken = decide(json!("rollback"));
+        assert_eq!(taken.status, 200, "{}", taken.body);
+    }
+    let refused = decide(Value::Null);
+    assert_eq!(refused.status, 503, "{}", refused.body);
+    let harm = ask(http, &gate).unwrap();
+    assert_eq!(
+        (&harm["verdict"], &harm["decision_hash"]),
+        (&"ROLLBACK".into(), &Value::Null),
+        "{harm}"
+    );
+
+    disk.enlarge();
+    let late = within(LIMIT, "it is recorded", || {
+        agents.turn(grpc, false);
+        ask(http, &gate).filter(|gate| gate["decision_hash"].is_string())
+    });
+    assert_eq!(
+        (&late["verdict"], &late["decision_id"]),
+        (&harm["verdict"], &harm["decision_id"]),
+        "{late}"
+    );
+    let overrides = records(&data, "override");
+    assert_eq!(overrides.len(), 1, "{overrides:?}");
+    let marks = within(LIMIT, "it is marked that it was late", || {
+        let marks = records(&data, "late_record");
+        let of_it = |mark: &Value| mark["decision"] == harm["decision_id"];
+        marks.iter().any(of_it).then_some(marks)
+    });
+    assert!(!marks.is_empty());
+
+    aggregator.kill_9();
+    aggregator.launch();
+    let again = ask(http, &gate).unwrap();
+    assert_eq!(
+        (&again["verdict"], &again["decision_id"]),
+        (&harm["verdict"], &harm["decision_id"]),
+        "{again}"
+    );
 }

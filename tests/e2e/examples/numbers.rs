@@ -2,6 +2,10 @@
 //! order.
 
 use coalmine_judge::quantity::Span;
+use coalmine_tests::clients::{
+    argo::{self, Limits},
+    flagger,
+};
 use serde_json::Value;
 
 use super::{at, document, list, number, text};
@@ -72,6 +76,40 @@ fn an_analysis_of_argo_outlives_a_restart_and_waits_for_a_verdict() {
     assert!(number(spec, "/activeDeadlineSeconds") >= timeout + 60);
 }
 
+/// The clients by which all faces are compared go by what is shipped.
+#[test]
+fn the_metrics_are_those_that_the_clients_go_by() {
+    let web = metric("argo/analysis-web.yaml");
+    let prometheus = metric("argo/analysis-prometheus.yaml");
+    let limit = |metric: &Value, name: &str| u32::try_from(number(metric, name)).unwrap();
+    for (metric, conditions) in [
+        (&web, argo::web::CONDITIONS),
+        (&prometheus, argo::prometheus::CONDITIONS),
+    ] {
+        let limits = Limits {
+            failure: limit(metric, "/failureLimit"),
+            inconclusive: limit(metric, "/inconclusiveLimit"),
+            consecutive_error: limit(metric, "/consecutiveErrorLimit"),
+            consecutive_success: Some(limit(metric, "/consecutiveSuccessLimit")),
+            count: Some(limit(metric, "/count")),
+        };
+        assert_eq!(limits, Limits::PATIENT, "{metric}");
+        let found = ["/successCondition", "/failureCondition"].map(|name| text(metric, name));
+        assert_eq!(found, conditions);
+    }
+    let url = text(&web, "/provider/web/url");
+    assert!(url.ends_with(argo::web::PATH), "{url}");
+    assert_eq!(text(&web, "/provider/web/jsonPath"), "{$}");
+    let query = text(&prometheus, "/provider/prometheus/query");
+    assert_eq!(query, argo::prometheus::QUERY);
+
+    let template = document("flagger/metrictemplate.yaml");
+    assert_eq!(text(&template, "/spec/query").trim(), flagger::QUERY);
+    let canary = document("flagger/canary.yaml");
+    let range = at(&canary, "/spec/analysis/metrics/0/thresholdRange");
+    assert_eq!(range["min"].as_f64(), Some(flagger::LEAST));
+}
+
 #[test]
 fn flagger_outlives_a_restart_and_a_tick_is_longer_than_a_hook() {
     for file in ["flagger/canary.yaml", "flagger/loadtester.yaml"] {
@@ -98,6 +136,11 @@ fn flagger_outlives_a_restart_and_a_tick_is_longer_than_a_hook() {
             assert!(longest < interval, "{file}: {longest} s of {interval} s");
             assert!(text(hook, "/name").starts_with("coalmine-"), "{file}: {hook}");
         }
+        // What is promoted would be judged on, and told to go back at the hold deadline.
+        let ends = list(analysis, "/webhooks")
+            .iter()
+            .any(|hook| hook["type"] == "post-rollout");
+        assert!(ends, "{file}: nothing ends an attempt");
     }
     let metric = document("flagger/canary.yaml");
     let range = at(&metric, "/spec/analysis/metrics/0/thresholdRange");

@@ -3,14 +3,15 @@
 use std::{
     ffi::OsString,
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{BufRead as _, BufReader, Lines, Read as _, Write as _},
     net::TcpListener,
     path::Path,
-    process::{Command, Output, Stdio},
+    process::{Child, ChildStderr, Command, Output, Stdio},
     thread,
 };
 
 use coalmine_tests::process::{free_addresses, program};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::{Stand, at, document, example, list, read, text};
@@ -58,6 +59,30 @@ fn run(mut command: Command) -> (Option<i32>, String, String) {
     (status.code(), out, err)
 }
 
+/// Runs it until it asks about a rollout; gives that, and what is said from then on.
+fn begin(mut script: Command) -> (Child, String, Lines<BufReader<ChildStderr>>) {
+    script.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = script.spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let asks = |line: String| {
+        line.strip_prefix("gate: asking about rollout ")
+            .map(str::to_owned)
+    };
+    let rollout = lines.by_ref().map_while(Result::ok).find_map(asks);
+    (child, rollout.expect("a rollout is begun"), lines)
+}
+
+/// Tells a process, and nobody else, that it is to end; gives its exit code.
+fn cancel(child: Child, lines: Lines<BufReader<ChildStderr>>) -> Option<i32> {
+    let pid = i32::try_from(child.id()).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
+    // So that it is never kept waiting by what nobody reads.
+    let said: Vec<_> = lines.map_while(Result::ok).collect();
+    let output = child.wait_with_output().unwrap();
+    assert!(said.iter().any(|line| line.contains("cancelled")), "{said:?}");
+    output.status.code()
+}
+
 #[test]
 fn the_script_ends_with_the_code_of_the_verdict() {
     let stand = Stand::start();
@@ -93,14 +118,30 @@ fn the_script_leaves_a_rollback_to_whoever_carries_it_out() {
     assert_ne!(stand.state(&rollout), "ended");
 }
 
+/// Otherwise the next pipeline is told that another rollout is open.
+#[test]
+fn a_script_that_is_cancelled_ends_its_rollout() {
+    let stand = Stand::start();
+    for key in ["one", "next"] {
+        let mut script = gate(&stand.server(), &stand.token, key);
+        script.env("GATE_TIMEOUT", "1m");
+        let (child, rollout, lines) = begin(script);
+        assert_eq!(cancel(child, lines), Some(143), "{key}");
+        assert_eq!(stand.state(&rollout), "ended", "{key}");
+    }
+}
+
 #[test]
 fn a_wrong_question_of_the_script_is_told_apart_from_a_verdict() {
     let stand = Stand::start();
-    let cases: [(&str, &str, &str); 6] = [
+    let cases: [(&str, &str, &str); 9] = [
         ("GATE_SERVICE", "", "GATE_SERVICE"),
         ("GATE_VERSION", "", "GATE_VERSION"),
         ("GATE_KEY", "", "GATE_KEY"),
         ("GATE_PATIENCE", "soon", "GATE_PATIENCE"),
+        ("GATE_PATIENCE", "08", "GATE_PATIENCE"),
+        ("GATE_PATIENCE", "-1", "GATE_PATIENCE"),
+        ("GATE_PATIENCE", "1000000", "GATE_PATIENCE"),
         ("GATE_SERVICE", "unknown", "unknown"),
         ("COALMINE_TOKEN", "cmt_wrong", "token"),
     ];
@@ -150,17 +191,8 @@ fn without_an_answer_the_script_never_approves() {
 fn an_aggregator_that_goes_away_in_the_middle_is_no_verdict() {
     let mut stand = Stand::start();
     let mut script = gate(&stand.server(), &stand.token, "middle");
-    script
-        .env("GATE_TIMEOUT", "4s")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = script.spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let begun = lines.find(|line| {
-        line.as_ref()
-            .is_ok_and(|line| line.contains("asking about rollout"))
-    });
-    assert!(begun.is_some(), "the rollout was not begun");
+    script.env("GATE_TIMEOUT", "4s");
+    let (child, _, lines) = begin(script);
     stand.aggregator.kill_9();
     // So that it is never kept waiting by what nobody reads.
     let rest: Vec<_> = lines.map_while(Result::ok).collect();
@@ -200,37 +232,48 @@ fn inputs(action: &Value, stand: &Stand) -> Value {
     inputs
 }
 
-/// Runs the steps as the runner does; gives the exit code, the outputs and the summary.
-fn act(action: &Value, stand: &Stand) -> (Option<i32>, String, String) {
+/// The steps as the runner runs them, with new outputs and a new summary.
+fn steps(action: &Value, stand: &Stand) -> Vec<Command> {
     let inputs = inputs(action, stand);
     let directory = stand.directory.path();
     let [outputs, summary] = ["outputs", "summary"].map(|name| directory.join(name));
     for file in [&outputs, &summary] {
         fs::write(file, "").unwrap();
     }
-    let mut code = Some(0);
+    let mut steps = Vec::new();
     for step in list(action, "/runs/steps") {
         // Only with an image, which needs docker.
         if step["if"] == "${{ inputs.image != '' }}" {
             continue;
         }
         assert!(step.get("if").is_none(), "{step}");
-        let script = directory.join("step.sh");
+        let script = directory.join(format!("step-{}.sh", steps.len()));
         fs::write(&script, text(step, "/run")).unwrap();
         assert_eq!(text(step, "/shell"), "bash");
         let mut command = shell("bash", "", "");
         command
             .args(["--noprofile", "--norc", "-eo", "pipefail"])
             .arg(&script)
+            .env("RUNNER_TEMP", directory)
             .env("GITHUB_ACTION_PATH", example("github"))
             .env("GITHUB_OUTPUT", &outputs)
             .env("GITHUB_STEP_SUMMARY", &summary);
         for (name, value) in at(step, "/env").as_object().unwrap() {
             command.env(name, expanded(value.as_str().unwrap(), &inputs));
         }
-        code = run(command).0;
+        steps.push(command);
     }
-    let [outputs, summary] = [outputs, summary].map(|file| fs::read_to_string(file).unwrap());
+    steps
+}
+
+/// Runs the steps; gives the exit code, the outputs and the summary.
+fn act(action: &Value, stand: &Stand) -> (Option<i32>, String, String) {
+    let mut code = Some(0);
+    for step in steps(action, stand) {
+        code = run(step).0;
+    }
+    let [outputs, summary] =
+        ["outputs", "summary"].map(|name| fs::read_to_string(stand.directory.path().join(name)).unwrap());
     (code, outputs, summary)
 }
 
@@ -279,29 +322,58 @@ fn the_action_for_github_ends_as_the_script_does_and_says_why() {
     }
 }
 
+/// The runner tells the step's shell and nobody else.
 #[test]
-fn the_job_for_gitlab_runs_the_script() {
+fn an_action_that_is_cancelled_ends_its_rollout() {
+    let stand = Stand::start();
+    let mut step = steps(&document("github/action.yml"), &stand).pop().unwrap();
+    step.env("GATE_TIMEOUT", "1m");
+    let (child, rollout, lines) = begin(step);
+    assert_eq!(cancel(child, lines), Some(143));
+    assert_eq!(stand.state(&rollout), "ended");
+}
+
+/// Whatever is told to kubectl is only noted: no cluster is needed to see what follows from which exit code.
+#[test]
+fn the_job_for_gitlab_promotes_what_is_approved_and_nothing_else() {
     let stand = Stand::start();
     let jobs = document("gitlab/.gitlab-ci.yml");
-    let rollout = stand.begin("gitlab/17/42", None);
-    stand.decide(&rollout, "approve");
     let directory = stand.directory.path();
     fs::create_dir(directory.join("ci")).unwrap();
     fs::copy(example("ci/gate.sh"), directory.join("ci/gate.sh")).unwrap();
-    let lines: Vec<_> = list(&jobs, "/coalmine/script")
+    let canary = "-n shop set image deployment/checkout-canary app=registry.example.com/checkout:v2";
+    let all = "-n shop set image deployment/checkout app=registry.example.com/checkout:v2";
+    for (job, verdict, code) in [("42", "approve", 0), ("43", "rollback", 1)] {
+        let rollout = stand.begin(&format!("gitlab/17/{job}"), None);
+        stand.decide(&rollout, verdict);
+        let (ended, said) = run_job(&jobs, job, &stand);
+        assert_eq!(ended, Some(code), "{said}");
+        let noted = fs::read_to_string(directory.join("noted")).unwrap();
+        let promotes = noted.lines().filter(|line| *line == all).count();
+        assert!(noted.starts_with(canary), "{noted}");
+        assert_eq!(promotes, usize::from(verdict == "approve"), "{noted}");
+    }
+}
+
+/// Runs the script of the job in the stand's directory; gives its exit code and what it has said.
+fn run_job(jobs: &Value, id: &str, stand: &Stand) -> (Option<i32>, String) {
+    let directory = stand.directory.path();
+    fs::write(directory.join("noted"), "").unwrap();
+    let lines: Vec<_> = list(jobs, "/coalmine/script")
         .iter()
         .map(|line| line.as_str().unwrap())
         .collect();
     let mut job = shell("sh", "", &stand.token);
-    job.args(["-ec", &lines.join("\n")]).current_dir(directory);
-    for (name, value) in at(&jobs, "/variables").as_object().unwrap() {
+    let script = format!("kubectl() {{ echo \"$*\" >>noted; }}\n{}", lines.join("\n"));
+    job.args(["-ec", &script]).current_dir(directory);
+    for (name, value) in at(jobs, "/variables").as_object().unwrap() {
         let value = value.as_str().unwrap();
-        let value = value.replace("$CI_PIPELINE_ID", "17").replace("$CI_JOB_ID", "42");
+        let value = value.replace("$CI_PIPELINE_ID", "17").replace("$CI_JOB_ID", id);
         job.env(name, value.replace("$CI_COMMIT_SHORT_SHA", "v2"));
     }
     job.env("COALMINE_SERVER", stand.server());
     let (code, out, err) = run(job);
-    assert_eq!(code, Some(0), "{out}{err}");
+    (code, out + &err)
 }
 
 #[test]

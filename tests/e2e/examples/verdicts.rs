@@ -250,4 +250,6 @@ fn each_verdict_is_read_as_what_it_is() {
     // What it has ended with says nothing of the next one.
     stand.end(&rollout);
     assert_eq!(stand.by_web(&web), Reading::Holds);
+    assert_eq!(stand.by_prometheus(&prometheus), Reading::Holds);
+    assert_eq!(stand.by_flagger(&template, &flagger), Reading::Goes);
 }

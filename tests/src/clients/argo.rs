@@ -58,14 +58,19 @@ impl From<&Reading> for Phase {
     }
 }
 
-/// The limits of a metric with an interval and no count: it is measured until one of them is reached.
-#[derive(Debug, Clone, Copy)]
+/// The limits of a metric with an interval: it is measured until one of them is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    failure: u32,
-    inconclusive: u32,
-    consecutive_error: u32,
-    /// None if the metric never ends by itself.
-    consecutive_success: Option<u32>,
+    /// Failed measurements that are let pass.
+    pub failure: u32,
+    /// Inconclusive ones.
+    pub inconclusive: u32,
+    /// Errors in a row.
+    pub consecutive_error: u32,
+    /// Successes in a row after which it is successful.
+    pub consecutive_success: Option<u32>,
+    /// Measurements without an error after which it is over.
+    pub count: Option<u32>,
 }
 
 impl Limits {
@@ -75,14 +80,16 @@ impl Limits {
         inconclusive: 0,
         consecutive_error: 4,
         consecutive_success: None,
+        count: None,
     };
 
     /// Those that we ship: HOLD is waited for, an outage of ours of five minutes aborts nothing, and one ROLLBACK does.
     pub const PATIENT: Self = Self {
         failure: 0,
-        inconclusive: 1_000,
+        inconclusive: 5_000,
         consecutive_error: 30,
         consecutive_success: Some(2),
+        count: Some(5_000),
     };
 }
 
@@ -90,6 +97,7 @@ impl Limits {
 #[derive(Debug, Clone)]
 pub struct Metric {
     limits: Limits,
+    measured: u32,
     failed: u32,
     inconclusive: u32,
     errors_in_a_row: u32,
@@ -101,6 +109,7 @@ impl Metric {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
+            measured: 0,
             failed: 0,
             inconclusive: 0,
             errors_in_a_row: 0,
@@ -119,6 +128,7 @@ impl Metric {
             Phase::Error(_) => self.errors_in_a_row += 1,
         }
         if !is_error {
+            self.measured += 1;
             self.errors_in_a_row = 0;
         }
         if phase != Phase::Successful {
@@ -127,7 +137,7 @@ impl Metric {
         self.assess()
     }
 
-    /// Of several limits that are passed the last one here decides.
+    /// Of several limits that are passed the first one here decides.
     fn assess(&self) -> Phase {
         let limits = self.limits;
         if self.errors_in_a_row > limits.consecutive_error {
@@ -143,7 +153,14 @@ impl Metric {
         if enough.is_some_and(|enough| self.successes_in_a_row >= enough) {
             return Phase::Successful;
         }
-        Phase::Running
+        if limits.count.is_none_or(|count| self.measured < count) {
+            return Phase::Running;
+        }
+        // Where successes in a row are wanted, all measurements without them show neither.
+        match enough {
+            Some(_) => Phase::Inconclusive,
+            None => Phase::Successful,
+        }
     }
 }
 
@@ -191,6 +208,15 @@ mod tests {
         ] {
             assert_eq!(after(limits, measurements), wanted, "{measurements} {limits:?}");
         }
+        let counted = Limits {
+            count: Some(3),
+            ..default
+        };
+        assert_eq!(after(counted, "+!+"), Phase::Running);
+        assert_eq!(after(counted, "+!++"), Phase::Successful);
+        let mixed = "+?".repeat(2_500);
+        assert_eq!(after(patient, &mixed[1..]), Phase::Running);
+        assert_eq!(after(patient, &mixed), Phase::Inconclusive);
         let long = "!".repeat(31);
         assert_eq!(after(patient, &long[1..]), Phase::Running);
         assert!(matches!(after(patient, &long), Phase::Error(_)));

@@ -19,6 +19,12 @@ const QUERY_WITHIN: Duration = Duration::from_secs(5);
 /// Attempts of a hook with `retries: 2`.
 const ATTEMPTS: u32 = 3;
 
+/// What the MetricTemplate that we ship asks for, whatever blanks are around it.
+pub const QUERY: &str = r#"coalmine_verdict{canary="{{ name }}",namespace="{{ namespace }}"}"#;
+
+/// The least value that is no failed check: HOLD must not be one.
+pub const LEAST: f64 = 0.0;
+
 /// What a hook is for, and so what its passing and its failing do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
@@ -127,13 +133,11 @@ fn query(server: &Server, query: &str) -> Result<(f64, String), String> {
     Ok((value(&answer)?, answer.body))
 }
 
-/// A metric of a MetricTemplate with `thresholdRange: { max: 0 }`: more is a failed check. HOLD must not be one, so what
-/// is asked for is whether it is ROLLBACK.
+/// A metric with our MetricTemplate and `thresholdRange: { min: 0 }`: less is a failed check.
 pub fn metric(server: &Server, subject: &Subject) -> Poll {
-    let asked = format!(
-        "coalmine_rollback{{\n  namespace=\"{}\",\n  canary=\"{}\"\n}}",
-        subject.namespace, subject.service
-    );
+    let asked = QUERY
+        .replace("{{ name }}", &subject.service)
+        .replace("{{ namespace }}", &subject.namespace);
     // The first is what Flagger asks to see whether anybody is there, before an analysis.
     let online = query(server, "vector(1)").and_then(|(value, _)| {
         let is_online = (value - 1.0).abs() < f64::EPSILON;
@@ -142,8 +146,8 @@ pub fn metric(server: &Server, subject: &Subject) -> Poll {
             .ok_or_else(|| format!("value is not 1 for query: vector(1), but {value}"))
     });
     match online.and_then(|()| query(server, &asked)) {
-        Ok((value, came)) if value > 0.0 => Poll {
-            reading: Reading::Errors(format!("{value} is above 0")),
+        Ok((value, came)) if value < LEAST => Poll {
+            reading: Reading::Errors(format!("{value} is below {LEAST}")),
             came,
         },
         Ok((_, came)) => Poll {

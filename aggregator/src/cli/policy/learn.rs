@@ -34,6 +34,8 @@ struct Recorded {
     decisions: Vec<(String, Hash)>,
     /// The last decision's verdict and leaf hash.
     last: Option<(String, Hash)>,
+    /// What somebody has decided in the judge's place, as long as that is in force.
+    overridden: Option<String>,
 }
 
 impl Recorded {
@@ -44,6 +46,10 @@ impl Recorded {
 
     /// Why nothing is learned from the rollout, or the leaf hash of its last decision.
     fn source(&self) -> Result<Hash, String> {
+        // What a person has approved was not shown to be healthy, and what he has held may not be.
+        if let Some(verdict) = &self.overridden {
+            return Err(format!("somebody has decided {verdict} in the judge's place"));
+        }
         match &self.last {
             Some((verdict, leaf)) if verdict == "APPROVE" => Ok(*leaf),
             Some((verdict, _)) => Err(format!("its last verdict is {verdict}")),
@@ -159,7 +165,14 @@ fn recorded(files: &LedgerFiles) -> Result<Vec<Recorded>, Failure> {
                 start_ms: start.start_ms,
                 decisions: Vec::new(),
                 last: None,
+                overridden: None,
             });
+        }
+        Body::Override(change) => {
+            let place = places.get(&change.rollout);
+            if let Some(rollout) = place.and_then(|place| rollouts.get_mut(*place)) {
+                rollout.overridden = change.verdict;
+            }
         }
         Body::Decision(decision) => {
             let place = places.get(&decision.rollout);

@@ -18,7 +18,8 @@ pub(in crate::cli) struct Gate {
     /// The rollout
     #[arg(required_unless_present = "service", conflicts_with = "service")]
     rollout: Option<String>,
-    /// Ask for the open rollout of this service instead of naming one; of several, for the one with the worst verdict
+    /// Ask for the open rollout of this service instead of naming one; of several, for the one with the worst verdict. If
+    /// none is open it is on hold, whatever the last one has ended with
     #[arg(long, value_name = "SERVICE")]
     service: Option<String>,
     /// Only a rollout of this version
@@ -49,6 +50,12 @@ pub(in crate::cli) struct Gate {
 }
 
 impl Gate {
+    /// Whether this is about a rollout that is over, where the open one was asked for: what it has ended with says nothing of
+    /// the next one, which may not have begun yet.
+    fn is_of_the_last(&self, gate: &Value) -> bool {
+        self.service.is_some() && text(gate, "state") == "ended"
+    }
+
     fn path(&self) -> String {
         if let Some(rollout) = &self.rollout {
             return format!("/v1/rollouts/{}/gate", segment(rollout));
@@ -96,12 +103,14 @@ pub(in crate::cli) async fn gate(client: &Client, asked: &Gate, output: Output) 
                 continue;
             }
         };
+        let is_of_the_last = asked.is_of_the_last(&gate);
         let exit = match text(&gate, "verdict") {
+            _ if is_of_the_last => Exit::Hold,
             "APPROVE" => Exit::Good,
             "ROLLBACK" => Exit::Bad,
             _ => Exit::Hold,
         };
-        let open = exit == Exit::Hold && text(&gate, "state") != "ended";
+        let open = is_of_the_last || (exit == Exit::Hold && text(&gate, "state") != "ended");
         if !open || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
             match output {
                 Output::Json => say(&gate),
@@ -141,6 +150,22 @@ mod tests {
         parsed
             .map(|line| line.gate.path())
             .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_the_last_rollout_has_ended_with_is_not_the_next_one_s_verdict() {
+        for (line, state, is_of_the_last) in [
+            ("--service checkout", "running", false),
+            ("--service checkout", "halted", false),
+            ("--service checkout", "ended", true),
+            ("--service checkout --version v2", "ended", true),
+            ("r-1", "ended", false),
+        ] {
+            let words = ["gate"].into_iter().chain(line.split(' '));
+            let asked = Line::try_parse_from(words).unwrap().gate;
+            let gate = serde_json::json!({ "verdict": "APPROVE", "state": state });
+            assert_eq!(asked.is_of_the_last(&gate), is_of_the_last, "{line} {state}");
+        }
     }
 
     #[test]

@@ -119,7 +119,8 @@ struct DecisionList {
 
 /// List the judge's decisions, newest first.
 ///
-/// Of the newest thousand, those on services that the caller may ask about.
+/// Of the newest thousand, those on services that the caller may ask about. What was not decided by the judge, an override
+/// or a first traffic that was let through, is not listed: the gate names it while it is in force.
 #[utoipa::path(
     get,
     path = "/v1/decisions",

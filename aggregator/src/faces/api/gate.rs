@@ -159,7 +159,7 @@ async fn answer(faces: &Faces, view: &View, with_proof: bool) -> Answer {
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 struct GateQuery {
-    /// Whether the decision's record and the proof that it is in the log are wanted too.
+    /// Whether the decision's record and the proof that it is in the log are wanted too; needs the scope audit as well.
     #[serde(default)]
     proof: bool,
 }
@@ -188,6 +188,9 @@ async fn gate(
     Asked(query): Asked<GateQuery>,
 ) -> Result<Answer, Problem> {
     let view = permitted(&faces, &caller, Scope::Gate, &rollout)?;
+    if query.proof {
+        caller.may(Scope::Audit, &view.service)?;
+    }
     Ok(answer(&faces, &view, query.proof).await)
 }
 
@@ -203,7 +206,7 @@ struct ServiceQuery {
     namespace: Option<String>,
     /// The name of what is rolled out.
     workload: Option<String>,
-    /// Whether the decision's record and the proof that it is in the log are wanted too.
+    /// Whether the decision's record and the proof that it is in the log are wanted too; needs the scope audit as well.
     #[serde(default)]
     proof: bool,
 }
@@ -215,8 +218,8 @@ impl Parameters for ServiceQuery {
 
 /// Ask for the verdict on a service's rollout.
 ///
-/// All that is given must match. Of several open rollouts the one with the worst verdict is answered; if none is open,
-/// the newest that is over. The answer names it.
+/// All that is given must match. Of several open rollouts the one with the worst verdict is answered, and named. If none is
+/// open it is HOLD, and the newest that is over is named.
 #[utoipa::path(
     get,
     path = "/v1/gate",
@@ -233,6 +236,9 @@ async fn gate_of_service(
     Asked(query): Asked<ServiceQuery>,
 ) -> Result<Answer, Problem> {
     caller.may(Scope::Gate, &query.service)?;
+    if query.proof {
+        caller.may(Scope::Audit, &query.service)?;
+    }
     let question = Question {
         service: Some(query.service),
         version: query.version,

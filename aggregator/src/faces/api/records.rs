@@ -19,7 +19,7 @@ const UNKNOWN: &str = "?";
 /// That no decision has this name.
 pub(super) fn no_decision(id: &str) -> Problem {
     Problem::not_found(format!(
-        "there is no decision {id:?}; GET /v1/decisions lists them"
+        "there is no decision {id:?}; the gate names the one that is in force, and GET /v1/decisions lists the judge's"
     ))
 }
 

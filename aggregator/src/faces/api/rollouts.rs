@@ -39,9 +39,6 @@ const MAX_REASON_BYTES: usize = 1_000;
 /// Longest name of whoever asks, in bytes, where no token says who that is.
 const MAX_ACTOR_BYTES: usize = 128;
 
-/// What a caller is called that presents no token.
-const ANONYMOUS: &str = "anonymous";
-
 pub(super) fn routes() -> OpenApiRouter<Faces> {
     OpenApiRouter::default()
         .routes(routes!(start, list))
@@ -80,15 +77,18 @@ struct RolloutStarted {
 async fn start(
     caller: Caller,
     State(faces): State<Faces>,
-    Given(mut request): Given<StartRequest>,
+    given: Result<Given<StartRequest>, Problem>,
 ) -> Result<impl IntoResponse, Problem> {
+    caller.may(Scope::Rollout, "")?;
+    let Given(mut request) = given?;
     caller.may(Scope::Rollout, &request.service)?;
     request.actor = actor(&caller, request.actor);
     let version = request.canary_version.clone();
     // A caller that goes away must not leave half a start behind.
     let rollouts = faces.rollouts.clone();
     let started = tokio::spawn(async move { rollouts.start(request).await });
-    let (view, new) = recorded("the rollout cannot be started", started).await??;
+    let again = "ask again, with the same key";
+    let (view, new) = recorded("the rollout cannot be started", again, started).await??;
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     let location = format!("/v1/rollouts/{}", view.id);
     let started = RolloutStarted {
@@ -98,25 +98,28 @@ async fn start(
     Ok((status, [(header::LOCATION, location)], Json(started)))
 }
 
-/// Who stands in a record. A token's name cannot be left out; what else is said about who asks comes after it.
+/// Who stands in a record. A token's name cannot be left out, nor that there was none where others have one; what else is
+/// said about who asks comes after it.
 fn actor(caller: &Caller, said: Option<String>) -> Option<String> {
     let name = caller.name();
     match said {
-        said if name == ANONYMOUS => said,
+        said if !caller.is_named() => said,
         Some(said) => Some(format!("{name}:{said}")),
         None => Some(name.to_owned()),
     }
 }
 
+/// Advice where nothing names the request, so that asking again may do it twice.
+const LOOK_FIRST: &str = "look at the rollout before you ask again";
+
 /// Waits for what is recorded on the way, but not without end: a database may be away.
-async fn recorded<T>(what: &str, work: tokio::task::JoinHandle<T>) -> Result<T, Problem> {
+async fn recorded<T>(what: &str, advice: &str, work: tokio::task::JoinHandle<T>) -> Result<T, Problem> {
     match tokio::time::timeout(RECORD_WITHIN, work).await {
         Ok(done) => done.map_err(|error| Problem::internal(what, &error)),
         Err(_) => Err(Problem::new(
             StatusCode::SERVICE_UNAVAILABLE,
             format!(
-                "{what} yet: the decision log has not answered within {} s; it may still be done, so ask again, with the \
-                 same key",
+                "{what} yet: the decision log has not answered within {} s; it may still be done, so {advice}",
                 RECORD_WITHIN.as_secs()
             ),
         )),
@@ -340,9 +343,10 @@ async fn decide(
     caller: Caller,
     State(faces): State<Faces>,
     Named(rollout): Named,
-    Given(request): Given<OverrideRequest>,
+    given: Result<Given<OverrideRequest>, Problem>,
 ) -> Result<Json<View>, Problem> {
     permitted(&faces, &caller, Scope::Override, &rollout)?;
+    let Given(request) = given?;
     if request.reason.trim().is_empty() {
         let detail = "reason is empty; say why, since it is part of the record";
         return Err(Problem::new(StatusCode::BAD_REQUEST, detail));
@@ -353,7 +357,7 @@ async fn decide(
     let actor = actor(&caller, request.actor).unwrap_or_else(|| "api".to_owned());
     let (rollouts, reason) = (faces.rollouts.clone(), request.reason);
     let work = async move { rollouts.override_verdict(&rollout, verdict, actor, reason).await };
-    let decided = recorded("the decision cannot be taken", tokio::spawn(work)).await??;
+    let decided = recorded("the decision cannot be taken", LOOK_FIRST, tokio::spawn(work)).await??;
     Ok(Json(Arc::unwrap_or_clone(decided)))
 }
 
@@ -399,15 +403,16 @@ async fn end(
     caller: Caller,
     State(faces): State<Faces>,
     Named(rollout): Named,
-    MaybeGiven(request): MaybeGiven<EndRequest>,
+    given: Result<MaybeGiven<EndRequest>, Problem>,
 ) -> Result<Json<View>, Problem> {
     permitted(&faces, &caller, Scope::Rollout, &rollout)?;
+    let MaybeGiven(request) = given?;
     bounded("actor", request.actor.as_deref(), MAX_REASON_BYTES)?;
     bounded("reason", request.reason.as_deref(), MAX_REASON_BYTES)?;
     let actor = actor(&caller, request.actor).unwrap_or_else(|| "api".to_owned());
     let reason = request.reason.unwrap_or_else(|| "ended by request".to_owned());
     let rollouts = faces.rollouts.clone();
     let ended = tokio::spawn(async move { rollouts.end(&rollout, actor, reason).await });
-    let view = recorded("the rollout cannot be ended", ended).await??;
+    let view = recorded("the rollout cannot be ended", "ask again", ended).await??;
     Ok(Json(Arc::unwrap_or_clone(view)))
 }

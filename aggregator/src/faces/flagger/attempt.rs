@@ -91,10 +91,10 @@ pub(super) struct Open<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Asked<'a> {
     pub(super) revision: &'a Revision,
+    /// Whether a checksum says which revision it is; a gate that is asked by hand has none.
+    pub(super) has_checksum: bool,
     /// The canary's version, where it is known.
     pub(super) version: Option<&'a str>,
-    /// Whether a new attempt begins although nothing else shows it.
-    pub(super) is_anew: bool,
 }
 
 /// What follows.
@@ -113,12 +113,12 @@ pub(super) fn next(open: Open<'_>, asked: Asked<'_>) -> Next {
     }
     let replace = |reason: String, number| Next::Replace { reason, number };
     let Some(number) = asked.revision.number(open.key) else {
-        return replace("Flagger tries a new revision".to_owned(), None);
+        return if asked.has_checksum {
+            replace("Flagger tries a new revision".to_owned(), None)
+        } else {
+            Next::Take
+        };
     };
-    if asked.is_anew {
-        let reason = "Flagger begins anew after it was told to roll back";
-        return replace(reason.to_owned(), None);
-    }
     match asked.version {
         Some(version) if open.version == UNKNOWN && !open.is_settled => {
             let reason = format!("the canary's version is known now: {version}");
@@ -138,15 +138,23 @@ pub(super) fn only_version(canaries: &[Canary]) -> Option<&str> {
     (first != UNKNOWN && versions.all(|version| version == first)).then_some(first)
 }
 
-/// How many agents of a version are connected, if there are some and none has counted a request.
+/// The agents of a version that are connected.
+fn of_version<'c>(canaries: &'c [Canary], version: &'c str) -> impl Iterator<Item = &'c Canary> {
+    canaries
+        .iter()
+        .filter(move |canary| canary.connected && canary.version == version)
+}
+
+/// How many agents of a version are connected, if there are some.
+pub(super) fn connected(canaries: &[Canary], version: &str) -> Option<u64> {
+    let count = u64::try_from(of_version(canaries, version).count()).ok()?;
+    (count > 0).then_some(count)
+}
+
+/// The same, if none of them has counted a request.
 pub(super) fn untouched(canaries: &[Canary], version: &str) -> Option<u64> {
-    let agents = || {
-        canaries
-            .iter()
-            .filter(|canary| canary.connected && canary.version == version)
-    };
-    let count = u64::try_from(agents().count()).ok()?;
-    (count > 0 && agents().all(|agent| agent.requests == 0)).then_some(count)
+    let has_none = of_version(canaries, version).all(|agent| agent.requests == 0);
+    connected(canaries, version).filter(|_| has_none)
 }
 
 /// What is remembered of Canaries while the process lives. Rollouts survive it, this does not need to.
@@ -162,8 +170,8 @@ struct Memories {
 #[derive(Debug, Default)]
 struct Memory {
     turn: Arc<tokio::sync::Mutex<()>>,
-    /// The rollout that Flagger was told to roll back.
-    rolled_back: Option<String>,
+    /// The rollout of which a hook has last shown whether traffic is led to the canary, and whether none was.
+    at_zero: Option<(String, bool)>,
     /// The rollout that was granted its first traffic, and when.
     granted: Option<(String, Instant)>,
     /// The last use, by number.
@@ -206,20 +214,23 @@ impl Attempts {
         Arc::clone(&self.locked().of(canary).turn)
     }
 
-    /// Notes that Flagger was told to roll back.
-    pub(super) fn roll_back(&self, canary: &Workload, rollout: &str) {
+    /// Notes what a hook shows: Flagger calls `pre-rollout` only while it leads no traffic to the canary, in the same tick
+    /// before it asks for the first increase, and `rollout` only after that. Called again, `pre-rollout` shows that a grant
+    /// was of no use.
+    pub(super) fn shows(&self, canary: &Workload, rollout: &str, is_at_zero: bool) {
         let mut memories = self.locked();
         let memory = memories.of(canary);
-        if memory.rolled_back.as_deref() != Some(rollout) {
-            memory.rolled_back = Some(rollout.to_owned());
+        memory.at_zero = Some((rollout.to_owned(), is_at_zero));
+        if is_at_zero {
+            memory.granted = None;
         }
     }
 
-    /// Whether Flagger was told to roll this one back.
-    pub(super) fn is_rolled_back(&self, canary: &Workload, rollout: &str) -> bool {
+    /// Whether no traffic is led to the canary yet; none where no hook has shown it.
+    pub(super) fn is_at_zero(&self, canary: &Workload, rollout: &str) -> Option<bool> {
         let memories = self.locked();
-        let memory = memories.canaries.get(canary);
-        memory.is_some_and(|memory| memory.rolled_back.as_deref() == Some(rollout))
+        let (of, is_at_zero) = memories.canaries.get(canary)?.at_zero.as_ref()?;
+        (of == rollout).then_some(*is_at_zero)
     }
 
     /// Notes that a rollout was granted its first traffic.
@@ -314,31 +325,30 @@ mod tests {
             reason: reason.to_owned(),
             number,
         };
-        let (revision, anew) = (
-            "Flagger tries a new revision",
-            "Flagger begins anew after it was told to roll back",
-        );
+        let revision = "Flagger tries a new revision";
         let found = "the canary's version is known now: v2";
-        // The open rollout: key, version, ours, settled. Then whether it begins anew, and the version that is known.
-        for ((key, version, is_ours, is_settled), is_anew, known_version, expected) in [
-            ((&known, "v2", true, false), false, None, Next::Take),
-            ((&known, "v2", true, false), false, Some("v3"), Next::Take),
-            ((&known, "v2", true, true), false, None, Next::Take),
-            ((&known, "v2", true, true), true, None, replaces(anew, None)),
-            ((&older, "v1", true, true), false, None, replaces(revision, None)),
+        // The open rollout: key, version, ours, settled. Then whether there is a checksum, and the version that is known.
+        for ((key, version, is_ours, is_settled), has_checksum, known_version, expected) in [
+            ((&known, "v2", true, false), true, None, Next::Take),
+            ((&known, "v2", true, false), true, Some("v3"), Next::Take),
+            // Flagger has not heard yet that it is to go back.
+            ((&known, "v2", true, true), true, None, Next::Take),
+            ((&older, "v1", true, true), true, None, replaces(revision, None)),
             ((&older, "v1", true, false), true, None, replaces(revision, None)),
-            ((&unknown, UNKNOWN, true, false), false, None, Next::Take),
+            // Whoever asks by hand does not say that it is another revision.
+            ((&older, "v1", true, false), false, Some("v2"), Next::Take),
+            ((&unknown, UNKNOWN, true, false), true, None, Next::Take),
             (
                 (&unknown, UNKNOWN, true, false),
-                false,
+                true,
                 Some("v2"),
                 replaces(found, Some(2)),
             ),
             // What was decided is not undone.
-            ((&unknown, UNKNOWN, true, true), false, Some("v2"), Next::Take),
+            ((&unknown, UNKNOWN, true, true), true, Some("v2"), Next::Take),
             // What others have begun is theirs.
             ((&older, "v1", false, false), true, Some("v2"), Next::Take),
-            ((&unknown, UNKNOWN, false, false), false, Some("v2"), Next::Take),
+            ((&unknown, UNKNOWN, false, false), true, Some("v2"), Next::Take),
         ] {
             let open = Open {
                 key,
@@ -348,8 +358,8 @@ mod tests {
             };
             let asked = Asked {
                 revision: &this,
+                has_checksum,
                 version: known_version,
-                is_anew,
             };
             assert_eq!(next(open, asked), expected, "{open:?} {asked:?}");
         }
@@ -367,17 +377,23 @@ mod tests {
     #[test]
     fn agents_say_which_version_it_is_and_whether_it_had_traffic() {
         let v2 = || agent("v2", true, 0);
-        for (agents, version, count) in [
-            (vec![], None, None),
-            (vec![agent("v2", false, 0)], None, None),
-            (vec![v2()], Some("v2"), Some(1)),
-            (vec![v2(), v2(), agent("v3", false, 5)], Some("v2"), Some(2)),
-            (vec![v2(), agent("v3", true, 5)], None, Some(1)),
-            (vec![v2(), agent("v2", true, 1)], Some("v2"), None),
-            (vec![agent(UNKNOWN, true, 0)], None, None),
+        for (agents, version, there, without_traffic) in [
+            (vec![], None, None, None),
+            (vec![agent("v2", false, 0)], None, None, None),
+            (vec![v2()], Some("v2"), Some(1), Some(1)),
+            (
+                vec![v2(), v2(), agent("v3", false, 5)],
+                Some("v2"),
+                Some(2),
+                Some(2),
+            ),
+            (vec![v2(), agent("v3", true, 5)], None, Some(1), Some(1)),
+            (vec![v2(), agent("v2", true, 1)], Some("v2"), Some(2), None),
+            (vec![agent(UNKNOWN, true, 0)], None, None, None),
         ] {
             assert_eq!(only_version(&agents), version, "{agents:?}");
-            assert_eq!(untouched(&agents, "v2"), count, "{agents:?}");
+            assert_eq!(connected(&agents, "v2"), there, "{agents:?}");
+            assert_eq!(untouched(&agents, "v2"), without_traffic, "{agents:?}");
         }
     }
 
@@ -395,23 +411,31 @@ mod tests {
     }
 
     #[test]
-    fn a_rollback_that_was_told_is_remembered_for_its_rollout() {
-        let (attempts, canary) = (Attempts::default(), canary("checkout"));
-        assert!(!attempts.is_rolled_back(&canary, "r1"));
-        attempts.roll_back(&canary, "r1");
-        attempts.roll_back(&canary, "r1");
-        assert!(attempts.is_rolled_back(&canary, "r1") && !attempts.is_rolled_back(&canary, "r2"));
+    fn hooks_show_whether_traffic_is_led_to_a_canary() {
+        let (attempts, canary, now) = (Attempts::default(), canary("checkout"), Instant::now());
+        assert_eq!(attempts.is_at_zero(&canary, "r1"), None);
+        attempts.grant(&canary, "r1", now);
+        // Flagger comes again as it came at first: the grant was of no use to it.
+        attempts.shows(&canary, "r1", true);
+        assert_eq!(attempts.is_at_zero(&canary, "r1"), Some(true));
+        assert_eq!(attempts.granted(&canary, "r1", now), Grant::None);
+        attempts.grant(&canary, "r1", now);
+        attempts.shows(&canary, "r1", false);
+        assert_eq!(attempts.is_at_zero(&canary, "r1"), Some(false));
+        assert_eq!(attempts.granted(&canary, "r1", now), Grant::Stands);
+        assert_eq!(attempts.is_at_zero(&canary, "r2"), None);
     }
 
     #[test]
     fn canaries_that_are_silent_for_longest_are_forgotten() {
         let attempts = Attempts::default();
+        let shows = |name: &str| attempts.shows(&canary(name), "r", true);
         for number in 0..MAX_CANARIES {
-            attempts.roll_back(&canary(&format!("c{number}")), "r");
+            shows(&format!("c{number}"));
         }
-        attempts.roll_back(&canary("c0"), "r");
-        attempts.roll_back(&canary("one-more"), "r");
-        let knows = |name: &str| attempts.is_rolled_back(&canary(name), "r");
+        shows("c0");
+        shows("one-more");
+        let knows = |name: &str| attempts.is_at_zero(&canary(name), "r").is_some();
         assert!(knows("c0") && !knows("c1") && knows("c2") && knows("one-more"));
         assert_eq!(attempts.locked().canaries.len(), MAX_CANARIES);
     }

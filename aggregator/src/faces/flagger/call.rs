@@ -12,7 +12,7 @@ use coalmine_judge::v1::Verdict;
 use tokio::time::timeout;
 
 use super::{
-    attempt::{Grant, Next, untouched},
+    attempt::{Grant, Next, connected, untouched},
     hook::Hook,
     open::Found,
     payload::Payload,
@@ -117,45 +117,62 @@ impl Call {
         }
     }
 
+    /// Answers the load tester's gate, which is asked before a canary is tried and before it is promoted.
+    pub(super) async fn gate(self) -> Result<Answer, Problem> {
+        let hook = Hook::of_gate(self.payload.phase());
+        self.answer(hook).await
+    }
+
     /// Answers by the verdict, and begins an attempt where there is none.
     pub(super) async fn check(self, hook: Hook) -> Result<Answer, Problem> {
-        let found = self.find()?;
-        let service = self.service(&found).to_owned();
-        let is_named = self.payload.get("rollout").is_some();
         let scope = if hook == Hook::PreRollout {
             Scope::Rollout
         } else {
             Scope::Gate
         };
+        self.caller.may(scope, "")?;
+        let found = self.find()?;
+        let service = self.service(&found).to_owned();
+        let is_named = self.payload.get("rollout").is_some();
         self.caller.may(scope, &service)?;
         let begins = !is_named
             && hook.begins(self.payload.phase())
             && self.caller.may(Scope::Rollout, &service).is_ok();
         let view = match found {
-            Found::Open(view) if !begins || self.next(hook, &view) == Next::Take => view,
-            _ if begins => self.attempt(hook).await?,
+            Found::Open(view) if !begins || self.next(&view) == Next::Take => view,
+            Found::Other { view, version } => return Err(self.conflict(&view, version.as_deref())),
+            _ if begins => self.attempt().await?,
             _ => return Err(self.nothing_open(&service)),
         };
-        let passes = hook.passes(view.standing());
+        self.note(hook, &view);
         if hook == Hook::ConfirmTrafficIncrease
             && let Some(answer) = self.first_traffic(&view).await?
         {
             return Ok(answer);
         }
-        if hook == Hook::Rollback && passes {
-            self.faces.flagger.roll_back(&self.payload.canary(), &view.id);
-        }
-        Ok(Answer::of(&view, passes))
+        Ok(Answer::of(&view, hook.passes(view.standing())))
     }
 
-    /// A canary may be tried unless a person holds what is open of it.
+    /// Remembers what a hook shows of the canary's traffic.
+    fn note(&self, hook: Hook, view: &View) {
+        if matches!(hook, Hook::PreRollout | Hook::Rollout) {
+            let is_at_zero = hook == Hook::PreRollout;
+            let canary = self.payload.canary();
+            self.faces.flagger.shows(&canary, &view.id, is_at_zero);
+        }
+    }
+
+    /// A canary may be tried unless a person holds what is open of it. That the one before is to go back is no reason.
     fn confirm_rollout(&self) -> Result<Answer, Problem> {
+        self.caller.may(Scope::Gate, "")?;
         let found = self.find()?;
         self.caller.may(Scope::Gate, self.service(&found))?;
+        let is_held = |view: &View| {
+            let overridden = view.overridden.as_ref();
+            overridden.is_some_and(|overridden| overridden.verdict == Verdict::Hold.as_str())
+        };
         match found {
-            Found::Open(view) if view.overridden.is_some() && view.standing() != Verdict::Approve => {
-                Ok(Answer::of(&view, false))
-            }
+            Found::Open(view) if is_held(&view) => Ok(Answer::of(&view, false)),
             _ => Ok(Answer::passed("nobody holds this canary\n")),
         }
     }
@@ -176,18 +193,16 @@ impl Call {
             self.caller.may(Scope::Rollout, self.payload.service())?;
             return Ok(Answer::passed("metadata.rollout is not Flagger's to end\n"));
         }
+        self.caller.may(Scope::Rollout, "")?;
         let found = self.find()?;
         self.caller.may(Scope::Rollout, self.service(&found))?;
-        if found.ours().is_none() {
+        let Some(id) = found.ours().map(|view| view.id.clone()) else {
             return Ok(Answer::passed("there is no attempt to end\n"));
-        }
+        };
         let turn = self.turn().await?;
         recorded(async move {
-            // Another call may have ended it, and begun one more.
-            let found = self.find()?;
-            if let Some(view) = found.ours() {
-                self.end(view, reason).await?;
-            }
+            // Another call may have ended it meanwhile, and begun one more, which is not meant.
+            self.end(&id, reason).await?;
             drop(turn);
             Ok(Answer::passed("the attempt is ended\n"))
         })
@@ -196,14 +211,19 @@ impl Call {
 
     /// Decides in the judge's place; without a verdict, takes back that it is to be rolled back.
     pub(super) async fn decide(self, verdict: Option<Verdict>, gate: &str) -> Result<Answer, Problem> {
+        self.caller.may(Scope::Override, "")?;
         let found = self.find()?;
         self.caller.may(Scope::Override, self.service(&found))?;
-        let Found::Open(view) = found else {
-            return Err(Problem::not_found(format!(
-                "no rollout of the Canary {} is open, so nothing can be decided; its hooks begin one, or `coalmine rollout \
-                 start --workload Canary/{0}`",
-                self.name()
-            )));
+        let view = match found {
+            Found::Open(view) => view,
+            Found::Other { view, version } => return Err(self.conflict(&view, version.as_deref())),
+            Found::None => {
+                return Err(Problem::not_found(format!(
+                    "no rollout of the Canary {} is open, so nothing can be decided; its hooks begin one, or `coalmine \
+                     rollout start --workload Canary/{0}`",
+                    self.name()
+                )));
+            }
         };
         let is_ordered = view.overridden.is_some() && view.standing() == Verdict::Rollback;
         if verdict.is_none() && !is_ordered {
@@ -231,16 +251,21 @@ impl Call {
     }
 
     /// Flagger asks before a canary has any traffic, and without traffic there is nothing to judge: the first increase is
-    /// granted where an agent waits for it.
+    /// granted where an agent waits for it. What a test has sent to the canary before is no reason against it.
     async fn first_traffic(&self, view: &View) -> Result<Option<Answer>, Problem> {
         if view.standing() != Verdict::Hold || view.overridden.is_some() {
             return Ok(None);
         }
+        let canary = self.payload.canary();
         let canaries = locked(&self.faces.ingest.book).canaries(&view.service);
-        let Some(agents) = untouched(&canaries, &view.canary_version) else {
+        let agents = match self.faces.flagger.is_at_zero(&canary, &view.id) {
+            Some(true) if view.worst.is_none() => connected(&canaries, &view.canary_version),
+            Some(_) => None,
+            None => untouched(&canaries, &view.canary_version),
+        };
+        let Some(agents) = agents else {
             return Ok(None);
         };
-        let canary = self.payload.canary();
         match self.faces.flagger.granted(&canary, &view.id, Instant::now()) {
             Grant::Stands => {}
             Grant::Over => return Ok(None),
@@ -253,7 +278,7 @@ impl Call {
             }
         }
         Ok(Some(Answer::passed(format!(
-            "BOOTSTRAP ({}): no request has reached {} yet (agents connected: {agents}), so its first traffic is granted\n",
+            "BOOTSTRAP ({}): no traffic is led to {} yet (agents connected: {agents}), so its first is granted\n",
             view.id, view.canary_version
         ))))
     }

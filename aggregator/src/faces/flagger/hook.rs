@@ -7,6 +7,8 @@
 //! confirm-promotion          200       403    403        a refusal waits
 //! rollback                   403       403    200        200 goes back at once
 //! ```
+//!
+//! confirm-rollout asks before a canary is tried, so no verdict is about it: it is 403 while a person's HOLD is in force.
 
 use coalmine_judge::v1::Verdict;
 
@@ -25,6 +27,9 @@ pub(super) enum Hook {
 
 /// The phases in which a canary is judged.
 const JUDGED: [&str; 2] = ["Progressing", "WaitingPromotion"];
+
+/// The phases in which no canary is tried, and Flagger asks whether one may be.
+const BEFORE: [&str; 4] = ["Initialized", "Waiting", "Succeeded", "Failed"];
 
 impl Hook {
     const ALL: [Self; 8] = [
@@ -54,6 +59,15 @@ impl Hook {
 
     pub(super) fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|hook| hook.as_str() == name)
+    }
+
+    /// What the load tester's gate is asked as: Flagger's users have it as either hook, and both must be able to open.
+    pub(super) fn of_gate(phase: &str) -> Self {
+        if BEFORE.contains(&phase) {
+            Self::ConfirmRollout
+        } else {
+            Self::ConfirmPromotion
+        }
     }
 
     /// All of them, for whoever asked for another.
@@ -112,6 +126,23 @@ mod tests {
         }
         for other in ["", "Rollout", "roll", "confirm_rollout"] {
             assert_eq!(Hook::parse(other), None);
+        }
+    }
+
+    #[test]
+    fn a_gate_is_asked_before_a_canary_is_tried_and_before_it_is_promoted() {
+        for (phase, expected) in [
+            ("Initialized", Hook::ConfirmRollout),
+            ("Waiting", Hook::ConfirmRollout),
+            ("Succeeded", Hook::ConfirmRollout),
+            ("Failed", Hook::ConfirmRollout),
+            ("Progressing", Hook::ConfirmPromotion),
+            ("WaitingPromotion", Hook::ConfirmPromotion),
+            ("Promoting", Hook::ConfirmPromotion),
+            ("waiting", Hook::ConfirmPromotion),
+            ("", Hook::ConfirmPromotion),
+        ] {
+            assert_eq!(Hook::of_gate(phase), expected, "{phase:?}");
         }
     }
 

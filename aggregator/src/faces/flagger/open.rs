@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use axum::http::StatusCode;
-use coalmine_judge::{record::Workload, v1::Verdict};
+use coalmine_judge::v1::Verdict;
 use tokio::{sync::OwnedMutexGuard, time::timeout};
 
 use super::{
     attempt::{self, ACTOR, Asked, Next, Open, Revision, UNKNOWN, only_version},
     call::{Call, WITHIN, recorded, slow},
-    hook::Hook,
 };
 use crate::{
+    access::Scope,
     book::locked,
     faces::problem::Problem,
     rollouts::{Question, RolloutError, StartRequest, State, View},
@@ -21,8 +21,12 @@ use crate::{
 pub(super) enum Found {
     /// This one, which is open.
     Open(Arc<View>),
-    /// None; the service's open rollout is of something else.
-    Other(Arc<View>),
+    /// None; the open rollout is of something else.
+    Other {
+        view: Arc<View>,
+        /// The canary's version, if that is what is another one.
+        version: Option<String>,
+    },
     None,
 }
 
@@ -40,8 +44,8 @@ impl Call {
     /// The service that a rollout is of, or would be.
     pub(super) fn service<'a>(&'a self, found: &'a Found) -> &'a str {
         match found {
-            Found::Open(view) => &view.service,
-            Found::Other(_) | Found::None => self.payload.service(),
+            Found::Open(view) | Found::Other { view, .. } => &view.service,
+            Found::None => self.payload.service(),
         }
     }
 
@@ -49,37 +53,77 @@ impl Call {
         let rollouts = &self.faces.rollouts;
         if let Some(id) = self.payload.get("rollout") {
             let view = rollouts.view(id)?;
-            return Ok(if is_open(&view) {
-                Found::Open(view)
-            } else {
-                Found::None
+            return Ok(match view.state {
+                State::Ended => Found::None,
+                State::Running | State::Halted => Found::Open(view),
             });
         }
+        let of_service = self.open(&Question {
+            service: Some(self.payload.service().to_owned()),
+            ..Question::default()
+        });
+        let view = match of_service.into_iter().next() {
+            Some(view) if !self.may_be_of(&view) => return Ok(Found::Other { view, version: None }),
+            Some(view) => Some(view),
+            None => self.elsewhere(),
+        };
+        let Some(view) = view else {
+            return Ok(Found::None);
+        };
+        if is_ours(&view) {
+            return Ok(Found::Open(view));
+        }
+        // The verdict on one version must not pass for that on another.
+        let version = self.version(&view.service);
+        Ok(match version.filter(|version| *version != view.canary_version) {
+            None => Found::Open(view),
+            version => Found::Other { view, version },
+        })
+    }
+
+    /// The open rollouts that are meant, newest first.
+    fn open(&self, question: &Question) -> Vec<Arc<View>> {
+        let mut views = self.faces.rollouts.find(question);
+        views.retain(|view| view.state != State::Ended);
+        views
+    }
+
+    /// The open rollout that names the Canary, where the Canary is not called like a service; of several the worst, since
+    /// anybody who may begin a rollout of some service may name any Canary.
+    fn elsewhere(&self) -> Option<Arc<View>> {
+        let is_known = self
+            .faces
+            .rollouts
+            .policies()
+            .contains_key(self.payload.service());
+        if is_known || self.payload.get("service").is_some() {
+            return None;
+        }
         let canary = self.payload.canary();
-        let mut of_canary = rollouts.find(&Question {
-            service: self.payload.get("service").map(str::to_owned),
+        let mut views = self.open(&Question {
             namespace: Some(canary.namespace.clone()),
             workload: Some(canary.name.clone()),
             ..Question::default()
         });
-        of_canary.retain(|view| is_open(view) && view.workload.as_ref() == Some(&canary));
-        if let Some(view) = of_canary.into_iter().next() {
-            return Ok(Found::Open(view));
-        }
-        let mut of_service = rollouts.find(&Question {
-            service: Some(self.payload.service().to_owned()),
-            ..Question::default()
-        });
-        of_service.retain(|view| is_open(view));
-        Ok(match of_service.into_iter().next() {
-            Some(view) if may_be_of(&view, &canary) => Found::Open(view),
-            Some(view) => Found::Other(view),
-            None => Found::None,
-        })
+        views.retain(|view| view.workload.as_ref() == Some(&canary));
+        views.into_iter().rev().max_by_key(|view| view.standing())
+    }
+
+    /// Whether the open rollout of the service may be of the Canary: whoever began it did not say what is rolled out, or
+    /// said it of the Deployment that the Canary is for, as the pods' labels do.
+    fn may_be_of(&self, view: &View) -> bool {
+        let Some(workload) = &view.workload else {
+            return true;
+        };
+        let canary = self.payload.canary();
+        let is_named_alike = workload.name == canary.name || self.payload.get("service").is_some();
+        let is_its_deployment =
+            workload.kind == "Deployment" && workload.namespace == canary.namespace && is_named_alike;
+        *workload == canary || is_its_deployment
     }
 
     /// What follows from a hook that may begin an attempt while a rollout is open.
-    pub(super) fn next(&self, hook: Hook, view: &View) -> Next {
+    pub(super) fn next(&self, view: &View) -> Next {
         let canary = self.payload.canary();
         let revision = Revision::new(&canary, self.payload.checksum());
         let version = if view.canary_version == UNKNOWN {
@@ -95,8 +139,8 @@ impl Call {
         };
         let asked = Asked {
             revision: &revision,
+            has_checksum: !self.payload.checksum().is_empty(),
             version: version.as_deref(),
-            is_anew: hook == Hook::PreRollout && self.faces.flagger.is_rolled_back(&canary, &view.id),
         };
         attempt::next(open, asked)
     }
@@ -111,30 +155,27 @@ impl Call {
     }
 
     /// The attempt that a hook is about: the open one, or one that begins.
-    pub(super) async fn attempt(&self, hook: Hook) -> Result<Arc<View>, Problem> {
+    pub(super) async fn attempt(&self) -> Result<Arc<View>, Problem> {
         let turn = self.turn().await?;
         let call = self.clone();
         // A caller that goes away must not leave half a start behind.
         recorded(async move {
-            let view = call.begin(hook).await;
+            let view = call.begin().await;
             drop(turn);
             view
         })
         .await
     }
 
-    async fn begin(&self, hook: Hook) -> Result<Arc<View>, Problem> {
-        let open = match self.find()? {
-            Found::Open(view) => Some(view),
-            Found::Other(view) => return Err(self.conflict(&view)),
-            Found::None => None,
+    async fn begin(&self) -> Result<Arc<View>, Problem> {
+        let view = match self.find()? {
+            Found::Open(view) => view,
+            Found::Other { view, version } => return Err(self.conflict(&view, version.as_deref())),
+            Found::None => return self.start(self.payload.service(), None).await,
         };
-        let Some(view) = open else {
-            return self.start(self.payload.service(), None).await;
-        };
-        match self.next(hook, &view) {
+        match self.next(&view) {
             Next::Replace { reason, number } => {
-                self.end(&view, reason).await?;
+                self.end(&view.id, reason).await?;
                 self.start(&view.service, number).await
             }
             Next::Take => Ok(view),
@@ -166,16 +207,16 @@ impl Call {
             // Somebody else may have begun one at the same moment.
             Err(RolloutError::Conflict(detail)) => match self.find()? {
                 Found::Open(view) => Ok(view),
-                Found::Other(view) => Err(self.conflict(&view)),
+                Found::Other { view, version } => Err(self.conflict(&view, version.as_deref())),
                 Found::None => Err(Problem::new(StatusCode::CONFLICT, detail)),
             },
             Err(error) => Err(error.into()),
         }
     }
 
-    pub(super) async fn end(&self, view: &View, reason: String) -> Result<(), Problem> {
+    pub(super) async fn end(&self, id: &str, reason: String) -> Result<(), Problem> {
         let rollouts = &self.faces.rollouts;
-        rollouts.end(&view.id, ACTOR.to_owned(), reason).await?;
+        rollouts.end(id, ACTOR.to_owned(), reason).await?;
         Ok(())
     }
 
@@ -200,11 +241,10 @@ impl Call {
     }
 
     fn no_policy(&self, service: &str) -> Problem {
-        let known: Vec<_> = self
-            .faces
-            .rollouts
-            .policies()
-            .keys()
+        let services = self.faces.rollouts.policies().keys();
+        // Those that the caller may not see are none of its business.
+        let known: Vec<_> = services
+            .filter(|known| self.caller.may(Scope::Gate, known).is_ok())
             .map(String::as_str)
             .collect();
         Problem::not_found(format!(
@@ -215,32 +255,27 @@ impl Call {
         ))
     }
 
-    fn conflict(&self, view: &View) -> Problem {
-        let of = view.workload.as_ref().map_or_else(String::new, |workload| {
-            format!(" of {} {}/{}", workload.kind, workload.namespace, workload.name)
-        });
-        Problem::new(
-            StatusCode::CONFLICT,
+    /// Says what is in the way. `version` is the canary's, where that is what is another one.
+    pub(super) fn conflict(&self, view: &View, version: Option<&str>) -> Problem {
+        let (id, name) = (&view.id, self.name());
+        let detail = if let Some(version) = version {
             format!(
-                "rollout {}{of} is still open for service {}, so none begins for the Canary {}; end it with `coalmine rollout \
-                 end {0}`, or say in the webhook's metadata.service which service this Canary rolls out",
-                view.id,
-                view.service,
-                self.name()
-            ),
-        )
+                "rollout {id} is of {} {}, and the Canary {name} is {version}; end it with `coalmine rollout end {id}`, so \
+                 that one begins for {version}",
+                view.service, view.canary_version
+            )
+        } else {
+            let of = view.workload.as_ref().map_or_else(String::new, |workload| {
+                format!(" of {} {}/{}", workload.kind, workload.namespace, workload.name)
+            });
+            format!(
+                "rollout {id}{of} is still open for service {}, so none begins for the Canary {name}; end it with `coalmine \
+                 rollout end {id}`, or say in the webhook's metadata.service which service this Canary rolls out",
+                view.service
+            )
+        };
+        Problem::new(StatusCode::CONFLICT, detail)
     }
-}
-
-fn is_open(view: &View) -> bool {
-    view.state != State::Ended
-}
-
-/// Whether a rollout may be of a Canary: whoever began it did not say what is rolled out, or said it of the Deployment that
-/// the Canary is for, as the pods' labels do.
-fn may_be_of(view: &View, canary: &Workload) -> bool {
-    let workload = view.workload.as_ref();
-    workload.is_none_or(|workload| workload.kind == "Deployment" && workload.namespace == canary.namespace)
 }
 
 /// Whether a rollout was begun here; what others began is theirs to end.

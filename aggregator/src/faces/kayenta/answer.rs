@@ -26,7 +26,7 @@ pub(super) struct CanaryExecution {
     application: String,
     canary_config_id: String,
     complete: bool,
-    /// `running`, `succeeded` (there is a score) or `terminal` (the rollout was ended while it was on HOLD).
+    /// `running`, `succeeded` (there is a score) or `terminal` (on HOLD, the rollout was ended or cannot be judged any more).
     status: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     result: Option<CanaryResult>,
@@ -220,8 +220,18 @@ impl StandaloneExecution {
 }
 
 fn read(view: &View, thresholds: Thresholds) -> Reading {
-    let is_ended = view.state == State::Ended;
-    Reading::of(view.standing(), view.hold_expired, is_ended, thresholds)
+    let is_over = is_over(view.state, view.waits_for_ms, view.overridden.is_some());
+    Reading::of(view.standing(), view.hold_expired, is_over, thresholds)
+}
+
+/// Whether no other verdict comes: the rollout is ended, or it waits for no window and nobody has decided for it, since
+/// it cannot be judged any more.
+fn is_over(state: State, waits_for_ms: Option<u64>, is_overridden: bool) -> bool {
+    match state {
+        State::Ended => true,
+        State::Running => waits_for_ms.is_none() && !is_overridden,
+        State::Halted => false,
+    }
 }
 
 /// Kayenta's analyses succeed only if the canary passes.
@@ -298,11 +308,16 @@ impl Times {
 
 impl Exception {
     fn of(view: &View, status: Status) -> Option<Self> {
-        let ended = view.ended.as_ref().filter(|_| status == Status::Terminal)?;
-        let error = format!(
-            "rollout {} was ended by {} while it was on HOLD ({}); last: {}",
-            view.id, ended.actor, ended.reason, view.reason
-        );
+        if status != Status::Terminal {
+            return None;
+        }
+        let error = match &view.ended {
+            Some(ended) => format!(
+                "rollout {} was ended by {} while it was on HOLD ({}); last: {}",
+                view.id, ended.actor, ended.reason, view.reason
+            ),
+            None => format!("rollout {}: {}", view.id, view.reason),
+        };
         Some(Self {
             details: ExceptionDetails { errors: vec![error] },
         })
@@ -346,6 +361,23 @@ mod tests {
             (10_050, "PT10.050S"),
         ] {
             assert_eq!(duration(ms), text);
+        }
+    }
+
+    #[test]
+    fn an_analysis_is_over_when_no_other_verdict_comes() {
+        for (state, waits_for_ms, is_overridden, expected) in [
+            (State::Running, Some(1_000), false, false),
+            (State::Running, Some(1_000), true, false),
+            // It cannot be judged any more: what a person says instead may change.
+            (State::Running, None, false, true),
+            (State::Running, None, true, false),
+            (State::Halted, None, false, false),
+            (State::Ended, None, false, true),
+            (State::Ended, None, true, true),
+        ] {
+            let found = is_over(state, waits_for_ms, is_overridden);
+            assert_eq!(found, expected, "{state:?} {waits_for_ms:?} {is_overridden}");
         }
     }
 

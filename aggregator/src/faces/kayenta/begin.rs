@@ -9,10 +9,10 @@
 //!   somebody ends it, or another version comes.
 //! * Another version ends what this face has begun of an earlier one, once agents report it or none report the earlier
 //!   one any more. What others have begun is theirs to end.
-//! * The hash of a pod template that no agent reports as its version stands for the version of the canary's agents, if
-//!   that is one: of the open rollout, whose workload must not be another, or of the one that is begun. Without
-//!   connected agents nobody knows what it stands for, and the caller has to ask again: what was approved before must
-//!   not pass for what comes next.
+//! * The hash of a pod template, of a workload that is named, stands for the version of the canary's agents if that is
+//!   one and none reports the hash itself: of the open rollout, whose workload must not be another, or of the one that
+//!   is begun. Without connected agents nobody knows what it stands for, and the caller has to ask again: what was
+//!   approved before must not pass for what comes next.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -174,7 +174,7 @@ impl Wanted<'_> {
                 Ok(Step::Is(open.id.to_owned()))
             };
         }
-        if self.is_unreported_hash(reported) {
+        let Some(version) = self.stands_for(reported) else {
             return Err(format!(
                 "no agent reports {} as its version, and the open rollout {} is of {}; ask again when the canary's agents \
                  are connected, or name the version that they report ({})",
@@ -183,8 +183,8 @@ impl Wanted<'_> {
                 open.version,
                 list(reported)
             ));
-        }
-        if is_ours && (reported.contains(self.version) || !reported.contains(open.version)) {
+        };
+        if is_ours && (reported.contains(version) || !reported.contains(open.version)) {
             return self.begin(Some(open), known, reported);
         }
         Err(format!(
@@ -221,23 +221,16 @@ impl Wanted<'_> {
         known: &[Known<'_>],
         reported: &BTreeSet<&str>,
     ) -> Result<Step, String> {
-        let (version, baseline) = if self.is_unreported_hash(reported) {
-            let mut versions = reported.iter();
-            match (versions.next(), versions.next()) {
-                // The baseline's hash is not what its agents report either.
-                (Some(only), None) => (*only, None),
-                _ => {
-                    return Err(format!(
-                        "no agent reports {} as its version, and those of the canary that are connected report: {}; ask \
-                         again when they are, or name the version that they report",
-                        self.version,
-                        list(reported)
-                    ));
-                }
-            }
-        } else {
-            (self.version, self.baseline)
+        let Some(version) = self.stands_for(reported) else {
+            return Err(format!(
+                "no agent reports {} as its version, and those of the canary that are connected report: {}; ask again \
+                 when they are, or name the version that they report",
+                self.version,
+                list(reported)
+            ));
         };
+        // Where the version is a hash, so is the baseline's, and its agents do not report that either.
+        let baseline = self.baseline.filter(|_| version == self.version);
         Ok(Step::Begin {
             after: after.map(|rollout| rollout.id.to_owned()),
             version: version.to_owned(),
@@ -262,8 +255,19 @@ impl Wanted<'_> {
         }
     }
 
+    /// The version that is meant; none if it is a hash of which nobody knows what it stands for.
+    fn stands_for<'v>(&'v self, reported: &BTreeSet<&'v str>) -> Option<&'v str> {
+        match (self.is_unreported_hash(reported), reported.len()) {
+            (false, _) => Some(self.version),
+            (true, 1) => reported.first().copied(),
+            (true, _) => None,
+        }
+    }
+
+    /// Whether the version is a hash that no agent reports. A version without a place may look like a hash and is none:
+    /// whoever has a hash knows whose it is.
     fn is_unreported_hash(&self, reported: &BTreeSet<&str>) -> bool {
-        is_template_hash(self.version) && !reported.contains(self.version)
+        self.place.is_some() && is_template_hash(self.version) && !reported.contains(self.version)
     }
 }
 
@@ -343,9 +347,21 @@ mod tests {
         }
     }
 
+    fn place(workload: &str) -> Place {
+        Place {
+            namespace: "shop".to_owned(),
+            workload: workload.to_owned(),
+        }
+    }
+
     #[test]
     fn what_is_meant_is_found_or_begun() {
+        let here = place("checkout");
         let argo = |version| wanted(version, None);
+        let by_hash = || Wanted {
+            place: Some(&here),
+            ..argo(HASH)
+        };
         let orca = |version| wanted(version, Some("P2"));
         let (first, second) = ("kayenta/checkout/v2/1", "kayenta/checkout/v2/2");
         let (earlier, same) = ("kayenta/checkout/v2/by/P1", "kayenta/checkout/v2/by/P2");
@@ -444,49 +460,84 @@ mod tests {
             ),
             (
                 "a hash that agents report",
-                argo(HASH),
+                by_hash(),
                 vec![],
                 vec![HASH, "v2"],
                 "+kayenta/checkout/6d4f8b9c7d/1 6d4f8b9c7d v1",
             ),
             (
                 "a hash that stands for the only version",
-                argo(HASH),
+                by_hash(),
                 vec![],
                 vec!["v2"],
                 "+kayenta/checkout/6d4f8b9c7d/1 v2 all",
             ),
             (
                 "a hash that stands for what is open",
-                argo(HASH),
+                by_hash(),
                 vec![rollout("x", "v2")],
                 vec!["v2"],
                 "=x",
             ),
             (
                 "a hash, and what is open was there before it",
-                argo(HASH),
+                by_hash(),
                 vec![rollout("x", "v2")],
                 vec![],
                 "no agent reports 6d4f8b9c7d as its version, and the open rollout x is of v2",
             ),
             (
-                "a hash, and two versions",
+                "a hash, and what was begun here was there before it",
+                by_hash(),
+                vec![rollout("kayenta/checkout/5c9d7f4b8/1", "v2")],
+                vec![],
+                "no agent reports 6d4f8b9c7d as its version, and the open rollout kayenta/checkout/5c9d7f4b8/1 is of v2",
+            ),
+            (
+                "a hash that stands for the next version",
+                by_hash(),
+                vec![rollout("kayenta/checkout/5c9d7f4b8/1", "v2")],
+                vec!["v3"],
+                "-kayenta/checkout/5c9d7f4b8/1 +kayenta/checkout/6d4f8b9c7d/1 v3 all",
+            ),
+            (
+                "a hash that stands for the next version, and others' rollout",
+                by_hash(),
+                vec![rollout("x", "v2")],
+                vec!["v3"],
+                "rollout x of checkout v2 is still open",
+            ),
+            (
+                "a version that looks like a hash",
                 argo(HASH),
+                vec![],
+                vec!["v2"],
+                "+kayenta/checkout/6d4f8b9c7d/1 6d4f8b9c7d v1",
+            ),
+            (
+                "a version that looks like a hash, and others' rollout",
+                argo(HASH),
+                vec![rollout("x", "v2")],
+                vec!["v2"],
+                "rollout x of checkout v2 is still open",
+            ),
+            (
+                "a hash, and two versions",
+                by_hash(),
                 vec![rollout("x", "v2")],
                 vec!["v2", "v3"],
                 "or name the version that they report (v2, v3)",
             ),
             (
                 "a hash and nobody",
-                argo(HASH),
+                by_hash(),
                 vec![],
                 vec![],
                 "are connected report: none",
             ),
             (
                 "a hash and too many",
-                argo(HASH),
+                by_hash(),
                 vec![],
                 vec!["v2", "v3"],
                 "report: v2, v3",
@@ -504,10 +555,6 @@ mod tests {
 
     #[test]
     fn a_rollout_elsewhere_is_not_meant() {
-        let place = |workload: &str| Place {
-            namespace: "shop".to_owned(),
-            workload: workload.to_owned(),
-        };
         let (here, there) = (place("checkout"), place("basket"));
         let open = Known {
             workload: Some(("shop", "checkout")),

@@ -9,6 +9,7 @@
 //! HOLD                               false     running    none
 //! HOLD past its deadline             true      succeeded  halfway between marginal and pass
 //! HOLD when the rollout was ended    true      terminal   halfway, with the reason as the exception
+//! HOLD that can be judged no more    true      terminal   the same
 //! ```
 //!
 //! An id says all that a poll needs, so nothing is kept of an execution, and it outlives a restart. A score is a whole
@@ -179,8 +180,8 @@ impl Status {
 // === impl Reading ===
 
 impl Reading {
-    /// `has_expired`: the HOLD has reached its deadline and goes on. `is_ended`: nothing more is judged.
-    pub(super) fn of(verdict: Verdict, has_expired: bool, is_ended: bool, thresholds: Thresholds) -> Self {
+    /// `has_expired`: the HOLD has reached its deadline and goes on. `is_over`: nothing more comes.
+    pub(super) fn of(verdict: Verdict, has_expired: bool, is_over: bool, thresholds: Thresholds) -> Self {
         let score = |score, classification| {
             Some(Score {
                 score,
@@ -191,7 +192,7 @@ impl Reading {
         let (status, score) = match verdict {
             Verdict::Approve => (Status::Succeeded, score(BEST, "Pass")),
             Verdict::Rollback => (Status::Succeeded, score(WORST, "Fail")),
-            Verdict::Hold if is_ended => (Status::Terminal, marginal),
+            Verdict::Hold if is_over => (Status::Terminal, marginal),
             Verdict::Hold if has_expired => (Status::Succeeded, marginal),
             Verdict::Hold => (Status::Running, None),
         };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! experiment scope   NAMESPACE/WORKLOAD/VERSION   the version, or the hash of the pod template, as Argo gives it
-//!                    VERSION                      the same without a place; it has no slash then
+//!                    VERSION                      the version that agents report, never a hash; it has no slash then
 //!                    rollout:ID                   a rollout that is known by its name
 //! control scope      the first two, or nothing, or *, for all of the baseline
 //! ```

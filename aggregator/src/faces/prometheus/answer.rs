@@ -20,6 +20,9 @@ use utoipa::{
 use super::series::Sample;
 use crate::access::Denied;
 
+/// Most points of an answer: one of them takes some hundred bytes while it is written.
+const MAX_POINTS: i64 = 200_000;
+
 /// Largest problem document that is put into an envelope.
 const MAX_PROBLEM_BYTES: usize = 64 << 10;
 
@@ -76,6 +79,26 @@ pub(super) struct Span {
 }
 
 impl Span {
+    /// The part of it in which something is known that is known from then on.
+    fn known_from(self, from_ms: i64) -> Self {
+        let late_ms = from_ms.saturating_sub(self.start_ms).max(0);
+        let is_between = late_ms % self.step_ms != 0;
+        let skipped = (late_ms / self.step_ms).saturating_add(i64::from(is_between));
+        Self {
+            start_ms: self.start_ms.saturating_add(skipped.saturating_mul(self.step_ms)),
+            ..self
+        }
+    }
+
+    /// How many steps it has.
+    fn count(self) -> i64 {
+        let length_ms = self.end_ms.saturating_sub(self.start_ms);
+        if length_ms < 0 {
+            return 0;
+        }
+        (length_ms / self.step_ms).saturating_add(1)
+    }
+
     pub(super) fn steps(self) -> impl Iterator<Item = i64> {
         let next = move |at: &i64| at.checked_add(self.step_ms);
         std::iter::successors(Some(self.start_ms), next).take_while(move |at| *at <= self.end_ms)
@@ -84,16 +107,28 @@ impl Span {
 
 impl When {
     /// A number.
-    pub(super) fn scalar(self, value: f64) -> Answer {
+    pub(super) fn scalar(self, value: f64) -> Result<Answer, Failure> {
         match self {
-            Self::At(at) => result("scalar", &point(at, value)),
+            Self::At(at) => Ok(result("scalar", &point(at, value))),
             Self::Over(_) => self.series(&[Sample::alone(value)]),
         }
     }
 
     /// Series with a value each.
-    pub(super) fn series(self, samples: &[Sample<'_>]) -> Answer {
-        match self {
+    pub(super) fn series(self, samples: &[Sample<'_>]) -> Result<Answer, Failure> {
+        let points = samples.iter().map(|sample| self.points(sample));
+        let points = points.fold(0_i64, i64::saturating_add);
+        if points > MAX_POINTS {
+            return Err(Failure::of(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                format!(
+                    "the answer would have {points} points of {} series, and at most {MAX_POINTS} are given; ask for a \
+                     longer step or a shorter time, or for fewer series by the matchers rollout and tenant or by limit",
+                    samples.len()
+                ),
+            ));
+        }
+        Ok(match self {
             Self::At(at) => {
                 let shown = samples
                     .iter()
@@ -104,13 +139,21 @@ impl When {
                 let shown = samples.iter().filter_map(|sample| over(span, sample));
                 result("matrix", &shown.collect())
             }
+        })
+    }
+
+    /// How many points a series has.
+    fn points(self, sample: &Sample<'_>) -> i64 {
+        match self {
+            Self::At(_) => 1,
+            Self::Over(span) => span.known_from(sample.from_ms).count(),
         }
     }
 }
 
 /// The steps from which on a value is known; none if there are none.
 fn over(span: Span, sample: &Sample<'_>) -> Option<Value> {
-    let known = span.steps().filter(|at| *at >= sample.from_ms);
+    let known = span.known_from(sample.from_ms).steps();
     let values: Vec<_> = known.map(|at| point(at, sample.value)).collect();
     (!values.is_empty()).then(|| json!({ "metric": sample.labels, "values": values }))
 }
@@ -167,15 +210,19 @@ pub(super) struct Failure {
 }
 
 /// When something fails, for those who read the documentation.
-const FAILURES: [(&str, &str); 7] = [
+const FAILURES: [(&str, &str); 8] = [
     (
         "400",
         "A parameter or the expression is malformed, or more than is read here",
     ),
     ("401", "No token, an unknown one, or one that may not ask this"),
     ("404", "No rollout matches"),
+    ("408", "The form did not come whole within 10 s"),
     ("413", "The form is too large"),
-    ("422", "The expression can only be answered by a service mesh"),
+    (
+        "422",
+        "The expression can only be answered by a service mesh, or the answer is too large",
+    ),
     (
         "429",
         "The caller asks too often; Retry-After says when to ask again",
@@ -322,7 +369,7 @@ mod tests {
 
     #[test]
     fn a_scalar_is_a_series_over_time() {
-        let text = |answer: Answer| serde_json::to_value(answer).unwrap();
+        let text = |answer: Result<Answer, Failure>| serde_json::to_value(answer.unwrap()).unwrap();
         assert_eq!(
             text(When::At(1_500).scalar(1.0)),
             json!({ "status": "success", "data": { "resultType": "scalar", "result": [1.5, "1"] } })
@@ -355,6 +402,50 @@ mod tests {
             json!([[5, "0"], [10, "0"]])
         );
         assert_eq!(over(span, &sample(10_001)), None);
+        assert_eq!(over(span, &sample(i64::MAX)), None);
+        for (from_ms, count) in [
+            (i64::MIN, 3),
+            (0, 3),
+            (1, 2),
+            (5_000, 2),
+            (5_001, 1),
+            (10_000, 1),
+            (i64::MAX, 0),
+        ] {
+            let known = span.known_from(from_ms);
+            assert_eq!(known.count(), count, "{from_ms}");
+            assert_eq!(i64::try_from(known.steps().count()), Ok(count), "{from_ms}");
+        }
+    }
+
+    #[test]
+    fn an_answer_has_so_many_points_and_no_more() {
+        let when = When::Over(Span {
+            start_ms: 0,
+            end_ms: 11_000_000,
+            step_ms: 1_000,
+        });
+        let series = |count: usize, from_ms: i64| {
+            let sample = Sample {
+                from_ms,
+                ..Sample::alone(0.0)
+            };
+            when.series(&vec![sample; count])
+        };
+        // 11,001 points of each; only what is known counts.
+        for (count, from_ms) in [(18, 0), (36, 5_500_000), (100_000, 10_999_500)] {
+            series(count, from_ms).unwrap();
+        }
+        for (count, from_ms) in [(19, 0), (100_001, 10_999_000), (200_001, 10_999_500)] {
+            let refused = series(count, from_ms).unwrap_err();
+            assert_eq!(refused.code, StatusCode::UNPROCESSABLE_ENTITY);
+            assert_eq!(refused.kind, "execution");
+            assert!(
+                refused.error().contains("longer step"),
+                "{count}: {}",
+                refused.error()
+            );
+        }
     }
 
     #[test]

@@ -25,6 +25,9 @@ const MAX_BYTES: usize = 4 << 10;
 /// Most matchers of a selector.
 const MAX_MATCHERS: usize = 32;
 
+/// Most of them that are patterns.
+const MAX_PATTERNS: usize = 4;
+
 /// What Flagger's built-in metrics ask of a mesh or an ingress: how the names begin (`pkg/metrics/observers`, 1.44).
 const MESH_METRICS: [&str; 10] = [
     "apisix_http_",
@@ -269,6 +272,10 @@ impl<'a> Parser<'a> {
                 return Err(self.text.refuse(start, &what));
             }
             matchers.push(self.matcher(start)?);
+            if matchers.iter().filter(|matcher| matcher.is_pattern()).count() > MAX_PATTERNS {
+                let what = format!("a selector has at most {MAX_PATTERNS} patterns (=~ and !~)");
+                return Err(self.text.refuse(start, &what));
+            }
             self.text.skip_blank();
             match self.inside()? {
                 b',' => self.text.step(),

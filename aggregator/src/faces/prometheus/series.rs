@@ -15,7 +15,15 @@ use super::expression::{NAME, Selector};
 use crate::rollouts::{State, View};
 
 /// The labels of a rollout; `canary` is the workload's name too, as Flagger calls it.
-const LABELS: [&str; 6] = ["rollout", "service", "version", "namespace", "canary", "workload"];
+const LABELS: [&str; 7] = [
+    "rollout",
+    "service",
+    "version",
+    "namespace",
+    "canary",
+    "workload",
+    "state",
+];
 
 /// The label of a tenant.
 const TENANT: &str = "tenant";
@@ -147,6 +155,11 @@ impl<'a> Reading<'a> {
                 namespace,
                 name,
                 name,
+                match view.state {
+                    State::Running => "running",
+                    State::Halted => "halted",
+                    State::Ended => "ended",
+                },
             ],
             verdict: view.standing(),
             score_ppm: view.score_ppm,
@@ -160,6 +173,14 @@ impl<'a> Reading<'a> {
             is_over: view.state == State::Ended,
             decided_ms: i64::try_from(view.decided_ms).unwrap_or(i64::MAX),
         }
+    }
+
+    /// What a label is of all of its series; empty where there is none.
+    fn value(&self, label: &str) -> &'a str {
+        let mut named = LABELS.into_iter().zip(self.labels);
+        named
+            .find(|(name, _)| *name == label)
+            .map_or("", |(_, value)| value)
     }
 
     /// The labels of one of its series.
@@ -179,14 +200,18 @@ impl<'a> Reading<'a> {
             warning = format!("{warning}; look at tenant {tenant} first");
         }
         if self.is_over {
-            warning.push_str("; this rollout is ended, and no other that matches is open");
+            warning.push_str("; this rollout is ended");
         }
         warning
     }
 
-    /// The series of its tenants.
-    fn tenant_samples(&self) -> impl Iterator<Item = Sample<'a>> {
-        self.tenants.iter().map(move |(&tenant, &score_ppm)| {
+    /// The series of its tenants that a selector means.
+    fn tenant_samples(&self, selector: Option<&Selector>) -> impl Iterator<Item = Sample<'a>> {
+        let is_meant = move |tenant: &str| {
+            selector.is_none_or(|selector| is_series_meant(selector, TENANT_SCORE, tenant))
+        };
+        let meant = self.tenants.iter().filter(move |(tenant, _)| is_meant(tenant));
+        meant.map(move |(&tenant, &score_ppm)| {
             let mut labels = self.labels(TENANT_SCORE);
             labels.insert(TENANT, tenant);
             Sample {
@@ -292,37 +317,59 @@ pub(super) fn is_known(name: &str) -> bool {
 
 /// The series that a selector of this metric means; none where a gate has no rollout.
 pub(super) fn select<'a>(name: &str, selector: &Selector, readings: &[Reading<'a>]) -> Option<Selected<'a>> {
+    let meant = readings
+        .iter()
+        .filter(|reading| is_rollout_meant(selector, reading));
     let Some(gate) = GATES.iter().find(|gate| gate.name == name) else {
-        let samples = readings.iter().flat_map(|reading| reading.tenant_samples());
+        let samples = meant.flat_map(|reading| reading.tenant_samples(Some(selector)));
         return Some(Selected {
-            samples: samples
-                .filter(|sample| is_meant(selector, &sample.labels))
-                .collect(),
+            samples: samples.collect(),
             warnings: Vec::new(),
         });
     };
-    let members = readings
-        .iter()
-        .filter(|reading| is_meant(selector, &reading.labels(gate.name)));
-    let group = Group::of(members.collect())?;
+    if !is_series_meant(selector, gate.name, "") {
+        return None;
+    }
+    let group = Group::of(meant.collect())?;
     Some(Selected {
         samples: vec![group.sample(gate)],
         warnings: group.warnings(),
     })
 }
 
-/// All series of these rollouts that a selector means.
+/// All series of these rollouts that a selector means. A pattern takes time, so what series have in common is looked at
+/// once.
 pub(super) fn listed<'a>(selector: Option<&Selector>, readings: &[Reading<'a>]) -> Vec<Labels<'a>> {
-    let all = readings.iter().flat_map(|reading| {
-        let gates = GATES.iter().map(move |gate| reading.labels(gate.name));
-        gates.chain(reading.tenant_samples().map(|sample| sample.labels))
+    let gates: Vec<&Gate> = GATES
+        .iter()
+        .filter(|gate| selector.is_none_or(|selector| is_series_meant(selector, gate.name, "")))
+        .collect();
+    let meant = readings
+        .iter()
+        .filter(|reading| selector.is_none_or(|selector| is_rollout_meant(selector, reading)));
+    let labels = meant.flat_map(|reading| {
+        let of_gates = gates.iter().map(move |gate| reading.labels(gate.name));
+        let of_tenants = reading.tenant_samples(selector).map(|sample| sample.labels);
+        of_gates.chain(of_tenants)
     });
-    all.filter(|labels| selector.is_none_or(|selector| is_meant(selector, labels)))
-        .collect()
+    labels.collect()
 }
 
-fn is_meant(selector: &Selector, labels: &Labels<'_>) -> bool {
-    selector.matches(|label| labels.get(label).copied().unwrap_or_default())
+/// Whether series of a rollout may be meant, by the labels that all of them have.
+fn is_rollout_meant(selector: &Selector, reading: &Reading<'_>) -> bool {
+    selector.matches(|label| match label {
+        NAME | TENANT => None,
+        label => Some(reading.value(label)),
+    })
+}
+
+/// Whether a series may be meant, by its name and its tenant.
+fn is_series_meant(selector: &Selector, name: &str, tenant: &str) -> bool {
+    selector.matches(|label| match label {
+        NAME => Some(name),
+        TENANT => Some(tenant),
+        _ => None,
+    })
 }
 
 fn ratio(ppm: u32) -> f64 {

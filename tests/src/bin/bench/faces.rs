@@ -221,7 +221,7 @@ fn polls(http: SocketAddr, admin: SocketAddr, rollout: &str, execution: &str) ->
 
 fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
     format!(
-        "{method} {path} HTTP/1.1\r\nhost: bench.local\r\nuser-agent: coalmine-bench\r\naccept: */*\r\n\
+        "{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nuser-agent: coalmine-bench\r\naccept: */*\r\n\
          content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     )

@@ -15,6 +15,12 @@ use crate::{
 /// How long a measurement may take, as it is by default.
 const WITHIN: Duration = Duration::from_secs(30);
 
+/// What the template that we ship asks for.
+pub const QUERY: &str = r#"coalmine_verdict{service="{{args.service}}",version="{{args.version}}"}"#;
+
+/// Its conditions for APPROVE and for ROLLBACK.
+pub const CONDITIONS: [&str; 2] = ["result[0] == 1", "result[0] == -1"];
+
 /// Statuses of POST after which the client asks again by GET. In 1.22.0 403 is not among them; later it is.
 const ASKED_BY_GET: [u16; 3] = [403, 405, 501];
 
@@ -56,7 +62,7 @@ fn value(sample: &Value) -> Result<f64, String> {
     number.map_err(|error| format!("{value:?}: {error}"))
 }
 
-/// `result[0] == …`
+/// One of the conditions.
 fn first_is(values: &[f64], wanted: f64) -> Result<bool, String> {
     let first = values
         .first()
@@ -66,10 +72,9 @@ fn first_is(values: &[f64], wanted: f64) -> Result<bool, String> {
 
 /// One measurement of `coalmine_verdict`, successful if it is 1 and failed if it is -1.
 pub fn measure(server: &Server, subject: &Subject) -> Poll {
-    let query = format!(
-        "coalmine_verdict{{service=\"{}\",version=\"{}\"}}",
-        subject.service, subject.version
-    );
+    let query = QUERY
+        .replace("{{args.service}}", &subject.service)
+        .replace("{{args.version}}", &subject.version);
     let (seconds, millis) = (now_ms() / 1_000, now_ms() % 1_000);
     let form = format!("query={}&time={seconds}.{millis:03}", escape(&query));
     let mut headers = server.bearer();

@@ -13,11 +13,21 @@ use crate::{
 /// How long a measurement may take, as it is by default.
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// `result.verdict == "…"`. A field that is not there is nil; what has no fields has no answer.
+/// What the template asks for, at the aggregator's address.
+pub const PATH: &str = "/v1/gate?service={{args.service}}&version={{args.version}}";
+
+/// Its conditions for APPROVE and for ROLLBACK.
+pub const CONDITIONS: [&str; 2] = [
+    r#"result.verdict == "APPROVE" && result.state != "ended""#,
+    r#"result.verdict == "ROLLBACK" && result.state != "ended""#,
+];
+
+/// One of the conditions. A field that is not there is nil; what has no fields has no answer.
 fn says(result: &Value, verdict: &str) -> Result<bool, String> {
     let fields = result.as_object();
     let fields = fields.ok_or_else(|| format!("cannot fetch verdict from {result}"))?;
-    Ok(fields.get("verdict").and_then(Value::as_str) == Some(verdict))
+    let is = |field: &str, text: &str| fields.get(field).and_then(Value::as_str) == Some(text);
+    Ok(is("verdict", verdict) && !is("state", "ended"))
 }
 
 /// What an answer is.
@@ -35,7 +45,9 @@ fn phase(answer: &Answer) -> Phase {
 
 /// One measurement.
 pub fn measure(server: &Server, subject: &Subject) -> Poll {
-    let path = format!("/v1/gate?service={}", escape(&subject.service));
+    let path = PATH
+        .replace("{{args.service}}", &escape(&subject.service))
+        .replace("{{args.version}}", &escape(&subject.version));
     match server.ask(WITHIN, "GET", &path, &server.bearer(), "") {
         // The body of what is not 2xx is lost.
         Ok(answer) if !(200..300).contains(&answer.status) => phase(&answer).poll(String::new()),
@@ -52,7 +64,10 @@ mod tests {
     fn what_is_no_json_is_a_success_and_what_is_no_verdict_is_none() {
         for (status, body, wanted) in [
             (200, r#"{"verdict":"APPROVE"}"#, "goes"),
+            (200, r#"{"verdict":"APPROVE","state":"running"}"#, "goes"),
+            (200, r#"{"verdict":"APPROVE","state":"ended"}"#, "holds"),
             (200, r#"{"verdict":"ROLLBACK"}"#, "stops"),
+            (200, r#"{"verdict":"ROLLBACK","state":"ended"}"#, "holds"),
             (200, r#"{"verdict":"HOLD"}"#, "holds"),
             (200, r#"{"verdict":"approve"}"#, "holds"),
             (200, "{}", "holds"),

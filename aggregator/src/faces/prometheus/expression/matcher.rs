@@ -7,8 +7,8 @@ use regex_lite::{Regex, RegexBuilder};
 /// The label that a metric's name is.
 pub(in crate::faces::prometheus) const NAME: &str = "__name__";
 
-/// Size of a compiled pattern, in bytes. The time of a match grows with it.
-const MAX_COMPILED_BYTES: usize = 64 << 10;
+/// Size of a compiled pattern, in bytes: some hundred characters. The time of a match grows with it.
+const MAX_COMPILED_BYTES: usize = 8 << 10;
 
 /// How deep the groups of a pattern may be.
 const MAX_DEPTH: u32 = 32;
@@ -78,6 +78,11 @@ impl Matcher {
         &self.value
     }
 
+    /// Whether it compares with a pattern, which takes longer than comparing texts.
+    pub(super) fn is_pattern(&self) -> bool {
+        self.pattern.is_some()
+    }
+
     /// Whether a label may have this value.
     pub(super) fn matches(&self, found: &str) -> bool {
         let is_same = self
@@ -123,11 +128,14 @@ impl Selector {
         self.only(NAME)
     }
 
-    /// Whether a series is meant whose labels have these values.
-    pub(in crate::faces::prometheus) fn matches<'v>(&self, value_of: impl Fn(&str) -> &'v str) -> bool {
+    /// Whether a series may be meant whose labels have these values. Of labels that have none nothing is asked.
+    pub(in crate::faces::prometheus) fn matches<'v>(
+        &self,
+        value_of: impl Fn(&str) -> Option<&'v str>,
+    ) -> bool {
         self.0
             .iter()
-            .all(|matcher| matcher.matches(value_of(&matcher.label)))
+            .all(|matcher| value_of(&matcher.label).is_none_or(|value| matcher.matches(value)))
     }
 }
 

@@ -26,7 +26,7 @@ fn refused(source: &str) -> String {
 fn means(source: &str, labels: &[(&str, &'static str)]) -> bool {
     let value_of = |label: &str| {
         let found = labels.iter().find(|(name, _)| *name == label);
-        found.map_or("", |(_, value)| *value)
+        Some(found.map_or("", |(_, value)| *value))
     };
     selector(source).matches(value_of)
 }
@@ -260,6 +260,26 @@ fn whatever_else_is_refused_where_it_is() {
     }
 }
 
+/// Labels that all series of a rollout share are looked at once, and the others for each.
+#[test]
+fn of_a_label_without_a_value_nothing_is_asked() {
+    let found = selector("up{service=\"checkout\",tenant=~\"a.*\"}");
+    let matches =
+        |name: Option<&'static str>, service: Option<&'static str>, tenant: Option<&'static str>| {
+            found.matches(|label| match label {
+                NAME => name,
+                "service" => service,
+                _ => tenant,
+            })
+        };
+    assert!(matches(None, Some("checkout"), None));
+    assert!(!matches(None, Some("search"), None));
+    assert!(matches(Some("up"), None, Some("acme")));
+    assert!(!matches(Some("up"), None, Some("")));
+    assert!(!matches(Some("down"), None, Some("acme")));
+    assert!(matches(None, None, None));
+}
+
 #[test]
 fn sizes_are_bounded() {
     assert!(refused(&" ".repeat(MAX_BYTES + 1)).contains("at most 4096"));
@@ -268,6 +288,15 @@ fn sizes_are_bounded() {
     assert!(refused(&matchers(MAX_MATCHERS + 1)).contains("at most 32 matchers"));
     let nested = format!("up{{a=~\"{}{}\"}}", "(".repeat(1_000), ")".repeat(1_000));
     assert!(refused(&nested).starts_with("1:4: "));
+    let patterns = |count: usize| format!("up{{{}}}", "a=~\"\",b!~\"x\",".repeat(count));
+    assert!(means(&patterns(MAX_PATTERNS / 2), &[(NAME, "up")]));
+    assert!(
+        refused(&patterns(MAX_PATTERNS / 2 + 1))
+            .starts_with("1:30: parse error: a selector has at most 4 patterns")
+    );
+    let pattern = |length: usize| format!("up{{a=~\"{}\"}}", "x".repeat(length));
+    assert!(!means(&pattern(100), &[(NAME, "up")]));
+    assert!(refused(&pattern(400)).starts_with("1:4: parse error: error parsing regexp: "));
     // Signs and blanks are a loop and no recursion.
     let signs = "-".repeat(4_000);
     assert!(matches!(accepted(&format!("{signs}1")), Expression::Number(value) if value == 1.0));
@@ -332,7 +361,7 @@ proptest! {
         }
         // What means every series is no selector.
         if let Ok(found) = parse_selector(&source) {
-            prop_assert!(!found.matches(|_| ""));
+            prop_assert!(!found.matches(|_| Some("")));
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::faces::prometheus::expression::parse_selector;
 /// A rollout of checkout, held since its second window.
 fn held<'a>(id: &'a str, version: &'a str) -> Reading<'a> {
     Reading {
-        labels: [id, "checkout", version, "shop", "checkout", "checkout"],
+        labels: [id, "checkout", version, "shop", "checkout", "checkout", "running"],
         verdict: Verdict::Hold,
         score_ppm: 990_000,
         agents_ppm: 1_000_000,
@@ -25,6 +25,7 @@ fn held<'a>(id: &'a str, version: &'a str) -> Reading<'a> {
 
 fn rolled_back<'a>(id: &'a str, version: &'a str) -> Reading<'a> {
     Reading {
+        labels: [id, "checkout", version, "shop", "checkout", "checkout", "halted"],
         verdict: Verdict::Rollback,
         score_ppm: 400_000,
         tenants_in_breach: 1,
@@ -96,6 +97,8 @@ fn a_rollout_is_found_by_each_of_its_labels() {
         "workload=\"checkout\"",
         "canary=~\"check.*\",version!=\"v1\",rollout!~\"x|y\"",
         "tenant=\"\"",
+        "state=\"running\"",
+        "state!=\"ended\"",
     ] {
         value(&format!("coalmine_approved{{{matchers}}}"), &readings);
     }
@@ -104,17 +107,19 @@ fn a_rollout_is_found_by_each_of_its_labels() {
         "canary=\"checkout\",namespace=\"other\"",
         "tenant=\"acme\"",
         "namespace=\"\"",
+        "state=\"ended\"",
+        "state!~\"running|halted\"",
     ] {
         let source = format!("coalmine_approved{{{matchers}}}");
         assert!(selected(&source, &readings).is_none(), "{source}");
     }
     let mut unnamed = held("r", "v2");
-    for place in 3..LABELS.len() {
+    for place in 3..6 {
         unnamed.labels[place] = "";
     }
     let found = selected("coalmine_approved{namespace=\"\"}", &[unnamed]).unwrap();
     let labels: Vec<_> = found.samples[0].labels.keys().copied().collect();
-    assert_eq!(labels, [NAME, "rollout", "service", "version"]);
+    assert_eq!(labels, [NAME, "rollout", "service", "state", "version"]);
 }
 
 #[test]
@@ -166,7 +171,7 @@ fn a_warning_names_the_decision_or_the_rollout_and_says_that_it_is_over() {
     };
     assert_eq!(
         selected("coalmine_approved", &[over]).unwrap().warnings,
-        ["HOLD (r): 12 tenants are not proven yet; this rollout is ended, and no other that matches is open"]
+        ["HOLD (r): 12 tenants are not proven yet; this rollout is ended"]
     );
 }
 
