@@ -47,6 +47,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Requests a second of one address with tokens that are not known.
 const UNKNOWN_A_SECOND: u32 = 10;
 
+/// Connections that one address may have open at a time.
+const MAX_CONNECTIONS: usize = 1_024;
+
 /// Streams of one caller at a time.
 pub(crate) const MAX_STREAMS: usize = 50;
 
@@ -157,6 +160,8 @@ pub struct Access {
     callers: Limiter<MonotonicClock>,
     unknown: Limiter<MonotonicClock>,
     streams: Arc<Holder>,
+    /// Connections that are open, by the address that they come from.
+    connections: Arc<Holder>,
 }
 
 impl fmt::Debug for Access {
@@ -230,6 +235,7 @@ impl Access {
             callers: Limiter::new(settings.rate_limit, MonotonicClock),
             unknown: Limiter::new(UNKNOWN_A_SECOND, MonotonicClock),
             streams: Arc::new(Holder::new(MAX_STREAMS)),
+            connections: Arc::new(Holder::new(MAX_CONNECTIONS)),
         }))
     }
 
@@ -339,11 +345,16 @@ impl Access {
         self.unknown.take(&Key::of_peer(peer))
     }
 
+    /// A place for a connection from an address; none where as many are open as one may have.
+    pub(crate) fn connection(&self, peer: IpAddr) -> Option<Held> {
+        self.connections.take(Key::of_peer(Some(peer)))
+    }
+
     /// What to tell somebody who presents no token and needs one.
     fn invitation(&self, scope: Scope) -> String {
-        if self.file.is_none() && self.elsewhere.scopes.is_empty() {
-            return "whoever asks from another machine, by another name than localhost, or from a page in a browser may \
-                    do nothing: give the aggregator --tokens, or say with --anonymous what everybody may do"
+        if self.file.is_none() {
+            return "without --tokens only programs on this machine that call it localhost may do this, and whoever else asks \
+                    what --anonymous says: give the aggregator --tokens, or say so with --anonymous"
                 .to_owned();
         }
         format!(

@@ -1,7 +1,14 @@
 //! Taking connections, and so many at a time. Whoever reaches a port can connect, so what a connection may hold is bounded:
 //! a place among others, and the time for a head. Each service bounds what it reads by itself.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{Router, extract::ConnectInfo};
 use http::Request;
@@ -14,18 +21,22 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
 
-use crate::{ingest::drained, metrics::Metrics};
+use crate::{access::Access, ingest::drained, metrics::Metrics};
 
 /// How long a head may take, and how long a connection may be silent between two requests.
 pub(crate) const HEAD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Connections of tools and people at a time; another one is closed.
 const MAX_CONNECTIONS: u32 = 4_096;
+
+/// How long what was sent may stay unacknowledged, in milliseconds.
+const TAKEN_WITHIN_MS: u32 = 30_000;
 
 /// Pause when no connection can be accepted, for want of descriptors as a rule.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
@@ -125,19 +136,21 @@ pub(crate) async fn api(
     listener: TcpListener,
     router: Router,
     metrics: Arc<Metrics>,
+    access: Arc<Access>,
     draining: watch::Receiver<bool>,
 ) {
     let places = Places::or_closed(MAX_CONNECTIONS, Arc::clone(&metrics));
     let begin = {
         let draining = draining.clone();
-        move |stream, peer| {
-            connection(
-                stream,
-                peer,
-                router.clone(),
-                Arc::clone(&metrics),
-                draining.clone(),
-            )
+        move |stream, peer: SocketAddr| {
+            let (router, metrics, draining) = (router.clone(), Arc::clone(&metrics), draining.clone());
+            let held = access.connection(peer.ip());
+            async move {
+                match held {
+                    Some(_held) => connection(stream, peer, router, metrics, draining).await,
+                    None => metrics.connection_closed("caller"),
+                }
+            }
         }
     };
     accept(listener, places, draining, begin).await;
@@ -151,8 +164,15 @@ async fn connection(
     metrics: Arc<Metrics>,
     mut draining: watch::Receiver<bool>,
 ) {
+    // What is sent and never taken holds its place no longer than that.
+    if let Err(error) = set_tcp_user_timeout(&stream, TAKEN_WITHIN_MS) {
+        tracing::debug!(%error, "a connection has no limit for what is not taken");
+    }
     let router = TowerToHyperService::new(router);
+    let has_asked = Arc::new(AtomicBool::new(false));
+    let asks = Arc::clone(&has_asked);
     let service = service_fn(move |mut request: Request<Incoming>| {
+        asks.store(true, Ordering::Relaxed);
         request.extensions_mut().insert(ConnectInfo(peer));
         router.call(request)
     });
@@ -171,8 +191,8 @@ async fn connection(
             connection.await
         }
     };
-    // Why else it ended is of no use here: most are closed by the other side.
-    if ended.is_err_and(|error| error.is_timeout()) {
+    // Why else it ended is of no use here: most are closed by the other side, or were idle between two requests.
+    if !has_asked.load(Ordering::Relaxed) && ended.is_err_and(|error| error.is_timeout()) {
         metrics.connection_closed("silent");
     }
 }

@@ -229,7 +229,7 @@ impl Metrics {
             );
             registry.register(
                 "connections_closed",
-                "Connections of tools that were closed: full, all places were taken; silent, no whole head came within 10 s",
+                "Connections that were closed: full, all places were taken; caller, all of an address; silent, no head came in time",
                 metrics.closed.clone(),
             );
             registry.register(

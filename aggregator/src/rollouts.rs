@@ -34,7 +34,6 @@ use coalmine_proto::{
 use futures_util::{Stream, stream};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-pub(crate) use self::request::{is_haltable, is_subdomain};
 use self::{
     kept::{Handle, Kept},
     logbook::Logged,
@@ -45,6 +44,10 @@ pub use self::{
     logbook::Logbook,
     request::{Question, StartRequest},
     view::{Overridden, State, View},
+};
+pub(crate) use self::{
+    overriding::is_override,
+    request::{is_haltable, is_subdomain},
 };
 use crate::{
     book::{Book, Comparison, locked},

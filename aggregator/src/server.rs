@@ -13,6 +13,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use coalmine_judge::{history::History, note, policy::Policy, record::Record};
 use coalmine_proto::v1::telemetry_server::TelemetryServer;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, TcpSocket},
     sync::watch,
@@ -410,6 +411,7 @@ async fn start(settings: &Settings) -> Result<Started, StartError> {
         .map_err(StartError::Usage)?;
     let identity = settings.kubernetes.identity(cluster.as_ref());
     let identity = identity.map_err(StartError::Usage)?;
+    raise_open_files();
     let access = Access::open(&settings.access).map_err(StartError::Usage)?;
     tokio::spawn(Arc::clone(&access).follow());
     let listeners = Listeners::bind(settings).await?;
@@ -553,6 +555,18 @@ async fn start(settings: &Settings) -> Result<Started, StartError> {
     })
 }
 
+/// Raises the limit of open files as far as it may be raised: connections must not take those that the log needs.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+}
+
 /// Connects to the database and takes the lease of the log.
 async fn open_database(settings: &Settings, url: &str) -> Result<database::Database, StartError> {
     let database = database::Database::connect(url, settings.tls_ca.as_deref(), &settings.log_name).await?;
@@ -640,14 +654,19 @@ async fn listen(
         http_port,
         faces::api(faces.clone()),
         Arc::clone(&faces.metrics),
+        Arc::clone(&faces.access),
         drain.subscribe(),
     );
-    let admin = axum::serve(listeners.admin, faces::admin(faces.clone())).with_graceful_shutdown(stopping());
+    let admin = connections::api(
+        listeners.admin,
+        faces::admin(faces.clone()),
+        Arc::clone(&faces.metrics),
+        Arc::clone(&faces.access),
+        drain.subscribe(),
+    );
     let servers = async {
-        let (grpc, (), admin) = tokio::join!(grpc, http, async { admin.await });
-        let grpc = grpc.map_err(|error| error.to_string());
-        let admin = admin.map_err(|error| error.to_string());
-        grpc.and(admin).map_err(StartError::Failed)
+        let (grpc, (), ()) = tokio::join!(grpc, http, admin);
+        grpc.map_err(|error| StartError::Failed(error.to_string()))
     };
     tokio::pin!(servers, stop);
     let mut evict = tokio::time::interval(TIDY_EVERY);

@@ -6,7 +6,7 @@ use coalmine_tests::{
     components::{Agent, Aggregator, Scene},
     eventually,
     http::{Answer, get, post, request},
-    process::free_addresses,
+    process::{coalmine, free_addresses},
 };
 use serde_json::{Value, json};
 
@@ -193,6 +193,39 @@ fn a_healthy_canary_gets_its_first_traffic_and_then_all_of_it() {
     assert_eq!(run.hook("post-rollout", "Succeeded").status, 200);
     assert_eq!(run.hook("rollback", "Promoting").status, 503);
     assert_eq!(rollouts(&aggregator).len(), 1);
+}
+
+/// Otherwise whoever may only ask could keep its first traffic from a canary.
+#[test]
+fn what_is_remembered_of_the_traffic_is_from_whoever_may_change_something() {
+    let _stage = stage();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tokens");
+    let file = path.to_str().unwrap();
+    let wanted = "token create --name flagger --scope gate,rollout --service checkout --file";
+    let created = coalmine(wanted.split(' ').chain([file]));
+    assert!(created.status.success(), "{created:?}");
+    let token = String::from_utf8(created.stdout).unwrap();
+    let arguments = ["--tokens", file, "--anonymous", "gate"];
+    let mut aggregator = Aggregator::prepare(directory.path()).with_arguments(&arguments);
+    aggregator.launch();
+    let _scene = connected(directory.path(), &aggregator, None);
+    let run = revision(&aggregator, "5d7f9c");
+    let by_flagger = |hook: &str| {
+        let mut body = run.body("Progressing");
+        body["metadata"]["token"] = json!(token.trim());
+        run.call(&format!("/v1/flagger/{hook}"), &body)
+    };
+    let begun = by_flagger("pre-rollout");
+    assert_eq!(begun.status, 200, "{}", begun.body);
+    // Nobody in particular says that traffic is led to the canary.
+    assert!(run.passes("rollout"), "HOLD is no failed check");
+    let granted = by_flagger("confirm-traffic-increase");
+    assert!(granted.body.starts_with("BOOTSTRAP"), "{}", granted.body);
+    // Flagger says it.
+    assert_eq!(by_flagger("rollout").status, 200);
+    let refused = by_flagger("confirm-traffic-increase");
+    assert_eq!(refused.status, 403, "{}", refused.body);
 }
 
 #[test]

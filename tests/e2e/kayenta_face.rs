@@ -1,6 +1,6 @@
 //! Kayenta's face, asked as Argo Rollouts and Orca ask it: a config, an execution, polls until it is complete.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use coalmine_tests::{
     components::{Agent, Aggregator, Scene},
@@ -385,20 +385,36 @@ fn the_hash_of_the_next_version_ends_what_was_begun_for_the_one_before() {
     assert!(bare.body.contains("is still open"), "{}", bare.body);
 }
 
-#[test]
-fn what_can_be_judged_no_more_is_over() {
-    let directory = tempfile::tempdir().unwrap();
-    let mut aggregator = Aggregator::prepare_with(directory.path(), &HOLDING.replace("3s", "1h"));
+/// A rollout that Argo has begun and that cannot be judged any more; gives the execution that has asked for it.
+fn broken(directory: &Path) -> (Aggregator, String) {
+    let policy = HOLDING.replace("3s", "1h");
+    let mut aggregator = Aggregator::prepare_with(directory, &policy);
     aggregator.launch();
     let execution = argo_begins(&aggregator, "v2");
     assert_eq!(poll(&aggregator, &execution)["status"], "running");
     aggregator.kill_9();
-    let changed = HOLDING
-        .replace("3s", "1h")
-        .replace("judge_window: 1s", "judge_window: 2s");
     // The same addresses and data, another policy.
-    fs::write(directory.path().join("sla.yaml"), changed).unwrap();
+    let changed = policy.replace("judge_window: 1s", "judge_window: 2s");
+    fs::write(directory.join("sla.yaml"), changed).unwrap();
     aggregator.launch();
+    (aggregator, execution)
+}
+
+#[test]
+fn what_can_be_judged_no_more_is_over_and_makes_way_for_another_attempt() {
+    let directory = tempfile::tempdir().unwrap();
+    let (aggregator, execution) = broken(directory.path());
+    assert_eq!(complete(&aggregator, &execution)["status"], "terminal");
+    let next = argo_begins(&aggregator, "v2");
+    assert_ne!(next, execution);
+    assert_eq!(poll(&aggregator, &next)["status"], "running");
+    assert_eq!(argo_begins(&aggregator, "v2"), next);
+}
+
+#[test]
+fn a_person_can_decide_what_can_be_judged_no_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let (aggregator, execution) = broken(directory.path());
     let answer = complete(&aggregator, &execution);
     assert_eq!(
         (&answer["status"], score(&answer)),
@@ -407,7 +423,6 @@ fn what_can_be_judged_no_more_is_over() {
     );
     let error = answer["exception"]["details"]["errors"][0].as_str().unwrap();
     assert!(error.contains("cannot be judged any more"), "{answer}");
-    // A person can still decide.
     let id = answer["coalmine"]["rollout"].as_str().unwrap();
     let approves = json!({ "verdict": "approve", "reason": "seen" });
     let decided = aggregator.post(&format!("/v1/rollouts/{id}/override"), &approves);

@@ -281,7 +281,9 @@ fn judged_once(records: &[Value], rollout: &str) {
     let bodies: Vec<_> = records
         .iter()
         .map(|record| &record["body"])
-        .filter(|body| body["rollout"] == *rollout && body["type"] != "late_record")
+        .filter(|body| body["rollout"] == *rollout)
+        // What a person decides is beside it.
+        .filter(|body| body["type"] != "late_record" && body["type"] != "override")
         .collect();
     let kinds: Vec<_> = bodies.iter().map(|body| body["type"].as_str().unwrap()).collect();
     assert_eq!((kinds.first(), kinds.last()), (Some(&"rollout"), Some(&"end")));

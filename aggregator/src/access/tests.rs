@@ -79,13 +79,18 @@ fn a_refusal_says_what_to_do() {
         let caller = access.caller(None, from("192.0.2.1"), NOW_MS).unwrap();
         caller.may(scope, "checkout").unwrap_err()
     };
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("tokens");
+    std::fs::write(&file, line(&token("a"), "ci gate *")).unwrap();
+    let asks = Access::open(&settings(Some(&file), &[Scope::Gate])).unwrap();
     for (access, scope, says) in [
         (open(&[]), Scope::Gate, "give the aggregator --tokens"),
         (
             open(&[Scope::Gate]),
             Scope::Override,
-            "a token with the scope override",
+            "give the aggregator --tokens",
         ),
+        (asks, Scope::Override, "a token with the scope override"),
     ] {
         match refusal(&access, scope) {
             Denied::Unknown(problem) => assert!(problem.contains(says), "{problem}"),

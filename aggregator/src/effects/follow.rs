@@ -245,11 +245,11 @@ impl Follower {
             .and_then(|appended| Notice::of_record(appended, step));
         told.unwrap_or_else(|| {
             let notice = Notice::of_view(view, &self.start, step);
-            match &appended {
-                // A person's decision; all else of it is in the view.
-                Some(appended) if matches!(appended.record.body, Body::Override(_)) => {
-                    notice.recorded(appended)
-                }
+            match appended
+                .as_ref()
+                .map(|appended| (&appended.record.body, appended))
+            {
+                Some((Body::Override(change), appended)) => notice.of_person(change, appended),
                 _ => notice,
             }
         })

@@ -1,7 +1,7 @@
 //! What others are told of a decision.
 
 use coalmine_judge::{
-    record::{Body, RolloutStart},
+    record::{Body, Override, RolloutStart},
     v1::Verdict,
 };
 use serde_json::json;
@@ -69,9 +69,10 @@ impl Notice {
         }
     }
 
-    /// The same, which is on record.
-    pub(super) fn recorded(self, appended: &Appended) -> Self {
+    /// The same of a person's decision, which is on record.
+    pub(super) fn of_person(self, change: &Override, appended: &Appended) -> Self {
         Self {
+            reason: format!("{} has decided: {}", change.actor, change.reason),
             hash: Some(appended.hash.to_string()),
             at_ms: Some(appended.record.time_ms),
             ..self

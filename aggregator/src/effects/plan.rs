@@ -7,7 +7,7 @@ use coalmine_judge::{
     v1::Verdict,
 };
 
-use crate::rollouts::View;
+use crate::rollouts::{View, is_override};
 
 /// The longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
@@ -156,7 +156,10 @@ pub(super) fn next(standing: Option<&Step>, is_ordered: bool, records: &[Actuati
         return Next::Rest;
     };
     let is_done = |record: &Actuation| record.stage == Stage::Done.as_str() && standing.is_told_by(record);
-    let is_rollback = |record: &Actuation| record.act == act(Verdict::Rollback);
+    // The judge does not take a rollback back; a person may.
+    let is_rollback = |record: &Actuation| {
+        record.act == act(Verdict::Rollback) && !is_override(&record.rollout, &record.decision)
+    };
     let may_follow = standing.verdict == Verdict::Rollback || is_ordered;
     let is_rolled_back = !may_follow && records.iter().any(is_rollback);
     if is_rolled_back || records.iter().any(is_done) {
@@ -543,6 +546,16 @@ mod tests {
         assert_eq!(
             next(Some(&given_back), false, &records),
             acts(given_back.clone(), false, None)
+        );
+        // A person's rollback that is given back is none.
+        let ordered = [
+            record("r-override-1", Rollback, Begun),
+            record("r-override-1", Rollback, Done),
+        ];
+        let approved_since = step("9", Approve);
+        assert_eq!(
+            next(Some(&approved_since), false, &ordered),
+            acts(approved_since.clone(), false, None)
         );
         // And a hold.
         let records = [

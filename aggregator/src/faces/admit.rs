@@ -127,8 +127,10 @@ impl Door {
             may_be_near: !is_for_a_page && names_this_machine(request.uri(), request.headers()),
         };
         let changes = !matches!(request.method(), &Method::GET | &Method::HEAD);
+        let is_remembered = is_basic(request.headers());
         let caller = presented(request).and_then(|token| {
-            if token.is_none() && is_for_a_page && changes {
+            // A browser adds the password that it has been told to whatever a page asks for.
+            if (token.is_none() || is_remembered) && is_for_a_page && changes {
                 return Err(Denied::Forbidden(
                     "a browser sends this for a page, and pages change nothing here: present a token, or ask with \
                      another program"
@@ -190,6 +192,15 @@ fn whole_seconds(wait: Duration) -> u64 {
 fn is_for_a_page(headers: &HeaderMap) -> bool {
     let mut sites = headers.get_all("sec-fetch-site").iter();
     headers.contains_key(header::ORIGIN) || sites.any(|site| site != "none" && site != "same-origin")
+}
+
+/// Whether a password is presented, which a browser remembers.
+fn is_basic(headers: &HeaderMap) -> bool {
+    let mut given = headers.get_all(header::AUTHORIZATION).iter();
+    given.any(|value| {
+        let scheme = value.as_bytes().split(|byte| *byte == b' ').next();
+        scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic"))
+    })
 }
 
 /// Whether the request names this machine as only programs on it do.

@@ -25,7 +25,7 @@ impl Changed {
         }
     }
 
-    fn approves(&self) -> bool {
+    pub(super) fn approves(&self) -> bool {
         self.hash.is_some() && self.change.verdict.as_deref() == Some(Verdict::Approve.as_str())
     }
 }
@@ -74,17 +74,20 @@ impl Overriding {
     pub(super) fn judged(&mut self) {
         self.last = self.last.take().filter(|last| last.change.verdict.is_some());
     }
-
-    /// Whether this verdict is in force already.
-    pub(super) fn says(&self, verdict: Verdict) -> bool {
-        let last = self.last.as_ref().and_then(|last| last.change.verdict.as_deref());
-        last == Some(verdict.as_str())
-    }
 }
 
 /// The name of a change.
 pub(super) fn override_id(rollout: &str, at_ms: u64) -> String {
-    format!("{rollout}-override-{at_ms}")
+    format!("{rollout}{OVERRIDE}{at_ms}")
+}
+
+/// Between the rollout and the time, in the name of a change.
+const OVERRIDE: &str = "-override-";
+
+/// Whether a decision is somebody's, and not the judge's.
+pub(crate) fn is_override(rollout: &str, decision: &str) -> bool {
+    let rest = decision.strip_prefix(rollout);
+    rest.is_some_and(|rest| rest.starts_with(OVERRIDE))
 }
 
 #[cfg(test)]
@@ -181,7 +184,7 @@ mod tests {
         assert!(!shown.recorded && !shown.approved, "it is not on record");
         overriding.take(changed(Some(Verdict::Approve), "r-o-1", Some("hash")));
         overriding.judged();
-        assert!(overriding.says(Verdict::Approve) && !overriding.says(Verdict::Hold));
+        assert_eq!(overriding.shown(&view).standing(), Verdict::Approve);
         overriding.take(changed(None, "r-o-2", Some("hash")));
         assert_eq!(overriding.shown(&view).decision_id.as_deref(), Some("r-o-2"));
         overriding.judged();

@@ -83,6 +83,20 @@ struct Pending {
 }
 
 impl Pending {
+    /// What somebody's decision says, if it is one and has taken effect; nothing, if it has not.
+    fn says(&self) -> Option<&str> {
+        match &self.entry {
+            Entry::Override(change) => Some(
+                change
+                    .verdict
+                    .as_deref()
+                    .filter(|_| self.shown)
+                    .unwrap_or_default(),
+            ),
+            _ => None,
+        }
+    }
+
     fn new(entry: Entry, blobs: Vec<Blob>) -> Self {
         Self {
             entry,
@@ -263,7 +277,8 @@ impl Owner {
         reason: String,
     ) -> Result<(), RolloutError> {
         let acts_without = verdict.filter(|verdict| *verdict != Verdict::Approve);
-        if acts_without.is_some_and(|verdict| self.overriding.says(verdict)) && !self.pending.is_empty() {
+        let queued = self.pending.iter().rev().find_map(Pending::says);
+        if acts_without.is_some_and(|verdict| queued == Some(verdict.as_str())) {
             // Said again while the log does not take it: once is enough.
             return Ok(());
         }
@@ -338,6 +353,10 @@ impl Owner {
     /// Waits for the next thing to do.
     async fn select(&self, inbox: &mut mpsc::Receiver<Command>) -> Event {
         let judging = self.view.state != State::Halted && !self.broken && self.pending.len() < MAX_PENDING;
+        // Whoever asks does not wait until all slots are judged, each of which may have to wait for the log.
+        if let Ok(command) = inbox.try_recv() {
+            return Event::Command(command);
+        }
         let tick = tokio::time::sleep(TICK);
         tokio::pin!(tick);
         loop {
@@ -507,6 +526,8 @@ impl Owner {
                 "hold deadline recorded"
             ),
             Entry::Decision(decision) => {
+                // In the order of the log: what was given back before it is settled.
+                self.overriding.judged();
                 if shown && !decision.late {
                     let late = Entry::Late(decision.rollout.clone(), decision.id.clone());
                     self.pending.push_front(Pending::new(late, Vec::new()));

@@ -7,12 +7,23 @@ use coalmine_judge::{
     v1::Verdict,
 };
 
+use tokio::sync::oneshot;
+
 use super::{
     RolloutError, Rollouts,
     kept::Handle,
     overriding::{Changed, override_id},
 };
-use crate::{clock, ledger::AppendError};
+use crate::{
+    clock,
+    ledger::{AppendError, Appended},
+};
+
+/// How often it is tried again to record what took effect without.
+const RECORD_AGAIN: Duration = Duration::from_secs(1);
+
+/// The log's answer.
+type Answer = oneshot::Receiver<Result<Appended, AppendError>>;
 
 /// How long somebody's decision waits for the log before it takes effect without.
 const RECORD_WITHIN: Duration = Duration::from_secs(2);
@@ -68,24 +79,73 @@ impl Rollouts {
             actor,
             reason,
         };
-        let ledger = self.0.shared.ledger.clone();
-        let recorded = ledger.append(Body::Override(change.clone()), Vec::new());
-        let recorded = tokio::time::timeout(RECORD_WITHIN, recorded).await;
-        let recorded = recorded.unwrap_or_else(|_| {
-            let why = "it does not answer; whether this is on record shows after a restart";
-            Err(AppendError::Disk(why.to_owned()))
-        });
-        let hash = match (recorded, verdict) {
-            (Ok(appended), _) => Some(appended.hash.to_string()),
-            (Err(error), Some(Verdict::Hold | Verdict::Rollback)) => {
-                tracing::error!(rollout = id, decision = change.id, %error, "a person's decision is not on record");
+        let mut answer = self.submit(&change);
+        let recorded = tokio::time::timeout(RECORD_WITHIN, &mut answer).await;
+        let acts_without = matches!(verdict, Some(Verdict::Hold | Verdict::Rollback));
+        let hash = match recorded {
+            Ok(Ok(Ok(appended))) => Some(appended.hash.to_string()),
+            Ok(Ok(Err(AppendError::Untrusted(_)))) | Ok(Err(_)) if acts_without => None,
+            Ok(Ok(Err(_))) if acts_without => {
+                self.record_late(handle, &change, self.submit(&change));
                 None
             }
-            (Err(error), _) => return Err(error.into()),
+            Err(_) if acts_without => {
+                self.record_late(handle, &change, answer);
+                None
+            }
+            Ok(Ok(Err(error))) => return Err(error.into()),
+            Ok(Err(_)) => return Err(AppendError::Closed.into()),
+            Err(_) => {
+                let why = "it does not answer; what it was asked for may still be recorded, and holds after a restart";
+                return Err(AppendError::Disk(why.to_owned()).into());
+            }
         };
         let changed = Changed::now(&change, hash);
-        let shown = handle.change(|view| *view = view.judges().with(&changed));
+        let shown = handle.change(|view| {
+            let mut judges = view.judges();
+            judges.approved |= view.approved || changed.approves();
+            *view = judges.with(&changed);
+        });
         self.0.shared.metrics.shown(&shown.service, id, shown.standing());
         Ok(())
+    }
+
+    fn submit(&self, change: &Override) -> Answer {
+        let body = Body::Override(change.clone());
+        self.0.shared.ledger.submit(body, Vec::new())
+    }
+
+    /// Records what took effect before it was on record, with a mark, for as long as it is in effect.
+    fn record_late(&self, handle: &Handle, change: &Override, mut answer: Answer) {
+        let (this, handle, change) = (self.clone(), handle.clone(), change.clone());
+        tracing::error!(
+            rollout = change.rollout,
+            decision = change.id,
+            "a person's decision is not on record yet"
+        );
+        tokio::spawn(async move {
+            let is_shown =
+                |handle: &Handle| handle.shown().decision_id.as_deref() == Some(change.id.as_str());
+            let appended = loop {
+                match answer.await {
+                    Ok(Ok(appended)) => break appended,
+                    Ok(Err(AppendError::Untrusted(_))) | Err(_) => return,
+                    Ok(Err(_)) if !is_shown(&handle) => return,
+                    Ok(Err(_)) => tokio::time::sleep(RECORD_AGAIN).await,
+                }
+                answer = this.submit(&change);
+            };
+            let late = Body::LateRecord {
+                rollout: change.rollout.clone(),
+                decision: change.id.clone(),
+            };
+            if let Err(error) = this.0.shared.ledger.append(late, Vec::new()).await {
+                tracing::error!(rollout = change.rollout, %error, "that a decision was late is not on record");
+            }
+            if is_shown(&handle) {
+                let changed = Changed::now(&change, Some(appended.hash.to_string()));
+                handle.change(|view| *view = view.judges().with(&changed));
+            }
+        });
     }
 }

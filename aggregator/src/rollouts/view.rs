@@ -232,29 +232,17 @@ impl View {
             view.id, self.reason
         );
         view.confidence_ppm = None;
+        view.overridden = None;
+        view.hold_expired = false;
         view
     }
 
     /// Whether whoever knows this has something new to learn.
-    pub(super) fn differs(&self, newer: &Self) -> bool {
-        let told = |view: &Self| {
-            let View {
-                verdict,
-                reason,
-                decision_id,
-                decision_hash,
-                state,
-                ..
-            } = view;
-            (
-                verdict.clone(),
-                reason.clone(),
-                decision_id.clone(),
-                decision_hash.clone(),
-                *state,
-            )
-        };
-        told(self) != told(newer)
+    pub(crate) fn differs(&self, newer: &Self) -> bool {
+        self.verdict != newer.verdict
+            || self.reason != newer.reason
+            || self.decision_id != newer.decision_id
+            || self.state != newer.state
     }
 
     /// An approval becomes a HOLD.

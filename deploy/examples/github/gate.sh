@@ -8,7 +8,7 @@
 #   GATE_KEY               names this run, as the number of a pipeline does: asking again is then no second rollout
 #   GATE_BASELINE_VERSION  the version to compare with (all of the baseline)
 #   GATE_WORKLOAD          KIND/NAMESPACE/NAME, so that it can be halted (none)
-#   GATE_TIMEOUT           how long to wait for a verdict (30m)
+#   GATE_TIMEOUT           how long to wait for a verdict; longer than hold_deadline in the policy (40m)
 #   GATE_PATIENCE          seconds to wait for an aggregator that is away when the rollout begins (60)
 #
 # The last line on standard output is the verdict and its reason; what changes meanwhile goes to the other.
@@ -78,7 +78,7 @@ complain "asking about rollout $rollout"
 # Waits through an aggregator that is away, too. In the background, since a shell hears of a signal only once what runs in
 # front has ended.
 answer=$(mktemp) || exit 3
-coalmine gate "$rollout" --wait --timeout "${GATE_TIMEOUT:-30m}" >"$answer" &
+coalmine gate "$rollout" --wait --timeout "${GATE_TIMEOUT:-40m}" >"$answer" &
 waiting=$!
 code=0
 wait "$waiting" || code=$?

@@ -5,6 +5,7 @@ use std::{
     net::SocketAddr,
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use coalmine_judge::chain::Hash;
 use coalmine_tests::components::Aggregator;
 use serde_json::json;
@@ -105,11 +106,16 @@ fn a_page_changes_nothing_whatever_everybody_may_do() {
         format!("authorization: Bearer {token}"),
     ];
     let (own, bearer) = (own.as_str(), bearer.as_str());
+    let basic = format!("authorization: Basic {}", STANDARD.encode(format!("any:{token}")));
+    let basic = basic.as_str();
     for (method, path, lines, status) in [
         ("GET", "/v1/rollouts", &[own, ORIGIN][..], 200),
         ("GET", "/v1/rollouts", &[EVIL][..], 200),
         ("POST", &decide, &[own, ORIGIN][..], 403),
         ("POST", &decide, &[own, CROSS][..], 403),
+        // A password that a browser remembers is added to whatever a page asks for.
+        ("POST", &decide, &[own, ORIGIN, basic][..], 403),
+        ("POST", &decide, &[own, basic][..], 200),
         // A token says who asks, and no browser adds it by itself.
         ("POST", &decide, &[own, ORIGIN, bearer][..], 200),
         ("POST", &with_token, &[own, ORIGIN][..], 200),

@@ -74,6 +74,50 @@ fn an_analysis_of_argo_outlives_a_restart_and_waits_for_a_verdict() {
     let arguments = list(spec, "/template/spec/containers/0/args");
     let timeout = seconds(arguments.last().unwrap().as_str().unwrap());
     assert!(number(spec, "/activeDeadlineSeconds") >= timeout + 60);
+    let deadline = hold_deadline();
+    assert!(
+        timeout > deadline,
+        "{timeout} s, and hold_deadline is {deadline} s"
+    );
+}
+
+/// When the policy that is shipped ends a HOLD, in seconds.
+fn hold_deadline() -> u64 {
+    let sla = std::fs::read_to_string(super::example("../base/sla.yaml")).unwrap();
+    let policy: Value = serde_saphyr::from_str(&sla).unwrap();
+    seconds(text(&policy, "/defaults/hold_deadline"))
+}
+
+/// The policy ends a HOLD before whoever waits for it gives up.
+#[test]
+fn a_gate_waits_longer_than_a_hold_lasts() {
+    let deadline = hold_deadline();
+    let waits = |file: &str, before: &str| {
+        let text = super::read(file);
+        let (_, rest) = text
+            .split_once(before)
+            .unwrap_or_else(|| panic!("{file}: no {before}"));
+        let end = rest.find(|next: char| !next.is_ascii_alphanumeric());
+        seconds(&rest[..end.unwrap_or(rest.len())])
+    };
+    for (file, before) in [
+        ("ci/gate.sh", "${GATE_TIMEOUT:-"),
+        ("github/gate.sh", "${GATE_TIMEOUT:-"),
+        ("../README.md", "coalmine gate \"$id\" --wait --timeout "),
+        ("../../README.md", "coalmine gate \"$id\" --wait --timeout "),
+    ] {
+        let timeout = waits(file, before);
+        assert!(
+            timeout > deadline,
+            "{file}: {timeout} s, and hold_deadline is {deadline} s"
+        );
+    }
+    let action = document("github/action.yml");
+    assert!(seconds(text(&action, "/inputs/timeout/default")) > deadline);
+    let gitlab = document("gitlab/.gitlab-ci.yml");
+    assert!(seconds(text(&gitlab, "/variables/GATE_TIMEOUT")) > deadline);
+    let pipeline = document("spinnaker/pipeline.json");
+    assert!(number(&pipeline, "/stages/0/stageTimeoutMs") / 1_000 > deadline);
 }
 
 /// The clients by which all faces are compared go by what is shipped.
@@ -161,15 +205,6 @@ fn a_job_is_ended_by_its_tool_only_after_the_gate_has_given_up() {
     let gate = seconds(text(&gitlab, "/variables/GATE_TIMEOUT"));
     assert!(seconds(text(&gitlab, "/coalmine/timeout")) >= gate + 600);
     assert_eq!(gitlab["coalmine"]["allow_failure"], false);
-
-    // The policy ends a HOLD before a pipeline does.
-    let sla = std::fs::read_to_string(super::example("../base/sla.yaml")).unwrap();
-    let policy: Value = serde_saphyr::from_str(&sla).unwrap();
-    let deadline = seconds(text(&policy, "/defaults/hold_deadline"));
-    assert!(gate > deadline, "{gate} s, and hold_deadline is {deadline} s");
-    let pipeline = document("spinnaker/pipeline.json");
-    let stage = at(&pipeline, "/stages/0");
-    assert!(number(stage, "/stageTimeoutMs") / 1_000 > deadline);
 }
 
 #[test]

@@ -341,18 +341,71 @@ fn the_job_for_gitlab_promotes_what_is_approved_and_nothing_else() {
     let directory = stand.directory.path();
     fs::create_dir(directory.join("ci")).unwrap();
     fs::copy(example("ci/gate.sh"), directory.join("ci/gate.sh")).unwrap();
-    let canary = "-n shop set image deployment/checkout-canary app=registry.example.com/checkout:v2";
-    let all = "-n shop set image deployment/checkout app=registry.example.com/checkout:v2";
+    let canary = "-n shop patch deployment checkout-canary -p ";
+    let all = "-n shop patch deployment checkout -p ";
     for (job, verdict, code) in [("42", "approve", 0), ("43", "rollback", 1)] {
         let rollout = stand.begin(&format!("gitlab/17/{job}"), None);
         stand.decide(&rollout, verdict);
         let (ended, said) = run_job(&jobs, job, &stand);
         assert_eq!(ended, Some(code), "{said}");
         let noted = fs::read_to_string(directory.join("noted")).unwrap();
-        let promotes = noted.lines().filter(|line| *line == all).count();
         assert!(noted.starts_with(canary), "{noted}");
-        assert_eq!(promotes, usize::from(verdict == "approve"), "{noted}");
+        let canary = patch(&noted, canary).unwrap();
+        assert_eq!(canary["spec"]["replicas"], 1, "{noted}");
+        let promotes = patch(&noted, all);
+        assert_eq!(promotes.is_some(), verdict == "approve", "{noted}");
+        for patch in [Some(canary), promotes].into_iter().flatten() {
+            shows_the_version(at(&patch, "/spec/template"));
+        }
     }
+}
+
+/// What is patched by the only line that begins so, if there is one.
+fn patch(noted: &str, begin: &str) -> Option<Value> {
+    let mut patches = noted.lines().filter_map(|line| line.strip_prefix(begin));
+    let patch = patches.next().map(|patch| serde_json::from_str(patch).unwrap());
+    assert_eq!(patches.next(), None, "{noted}");
+    patch
+}
+
+/// An agent reports the version that the pod's label says; the image says nothing to it.
+fn shows_the_version(template: &Value) {
+    assert_eq!(
+        at(template, "/metadata/labels"),
+        &json!({ "app.kubernetes.io/version": "v2" })
+    );
+    let containers = json!([{ "name": "app", "image": "registry.example.com/checkout:v2" }]);
+    assert_eq!(at(template, "/spec/containers"), &containers);
+}
+
+/// The steps that deploy and promote, with kubectl only noted.
+#[test]
+fn the_workflow_for_github_labels_what_it_deploys() {
+    let workflow = document("github/workflow.yml");
+    let directory = tempfile::tempdir().unwrap();
+    for (step, begin) in [
+        (
+            "Deploy the canary",
+            "-n shop patch deployment checkout-canary -p ",
+        ),
+        ("Promote", "-n shop patch deployment checkout -p "),
+    ] {
+        let mut steps = list(&workflow, "/jobs/canary/steps").iter();
+        let step = steps.find(|found| found["name"] == step).unwrap();
+        let script = format!("kubectl() {{ echo \"$*\"; }}\n{}", text(step, "/run"));
+        let mut command = shell("bash", "", "");
+        command.args(["-ec", &script]).current_dir(directory.path());
+        let (code, out, err) = run_with_version(command, step);
+        assert_eq!(code, Some(0), "{out}{err}");
+        shows_the_version(at(&patch(&out, begin).unwrap(), "/spec/template"));
+    }
+}
+
+/// Runs a step of the workflow for version v2.
+fn run_with_version(mut command: Command, step: &Value) -> (Option<i32>, String, String) {
+    assert_eq!(text(step, "/env/VERSION"), "${{ inputs.version }}");
+    command.env("VERSION", "v2");
+    run(command)
 }
 
 /// Runs the script of the job in the stand's directory; gives its exit code and what it has said.

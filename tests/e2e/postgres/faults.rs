@@ -13,7 +13,7 @@ use coalmine_tests::{
     process::coalmine,
     within,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{FAILING, Play, is_ready};
 use crate::stage;
@@ -167,6 +167,55 @@ fn harm_is_shown_without_the_database_and_recorded_later_with_a_mark() {
             .map(|line| serde_json::from_str::<Value>(&line).unwrap());
         records.find(|record| marked(&record["body"]))
     });
+    play.finish();
+}
+
+#[test]
+fn a_hold_that_was_answered_is_not_outrun_by_an_approval_that_was_asked_for_before() {
+    let _stage = stage();
+    let play = Play::begin(None);
+    let decide = |verdict: &str| {
+        let path = format!("/v1/rollouts/{}/override", play.rollout);
+        let body = json!({ "verdict": verdict, "reason": "I have looked" });
+        play.aggregator.post(&path, &body)
+    };
+    play.goes_on();
+    assert_eq!(decide("hold").status, 200, "the first is on record at once");
+    let silent_at = Instant::now();
+    play.cutter.silence(true);
+    // It is on its way, and nobody knows whether it arrives.
+    let approve = decide("approve");
+    assert_eq!(approve.status, 503, "{}", approve.body);
+    let hold = decide("hold");
+    assert_eq!(hold.status, 200, "{}", hold.body);
+    play.cutter.silence(false);
+    assert!(
+        silent_at.elapsed() < Duration::from_secs(15),
+        "the lease is another matter"
+    );
+    let overrides = eventually("all are on record", || {
+        let lines = play
+            .postgres
+            .query("SELECT convert_from(line, 'UTF8') FROM log_entry ORDER BY seq");
+        let records = lines.concat().into_iter();
+        let bodies = records.map(|line| serde_json::from_str::<Value>(&line).unwrap()["body"].take());
+        let overrides: Vec<_> = bodies.filter(|body| body["type"] == "override").collect();
+        (overrides.len() == 3).then_some(overrides)
+    });
+    let verdicts: Vec<_> = overrides.iter().map(|body| &body["verdict"]).collect();
+    assert_eq!(verdicts, ["HOLD", "APPROVE", "HOLD"]);
+    eventually("the last one is in force, on record", || {
+        let view = play.view()?;
+        assert_ne!(view["verdict"], "APPROVE", "{view}");
+        (view["decision_id"] == overrides[2]["id"] && view["recorded"] == true).then_some(())
+    });
+    assert_eq!(decide("judge").status, 422, "the judge is asked by null");
+    let path = format!("/v1/rollouts/{}/override", play.rollout);
+    let back = play
+        .aggregator
+        .post(&path, &json!({ "verdict": null, "reason": "enough" }));
+    assert_eq!(back.status, 200, "{}", back.body);
+    play.goes_on();
     play.finish();
 }
 

@@ -154,7 +154,7 @@ impl Told {
     /// The event that tells of a view, if there is anything new in it.
     fn news(&mut self, view: Arc<View>) -> Option<Event> {
         let known = match &self.last {
-            Some(last) => is_told(last, &view),
+            Some(last) => !last.differs(&view),
             // The end is told in any case: it has the id of the last verdict too.
             None => {
                 let seen = self.seen.take();
@@ -165,14 +165,6 @@ impl Told {
         self.last = Some(view);
         event
     }
-}
-
-/// Whether one who was told of `last` knows what there is to know of `view`.
-fn is_told(last: &View, view: &View) -> bool {
-    last.verdict == view.verdict
-        && last.reason == view.reason
-        && last.decision_id == view.decision_id
-        && last.state == view.state
 }
 
 /// The id of the events that tell this.

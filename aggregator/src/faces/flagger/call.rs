@@ -153,8 +153,11 @@ impl Call {
         Ok(Answer::of(&view, hook.passes(view.standing())))
     }
 
-    /// Remembers what a hook shows of the canary's traffic.
+    /// Remembers what a hook shows of the canary's traffic, if it is from somebody who may change something.
     fn note(&self, hook: Hook, view: &View) {
+        if self.caller.may(Scope::Rollout, &view.service).is_err() {
+            return;
+        }
         if matches!(hook, Hook::PreRollout | Hook::Rollout) {
             let is_at_zero = hook == Hook::PreRollout;
             let canary = self.payload.canary();

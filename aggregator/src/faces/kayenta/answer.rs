@@ -5,11 +5,12 @@
 //! `coalmine` may stand beside them. `results` has one entry for each metric, with the number of its data points, in
 //! Kayenta; here it is empty: a verdict rests on requests, and Orca warns of fewer than 50 points.
 
+use coalmine_judge::v1::Verdict;
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::execution::{Execution, Reading, Status, Thresholds};
+use super::execution::{Execution, Reading, Status, Thresholds, is_dead};
 use crate::{
     clock,
     rollouts::{State, View},
@@ -220,18 +221,15 @@ impl StandaloneExecution {
 }
 
 fn read(view: &View, thresholds: Thresholds) -> Reading {
-    let is_over = is_over(view.state, view.waits_for_ms, view.overridden.is_some());
+    let ended_at = view.ended.as_ref().map(|ended| ended.verdict.as_str());
+    let is_over = is_dead(view) || is_over(view.state, ended_at);
     Reading::of(view.standing(), view.hold_expired, is_over, thresholds)
 }
 
-/// Whether no other verdict comes: the rollout is ended, or it waits for no window and nobody has decided for it, since
-/// it cannot be judged any more.
-fn is_over(state: State, waits_for_ms: Option<u64>, is_overridden: bool) -> bool {
-    match state {
-        State::Ended => true,
-        State::Running => waits_for_ms.is_none() && !is_overridden,
-        State::Halted => false,
-    }
+/// Whether a rollout is ended, and no other verdict comes. The approval that one was ended at is held back while the
+/// decision log takes no records, and is shown again.
+fn is_over(state: State, ended_at: Option<&str>) -> bool {
+    state == State::Ended && ended_at != Some(Verdict::Approve.as_str())
 }
 
 /// Kayenta's analyses succeed only if the canary passes.
@@ -348,8 +346,6 @@ fn duration(ms: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use coalmine_judge::v1::Verdict;
-
     use super::*;
 
     #[test]
@@ -366,18 +362,15 @@ mod tests {
 
     #[test]
     fn an_analysis_is_over_when_no_other_verdict_comes() {
-        for (state, waits_for_ms, is_overridden, expected) in [
-            (State::Running, Some(1_000), false, false),
-            (State::Running, Some(1_000), true, false),
-            // It cannot be judged any more: what a person says instead may change.
-            (State::Running, None, false, true),
-            (State::Running, None, true, false),
-            (State::Halted, None, false, false),
-            (State::Ended, None, false, true),
-            (State::Ended, None, true, true),
+        for (state, ended_at, expected) in [
+            (State::Running, None, false),
+            (State::Halted, None, false),
+            (State::Ended, Some("HOLD"), true),
+            (State::Ended, Some("ROLLBACK"), true),
+            // Shown as HOLD only while the log takes no records.
+            (State::Ended, Some("APPROVE"), false),
         ] {
-            let found = is_over(state, waits_for_ms, is_overridden);
-            assert_eq!(found, expected, "{state:?} {waits_for_ms:?} {is_overridden}");
+            assert_eq!(is_over(state, ended_at), expected, "{state:?} {ended_at:?}");
         }
     }
 

@@ -6,7 +6,7 @@
 //! * All that one pipeline execution asks about one version is one rollout, by its key. Another execution is another
 //!   attempt: it ends what an earlier one has begun here.
 //! * Without a pipeline (Argo) an attempt lasts as long as its rollout is open. One that was rolled back stays so until
-//!   somebody ends it, or another version comes.
+//!   somebody ends it, or another version comes; after one that cannot be judged any more another attempt is begun.
 //! * Another version ends what this face has begun of an earlier one, once agents report it or none report the earlier
 //!   one any more. What others have begun is theirs to end.
 //! * The hash of a pod template, of a workload that is named, stands for the version of the canary's agents if that is
@@ -19,7 +19,10 @@ use std::{collections::BTreeSet, sync::Arc};
 use coalmine_judge::chain::Hash;
 use coalmine_proto::names::check_name;
 
-use super::scope::{Place, Trial};
+use super::{
+    execution::is_dead,
+    scope::{Place, Trial},
+};
 use crate::{
     book::locked,
     faces::Faces,
@@ -48,6 +51,8 @@ struct Known<'v> {
     /// Namespace and name.
     workload: Option<(&'v str, &'v str)>,
     is_open: bool,
+    /// It cannot be judged any more.
+    is_dead: bool,
 }
 
 /// What has to be done.
@@ -140,6 +145,7 @@ impl<'v> Known<'v> {
             version: &view.canary_version,
             workload: workload.map(|workload| (workload.namespace.as_str(), workload.name.as_str())),
             is_open: view.state != State::Ended,
+            is_dead: is_dead(view),
         }
     }
 }
@@ -168,7 +174,7 @@ impl Wanted<'_> {
         };
         let is_ours = open.key.starts_with(KEY);
         if self.means(open, reported)? {
-            return if is_ours && self.pipeline.is_some() {
+            return if is_ours && (self.pipeline.is_some() || open.is_dead) {
                 self.begin(Some(open), known, reported)
             } else {
                 Ok(Step::Is(open.id.to_owned()))
@@ -319,6 +325,14 @@ mod tests {
             version,
             workload: None,
             is_open: true,
+            is_dead: false,
+        }
+    }
+
+    fn dead<'v>(key: &'v str, version: &'v str) -> Known<'v> {
+        Known {
+            is_dead: true,
+            ..rollout(key, version)
         }
     }
 
@@ -387,6 +401,27 @@ mod tests {
                 vec![ended(first, "v2")],
                 vec![],
                 "+kayenta/checkout/v2/2 v2 v1",
+            ),
+            (
+                "it cannot be judged any more",
+                argo("v2"),
+                vec![dead(first, "v2")],
+                vec![],
+                "-kayenta/checkout/v2/1 +kayenta/checkout/v2/2 v2 v1",
+            ),
+            (
+                "others' cannot be judged any more",
+                argo("v2"),
+                vec![dead("x", "v2")],
+                vec![],
+                "=x",
+            ),
+            (
+                "a pipeline's own cannot be judged any more",
+                orca("v2"),
+                vec![dead(same, "v2")],
+                vec![],
+                "=kayenta/checkout/v2/by/P2",
             ),
             (
                 "over twice",

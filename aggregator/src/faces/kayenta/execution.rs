@@ -10,6 +10,7 @@
 //! HOLD past its deadline             true      succeeded  halfway between marginal and pass
 //! HOLD when the rollout was ended    true      terminal   halfway, with the reason as the exception
 //! HOLD that can be judged no more    true      terminal   the same
+//! APPROVE at the end, held back      false     running    none
 //! ```
 //!
 //! An id says all that a poll needs, so nothing is kept of an execution, and it outlives a restart. A score is a whole
@@ -19,6 +20,8 @@ use coalmine_judge::v1::Verdict;
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
+
+use crate::rollouts::{State, View};
 
 /// The score of APPROVE; no threshold is higher.
 const BEST: u8 = 100;
@@ -61,6 +64,16 @@ pub(super) struct Reading {
 pub(super) struct Score {
     pub(super) score: u8,
     pub(super) classification: &'static str,
+}
+
+/// Whether a rollout cannot be judged any more, and nobody has decided for it.
+pub(super) fn is_dead(view: &View) -> bool {
+    waits_for_nothing(view.state, view.waits_for_ms, view.overridden.is_some())
+}
+
+/// What a person says instead of the judge may change.
+fn waits_for_nothing(state: State, waits_for_ms: Option<u64>, is_overridden: bool) -> bool {
+    state == State::Running && waits_for_ms.is_none() && !is_overridden
 }
 
 // === impl Thresholds ===
@@ -284,6 +297,21 @@ mod tests {
                 assert_eq!(hold(false, true), ended, "{limits:?}");
                 assert_eq!(hold(true, true), ended, "{limits:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_rollout_is_dead_when_it_waits_for_no_window_and_nobody_has_decided() {
+        for (state, waits_for_ms, is_overridden, expected) in [
+            (State::Running, Some(1_000), false, false),
+            (State::Running, Some(1_000), true, false),
+            (State::Running, None, false, true),
+            (State::Running, None, true, false),
+            (State::Halted, None, false, false),
+            (State::Ended, None, false, false),
+        ] {
+            let found = waits_for_nothing(state, waits_for_ms, is_overridden);
+            assert_eq!(found, expected, "{state:?} {waits_for_ms:?} {is_overridden}");
         }
     }
 
