@@ -11,6 +11,7 @@ mod kayenta;
 mod openapi;
 mod problem;
 mod prometheus;
+mod recorded;
 
 use std::sync::Arc;
 

@@ -78,7 +78,7 @@ async fn hook(
     name: Result<Path<String>, PathRejection>,
     payload: Result<Json<Payload>, JsonRejection>,
 ) -> Result<Answer, Problem> {
-    let name = parameter(name)?;
+    let Path(name) = name?;
     let Some(hook) = Hook::parse(&name) else {
         return Err(no_route("hook", &name, &Hook::names()));
     };
@@ -108,7 +108,7 @@ async fn gate(
     act: Result<Path<String>, PathRejection>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Answer, Problem> {
-    let act = parameter(act)?;
+    let Path(act) = act?;
     let verdict = match act.as_str() {
         "approve" => return Ok(Answer::new(StatusCode::OK, "OK\n")),
         "halt" => return Ok(Answer::new(StatusCode::FORBIDDEN, "Forbidden\n")),
@@ -147,7 +147,7 @@ async fn rollback(
     act: Result<Path<String>, PathRejection>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Answer, Problem> {
-    let act = parameter(act)?;
+    let Path(act) = act?;
     let verdict = match act.as_str() {
         "check" => {
             let call = undeclared(faces, &caller, body)?;
@@ -163,13 +163,7 @@ async fn rollback(
 
 /// A call whose body need not be declared as JSON: the load tester's gates are opened with a bare `curl -d`.
 fn undeclared(faces: Faces, caller: &Caller, body: Result<Bytes, BytesRejection>) -> Result<Call, Problem> {
-    let body = body.map_err(|error| Problem::new(error.status(), error.body_text()))?;
-    Call::new(faces, caller, Json::from_bytes(&body))
-}
-
-fn parameter(given: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
-    let Path(given) = given.map_err(|error| Problem::new(error.status(), error.body_text()))?;
-    Ok(given)
+    Call::new(faces, caller, Json::from_bytes(&body?))
 }
 
 fn no_route(what: &str, given: &str, known: &str) -> Problem {

@@ -21,7 +21,7 @@ mod config;
 mod execution;
 mod scope;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -46,14 +46,19 @@ use self::{
     execution::Execution,
     scope::{Asked, CanaryExecutionRequest, StandaloneRequest},
 };
-use super::{Faces, problem::Problem};
+use super::{
+    Faces,
+    problem::Problem,
+    recorded::{Waiting, recorded},
+};
 use crate::{
     access::{Caller, Denied, Scope},
-    rollouts::{RolloutError, State as RolloutState, View},
+    rollouts::{State as RolloutState, View},
 };
 
-/// How long a request waits for the decision log.
-const RECORD_WITHIN: Duration = Duration::from_secs(10);
+/// Where the decision log does not answer.
+const NOT_BEGUN: Waiting = Waiting::new("the rollout cannot be begun", "ask again");
+const NOT_ENDED: Waiting = Waiting::new("the rollout cannot be ended", "ask again");
 
 /// Longest error that gets a `message`.
 const MAX_ERROR_BYTES: usize = 64 << 10;
@@ -165,9 +170,9 @@ async fn begin_canary(
     query: Result<Query<BeginQuery>, QueryRejection>,
     request: Result<Json<CanaryExecutionRequest>, JsonRejection>,
 ) -> Result<Json<BegunCanary>, Problem> {
-    let (service, query) = (in_path(id)?, in_query(query)?);
+    let (Path(service), Query(query)) = (id?, query?);
     may_begin(&faces, &caller, &service)?;
-    let asked = in_body(request)?.read().map_err(refused)?;
+    let asked = request?.0.read().map_err(refused)?;
     let execution = begin(faces, &caller, service, asked, query).await?;
     Ok(Json(BegunCanary {
         canary_execution_id: execution.id(),
@@ -196,7 +201,7 @@ async fn canary(
     id: Result<Path<String>, PathRejection>,
     query: Result<Query<PollQuery>, QueryRejection>,
 ) -> Result<impl IntoResponse, Problem> {
-    let (execution, view) = polled(&faces, &caller, Scope::Gate, &in_path(id)?)?;
+    let (execution, view) = polled(&faces, &caller, Scope::Gate, &id?)?;
     let answer = CanaryExecution::of(&view, &execution, account(query)?);
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(answer)))
 }
@@ -226,9 +231,9 @@ async fn begin_standalone(
     query: Result<Query<BeginQuery>, QueryRejection>,
     request: Result<Json<StandaloneRequest>, JsonRejection>,
 ) -> Result<Json<BegunStandalone>, Problem> {
-    let (service, query) = (in_path(id)?, in_query(query)?);
+    let (Path(service), Query(query)) = (id?, query?);
     may_begin(&faces, &caller, &service)?;
-    let asked = in_body(request)?.read().map_err(refused)?;
+    let asked = request?.0.read().map_err(refused)?;
     let execution = begin(faces, &caller, service, asked, query).await?;
     Ok(Json(BegunStandalone {
         canary_analysis_execution_id: execution.id(),
@@ -253,7 +258,7 @@ async fn standalone(
     id: Result<Path<String>, PathRejection>,
     query: Result<Query<PollQuery>, QueryRejection>,
 ) -> Result<impl IntoResponse, Problem> {
-    let (execution, view) = polled(&faces, &caller, Scope::Gate, &in_path(id)?)?;
+    let (execution, view) = polled(&faces, &caller, Scope::Gate, &id?)?;
     let answer = StandaloneExecution::of(&view, &execution, account(query)?);
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(answer)))
 }
@@ -280,13 +285,14 @@ async fn cancel(
     State(faces): State<Faces>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<CancelledCanary>, Problem> {
-    let (_, view) = polled(&faces, &caller, Scope::Rollout, &in_path(id)?)?;
+    let (_, view) = polled(&faces, &caller, Scope::Rollout, &id?)?;
     let view = if is_begun_here(&view) {
         let (id, actor) = (view.id.clone(), caller.name().to_owned());
         let reason = "the pipeline that had asked for it was cancelled".to_owned();
-        recorded("the rollout cannot be ended", async move {
-            faces.rollouts.end(&id, actor, reason).await
-        })
+        recorded(
+            NOT_ENDED,
+            async move { faces.rollouts.end(&id, actor, reason).await },
+        )
         .await?
     } else {
         view
@@ -311,29 +317,11 @@ async fn begin(
         pipeline: query.parent_pipeline_execution_id.filter(|id| !id.is_empty()),
         actor: caller.name().to_owned(),
     };
-    let view = recorded("the rollout cannot be begun", settle(faces, question)).await?;
+    let view = recorded(NOT_BEGUN, settle(faces, question)).await?;
     Ok(Execution {
         rollout: view.id.clone(),
         thresholds: asked.thresholds,
     })
-}
-
-/// Waits for what is recorded on the way, but not without end. A caller that goes away leaves nothing half done.
-async fn recorded(
-    what: &str,
-    work: impl Future<Output = Result<Arc<View>, RolloutError>> + Send + 'static,
-) -> Result<Arc<View>, Problem> {
-    match tokio::time::timeout(RECORD_WITHIN, tokio::spawn(work)).await {
-        Ok(Ok(done)) => Ok(done?),
-        Ok(Err(error)) => Err(Problem::internal(what, &error)),
-        Err(_) => Err(Problem::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!(
-                "{what} yet: the decision log has not answered within {} s; it may still be done, so ask again",
-                RECORD_WITHIN.as_secs()
-            ),
-        )),
-    }
 }
 
 fn polled(faces: &Faces, caller: &Caller, scope: Scope, id: &str) -> Result<(Execution, Arc<View>), Problem> {
@@ -391,30 +379,9 @@ fn refused(problem: String) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, problem)
 }
 
-fn in_path(path: Result<Path<String>, PathRejection>) -> Result<String, Problem> {
-    match path {
-        Ok(Path(text)) => Ok(text),
-        Err(error) => Err(Problem::new(error.status(), error.body_text())),
-    }
-}
-
-fn in_query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Problem> {
-    match query {
-        Ok(Query(query)) => Ok(query),
-        Err(error) => Err(Problem::new(error.status(), error.body_text())),
-    }
-}
-
-fn in_body<T>(body: Result<Json<T>, JsonRejection>) -> Result<T, Problem> {
-    match body {
-        Ok(Json(body)) => Ok(body),
-        Err(error) => Err(Problem::new(error.status(), error.body_text())),
-    }
-}
-
 /// The account that stands in the answer, as the caller gave it.
 fn account(query: Result<Query<PollQuery>, QueryRejection>) -> Result<Option<String>, Problem> {
-    let name = in_query(query)?.storage_account_name;
+    let name = query?.0.storage_account_name;
     if name.as_ref().is_some_and(|name| name.len() > MAX_ACCOUNT_BYTES) {
         return Err(refused(format!(
             "storageAccountName has more than {MAX_ACCOUNT_BYTES} bytes"

@@ -2,6 +2,7 @@
 
 use axum::{
     Json,
+    extract::rejection::{BytesRejection, JsonRejection, PathRejection, QueryRejection},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -102,6 +103,19 @@ impl From<RolloutError> for Problem {
         Self::new(status, error.to_string())
     }
 }
+
+/// What a request gives that cannot be read: axum says what is wrong with it.
+macro_rules! from_rejections {
+    ($($rejection:ty),+) => {$(
+        impl From<$rejection> for Problem {
+            fn from(rejection: $rejection) -> Self {
+                Self::new(rejection.status(), rejection.body_text())
+            }
+        }
+    )+};
+}
+
+from_rejections!(BytesRejection, JsonRejection, PathRejection, QueryRejection);
 
 impl From<Denied> for Problem {
     fn from(denied: Denied) -> Self {

@@ -18,8 +18,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let name = Path::<String>::from_request_parts(parts, state).await;
-        let Path(name) = name.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+        let Path(name) = Path::<String>::from_request_parts(parts, state).await?;
         Ok(Self(name))
     }
 }
@@ -55,8 +54,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Given<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let given = Json::<T>::from_request(request, state).await;
-        let Json(given) = given.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+        let Json(given) = Json::<T>::from_request(request, state).await?;
         Ok(Self(given))
     }
 }
@@ -69,13 +67,11 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for MaybeGive
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let body = Bytes::from_request(request, state).await;
-        let body = body.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+        let body = Bytes::from_request(request, state).await?;
         if body.is_empty() {
             return Ok(Self(T::default()));
         }
-        let given = Json::<T>::from_bytes(&body);
-        let Json(given) = given.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+        let Json(given) = Json::<T>::from_bytes(&body)?;
         Ok(Self(given))
     }
 }

@@ -1,6 +1,6 @@
 //! Rollouts: begun, listed, shown, decided in the judge's place, ended.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -23,12 +23,21 @@ use crate::{
     access::{Caller, Scope},
     book::{ArmContext, Comparison, locked},
     clock,
-    faces::{Faces, problem::Problem},
+    faces::{
+        Faces,
+        problem::Problem,
+        recorded::{Waiting, recorded},
+    },
     rollouts::{StartRequest, View},
 };
 
-/// How long a request waits for the decision log.
-const RECORD_WITHIN: Duration = Duration::from_secs(10);
+/// Where the decision log does not answer.
+const NOT_STARTED: Waiting = Waiting::new("the rollout cannot be started", "ask again, with the same key");
+const NOT_DECIDED: Waiting = Waiting::new(
+    "the decision cannot be taken",
+    "look at the rollout before you ask again",
+);
+const NOT_ENDED: Waiting = Waiting::new("the rollout cannot be ended", "ask again");
 
 /// Most records of what was done outside in one answer.
 const MAX_ACTUATIONS: usize = 20;
@@ -84,11 +93,8 @@ async fn start(
     caller.may(Scope::Rollout, &request.service)?;
     request.actor = actor(&caller, request.actor);
     let version = request.canary_version.clone();
-    // A caller that goes away must not leave half a start behind.
     let rollouts = faces.rollouts.clone();
-    let started = tokio::spawn(async move { rollouts.start(request).await });
-    let again = "ask again, with the same key";
-    let (view, new) = recorded("the rollout cannot be started", again, started).await??;
+    let (view, new) = recorded(NOT_STARTED, async move { rollouts.start(request).await }).await?;
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     let location = format!("/v1/rollouts/{}", view.id);
     let started = RolloutStarted {
@@ -106,23 +112,6 @@ fn actor(caller: &Caller, said: Option<String>) -> Option<String> {
         said if !caller.is_named() => said,
         Some(said) => Some(format!("{name}:{said}")),
         None => Some(name.to_owned()),
-    }
-}
-
-/// Advice where nothing names the request, so that asking again may do it twice.
-const LOOK_FIRST: &str = "look at the rollout before you ask again";
-
-/// Waits for what is recorded on the way, but not without end: a database may be away.
-async fn recorded<T>(what: &str, advice: &str, work: tokio::task::JoinHandle<T>) -> Result<T, Problem> {
-    match tokio::time::timeout(RECORD_WITHIN, work).await {
-        Ok(done) => done.map_err(|error| Problem::internal(what, &error)),
-        Err(_) => Err(Problem::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!(
-                "{what} yet: the decision log has not answered within {} s; it may still be done, so {advice}",
-                RECORD_WITHIN.as_secs()
-            ),
-        )),
     }
 }
 
@@ -357,7 +346,7 @@ async fn decide(
     let actor = actor(&caller, request.actor).unwrap_or_else(|| "api".to_owned());
     let (rollouts, reason) = (faces.rollouts.clone(), request.reason);
     let work = async move { rollouts.override_verdict(&rollout, verdict, actor, reason).await };
-    let decided = recorded("the decision cannot be taken", LOOK_FIRST, tokio::spawn(work)).await??;
+    let decided = recorded(NOT_DECIDED, work).await?;
     Ok(Json(Arc::unwrap_or_clone(decided)))
 }
 
@@ -412,7 +401,7 @@ async fn end(
     let actor = actor(&caller, request.actor).unwrap_or_else(|| "api".to_owned());
     let reason = request.reason.unwrap_or_else(|| "ended by request".to_owned());
     let rollouts = faces.rollouts.clone();
-    let ended = tokio::spawn(async move { rollouts.end(&rollout, actor, reason).await });
-    let view = recorded("the rollout cannot be ended", "ask again", ended).await??;
+    let ended = async move { rollouts.end(&rollout, actor, reason).await };
+    let view = recorded(NOT_ENDED, ended).await?;
     Ok(Json(Arc::unwrap_or_clone(view)))
 }

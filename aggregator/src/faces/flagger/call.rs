@@ -9,7 +9,6 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use coalmine_judge::v1::Verdict;
-use tokio::time::timeout;
 
 use super::{
     attempt::{Grant, Next, connected, untouched},
@@ -20,7 +19,11 @@ use super::{
 use crate::{
     access::{Caller, Scope},
     book::locked,
-    faces::{Faces, problem::Problem},
+    faces::{
+        Faces,
+        problem::Problem,
+        recorded::{Waiting, recorded},
+    },
     rollouts::{RolloutError, View},
 };
 
@@ -203,11 +206,11 @@ impl Call {
             return Ok(Answer::passed("there is no attempt to end\n"));
         };
         let turn = self.turn().await?;
-        recorded(async move {
+        recorded(UNANSWERED, async move {
             // Another call may have ended it meanwhile, and begun one more, which is not meant.
             self.end(&id, reason).await?;
             drop(turn);
-            Ok(Answer::passed("the attempt is ended\n"))
+            Ok::<_, Problem>(Answer::passed("the attempt is ended\n"))
         })
         .await
     }
@@ -238,7 +241,7 @@ impl Call {
         let reason = self.payload.get("reason");
         let reason = reason.map_or_else(|| format!("asked for at {gate}"), str::to_owned);
         let rollouts = self.faces.rollouts;
-        recorded(async move {
+        recorded(UNANSWERED, async move {
             let decided = rollouts
                 .override_verdict(&view.id, verdict, actor, reason)
                 .await?;
@@ -289,10 +292,10 @@ impl Call {
     /// Whether it is on record; not so where the rollout cannot go on.
     async fn record_first_traffic(&self, view: &View, agents: u64) -> Result<bool, Problem> {
         let (rollouts, id) = (self.faces.rollouts.clone(), view.id.clone());
-        recorded(async move {
+        recorded(UNANSWERED, async move {
             let hook = Hook::ConfirmTrafficIncrease.as_str();
             match rollouts.bootstrap(&id, agents, hook).await {
-                Ok(_) => Ok(true),
+                Ok(_) => Ok::<_, Problem>(true),
                 Err(RolloutError::Conflict(problem)) => {
                     tracing::debug!(rollout = id, problem, "no first traffic is granted");
                     Ok(false)
@@ -304,23 +307,6 @@ impl Call {
     }
 }
 
-/// Waits for what is recorded on the way, but not without end: it goes on without the caller.
-pub(super) async fn recorded<T: Send + 'static>(
-    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
-) -> Result<T, Problem> {
-    match timeout(WITHIN, tokio::spawn(work)).await {
-        Ok(Ok(done)) => done,
-        Ok(Err(error)) => Err(Problem::internal("the hook cannot be answered", &error)),
-        Err(_) => Err(slow()),
-    }
-}
-
-pub(super) fn slow() -> Problem {
-    Problem::new(
-        StatusCode::SERVICE_UNAVAILABLE,
-        format!(
-            "the decision log has not answered within {} s; what was asked for may still be done, so ask again",
-            WITHIN.as_secs()
-        ),
-    )
-}
+/// Where the decision log, or the turn, does not come in time.
+pub(super) const UNANSWERED: Waiting =
+    Waiting::new("the hook cannot be answered", "ask again").within(WITHIN);

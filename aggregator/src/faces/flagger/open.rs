@@ -8,12 +8,12 @@ use tokio::{sync::OwnedMutexGuard, time::timeout};
 
 use super::{
     attempt::{self, ACTOR, Asked, Next, Open, Revision, UNKNOWN, only_version},
-    call::{Call, WITHIN, recorded, slow},
+    call::{Call, UNANSWERED, WITHIN},
 };
 use crate::{
     access::Scope,
     book::locked,
-    faces::problem::Problem,
+    faces::{problem::Problem, recorded::recorded},
     rollouts::{Question, RolloutError, StartRequest, State, View},
 };
 
@@ -159,7 +159,7 @@ impl Call {
         let turn = self.turn().await?;
         let call = self.clone();
         // A caller that goes away must not leave half a start behind.
-        recorded(async move {
+        recorded(UNANSWERED, async move {
             let view = call.begin().await;
             drop(turn);
             view
@@ -223,7 +223,9 @@ impl Call {
     /// Lets one call after the other begin and end a Canary's attempts.
     pub(super) async fn turn(&self) -> Result<OwnedMutexGuard<()>, Problem> {
         let turn = self.faces.flagger.turn(&self.payload.canary());
-        timeout(WITHIN, turn.lock_owned()).await.map_err(|_| slow())
+        timeout(WITHIN, turn.lock_owned())
+            .await
+            .map_err(|_| UNANSWERED.over())
     }
 
     pub(super) fn nothing_open(&self, service: &str) -> Problem {

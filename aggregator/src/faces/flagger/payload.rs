@@ -46,7 +46,7 @@ pub(super) struct Payload {
 impl Payload {
     /// Takes it if all of it is within bounds.
     pub(super) fn read(payload: Result<Json<Self>, JsonRejection>) -> Result<Self, Problem> {
-        let Json(payload) = payload.map_err(|error| Problem::new(error.status(), error.body_text()))?;
+        let Json(payload) = payload?;
         let checked = payload.check();
         checked.map_err(|detail| Problem::new(StatusCode::BAD_REQUEST, detail))?;
         Ok(payload)

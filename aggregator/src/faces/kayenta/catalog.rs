@@ -17,7 +17,7 @@ use utoipa_axum::{
 use super::{
     answer::JUDGE,
     config::{CanaryConfig, CanaryConfigSummary},
-    in_path, in_query, no_config, not_offered, visible,
+    no_config, not_offered, visible,
 };
 use crate::{
     access::{Caller, Scope},
@@ -120,7 +120,7 @@ async fn configs(
     State(faces): State<Faces>,
     query: Result<Query<ConfigsQuery>, QueryRejection>,
 ) -> Result<Json<Vec<CanaryConfigSummary>>, Problem> {
-    let application = in_query(query)?.application;
+    let application = query?.0.application;
     let asked = |service: &&str| {
         application
             .as_deref()
@@ -144,7 +144,7 @@ async fn config(
     State(faces): State<Faces>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<CanaryConfig>, Problem> {
-    let id = in_path(id)?;
+    let Path(id) = id?;
     caller.may(Scope::Gate, &id)?;
     let policy = faces.rollouts.policies().get(&id);
     let policy = policy.ok_or_else(|| no_config(&faces, &caller, &id))?;
