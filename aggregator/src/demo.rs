@@ -5,6 +5,7 @@
 //! that the demonstration needs nothing but the three binaries side by side.
 
 mod load;
+pub mod ports;
 mod processes;
 mod service;
 mod stage;

@@ -3,12 +3,13 @@
 use std::{
     ffi::OsStr,
     fs::File,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::OnceLock,
 };
 
+use coalmine_aggregator::demo::ports;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::eventually;
@@ -188,13 +189,12 @@ pub fn coalmine<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Outp
     command.output().expect("coalmine starts")
 }
 
-/// Addresses on loopback that nobody listens on.
+/// Addresses on loopback that nobody listens on, and that the kernel gives to nobody.
 ///
 /// # Panics
 /// When there are none.
 pub fn free_addresses<const N: usize>() -> [SocketAddr; N] {
-    let listeners = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
-    listeners.map(|listener| listener.local_addr().expect("the port's number"))
+    ports::free_addresses().expect("free ports")
 }
 
 /// Waits until something listens.

@@ -2,9 +2,12 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU8, Ordering},
+    },
     thread,
 };
 
@@ -79,12 +82,13 @@ impl Aggregator {
         Self::on("127.0.0.1:0".parse().unwrap())
     }
 
-    /// Where an aggregator may come to be later.
+    /// Where an aggregator may come to be later: a loopback address that nothing else here uses, so that the port stays
+    /// free.
     pub(crate) fn free_address() -> SocketAddr {
-        std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
+        static GIVEN: AtomicU8 = AtomicU8::new(1);
+        let address = [127, 0, 2, GIVEN.fetch_add(1, Ordering::Relaxed)];
+        let listener = std::net::TcpListener::bind((Ipv4Addr::from(address), 0)).unwrap();
+        listener.local_addr().unwrap()
     }
 
     pub(crate) fn on(address: SocketAddr) -> Self {

@@ -6,15 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::{Value, json};
-use tokio::net::TcpListener;
-
-use super::{RATE, processes::Process};
+use super::{RATE, ports::free_addresses, processes::Process};
 use crate::{
     cli::{Exit, Failure},
     client::{Client, segment},
     clock,
 };
+use serde_json::{Value, json};
 
 /// How long the processes may take until they answer.
 const READY_WITHIN: Duration = Duration::from_secs(15);
@@ -78,18 +76,6 @@ impl Fleet {
     }
 }
 
-async fn free_addresses(count: usize) -> Result<Vec<SocketAddr>, Failure> {
-    let failed = |error: std::io::Error| Failure::new(Exit::Bad, format!("cannot find a free port: {error}"));
-    let mut listeners = Vec::new();
-    for _ in 0..count {
-        listeners.push(TcpListener::bind("127.0.0.1:0").await.map_err(failed)?);
-    }
-    listeners
-        .iter()
-        .map(|listener| listener.local_addr().map_err(failed))
-        .collect()
-}
-
 impl Stage {
     /// Starts everything and a rollout; the fault begins `fault_after` later.
     pub(super) async fn set(
@@ -103,10 +89,8 @@ impl Stage {
         std::fs::create_dir_all(&logs).map_err(|error| failed("create the logs", error))?;
         let policy = data.join("sla.yaml");
         std::fs::write(&policy, POLICY).map_err(|error| failed("write the policy", error))?;
-        let addresses = free_addresses(12).await?;
-        let [grpc, http, admin, rest @ ..] = addresses.as_slice() else {
-            return Err(Failure::new(Exit::Bad, "cannot find free ports"));
-        };
+        let [grpc, http, admin, rest @ ..] =
+            free_addresses::<12>().map_err(|error| failed("find free ports", error))?;
         let instances: Vec<Instance> = rest
             .as_chunks::<3>()
             .0
@@ -121,13 +105,13 @@ impl Stage {
             })
             .collect();
 
-        let aggregator = start_aggregator(data, &policy, *grpc, *http, *admin, &logs)?;
+        let aggregator = start_aggregator(data, &policy, grpc, http, admin, &logs)?;
         let fault_at_ms = clock::now_ms() + u64::try_from(fault_after.as_millis()).unwrap_or(0) + 1_500;
         let mut services = Vec::new();
         let mut agents = Vec::new();
         for (number, instance) in (1..).zip(&instances) {
             services.push(start_service(number, instance, failing, fault_at_ms, &logs)?);
-            agents.push(start_agent(number, instance, *grpc, &logs)?);
+            agents.push(start_agent(number, instance, grpc, &logs)?);
         }
         let report = data.join("load.json");
         let load_arguments = load_arguments(&instances, &report);
@@ -141,8 +125,8 @@ impl Stage {
             report,
             load_arguments,
             logs,
-            http: *http,
-            admin: *admin,
+            http,
+            admin,
         };
         stage.wait_until_listening(&instances).await?;
         stage.resume_load().await?;

@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use coalmine_tests::tools::certify;
+use coalmine_tests::{process::free_addresses, tools::certify};
 use rustix::thread::set_current_timer_slack;
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore, StreamOwned,
@@ -30,7 +30,7 @@ use tokio::task::spawn_blocking;
 use crate::{
     Plan,
     aggregator::POLICY,
-    child::{Child, beside, free_addresses, installed},
+    child::{Child, beside, installed},
     cpu::Usage,
     load::PATIENCE,
     report::{Budget, Report, Spread, Table},
@@ -131,7 +131,7 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
 
 /// An aggregator that has a webhook, and where it is.
 async fn start(core: usize, directory: &Path) -> anyhow::Result<(Child, SocketAddr)> {
-    let [grpc, http, admin, webhook] = free_addresses()?;
+    let [grpc, http, admin, webhook] = free_addresses();
     let policy = directory.join("policy.yaml");
     fs::write(&policy, POLICY)?;
     let arguments = [

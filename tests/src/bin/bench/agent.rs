@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::{Context as _, bail};
+use coalmine_tests::process::free_addresses;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -11,7 +12,7 @@ use tokio::{
 
 use crate::{
     aggregator::SERVICE,
-    child::{Child, beside, free_addresses},
+    child::{Child, beside},
 };
 
 /// How long the agent may take to find its aggregator, and to count the last window.
@@ -34,7 +35,7 @@ impl Agent {
         upstream: SocketAddr,
         aggregator: SocketAddr,
     ) -> anyhow::Result<Self> {
-        let [address, admin] = free_addresses()?;
+        let [address, admin] = free_addresses();
         let arguments = [
             format!("--listen={address}"),
             format!("--admin={admin}"),

@@ -2,7 +2,9 @@
 
 use std::{fs, net::SocketAddr, path::Path};
 
-use crate::child::{Child, beside, free_addresses};
+use coalmine_tests::process::free_addresses;
+
+use crate::child::{Child, beside};
 
 /// The service that everything here is about.
 pub(crate) const SERVICE: &str = "bench";
@@ -28,7 +30,7 @@ pub(crate) struct Aggregator {
 impl Aggregator {
     /// Starts it on one core, with its data under `directory`.
     pub(crate) async fn start(name: &'static str, core: usize, directory: &Path) -> anyhow::Result<Self> {
-        let [grpc, http, admin] = free_addresses()?;
+        let [grpc, http, admin] = free_addresses();
         let policy = directory.join(format!("{name}.yaml"));
         fs::write(&policy, POLICY)?;
         let arguments = [

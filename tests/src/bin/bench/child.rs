@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, File},
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{self, Command, Stdio},
     time::Duration,
@@ -93,19 +93,6 @@ impl Drop for Child {
         self.process.kill().ok();
         self.process.wait().ok();
     }
-}
-
-/// Addresses on loopback that were free a moment ago.
-pub(crate) fn free_addresses<const N: usize>() -> anyhow::Result<[SocketAddr; N]> {
-    let mut listeners = Vec::with_capacity(N);
-    let mut addresses = [SocketAddr::from(([127, 0, 0, 1], 0)); N];
-    for address in &mut addresses {
-        let listener = TcpListener::bind(*address)?;
-        *address = listener.local_addr()?;
-        // All are held until all are known, so that they differ.
-        listeners.push(listener);
-    }
-    Ok(addresses)
 }
 
 /// A program of the workspace, which cargo puts beside this one.

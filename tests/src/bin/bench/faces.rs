@@ -24,6 +24,7 @@ use anyhow::{Context as _, ensure};
 use coalmine_proto::{histogram::Histogram, names::Arm, v1::TenantRow};
 use coalmine_tests::{
     http::{get, post},
+    process::free_addresses,
     speaker::{Speaker, now_ms},
 };
 use rustix::{process::setpriority_process, thread::set_current_timer_slack};
@@ -33,7 +34,7 @@ use tokio::task::spawn_blocking;
 use crate::{
     Plan,
     aggregator::{POLICY, SERVICE},
-    child::{Child, beside, free_addresses},
+    child::{Child, beside},
     load::PATIENCE,
     report::{Budget, Report, Spread, Table},
     sample::tenant,
@@ -103,7 +104,7 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
     report.title("Faces: polls while 10,000 tenants are judged each second");
     let directory = directory.join("faces");
     fs::create_dir(&directory)?;
-    let [grpc, http, admin] = free_addresses()?;
+    let [grpc, http, admin] = free_addresses();
     let _aggregator = start(plan.cores.proxy, &directory, [grpc, http, admin]).await?;
     let agents = Agents::start(grpc);
     let log = directory.join("data/decisions.jsonl");

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::Path};
 
+use coalmine_tests::process::free_addresses;
 use h2::server;
 use http::Response;
 use prost::bytes::Bytes;
@@ -10,7 +11,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::child::{Child, free_addresses};
+use crate::child::Child;
 
 /// The longest request that is read.
 const MAX_REQUEST: usize = 4096;
@@ -31,7 +32,7 @@ pub(crate) struct Upstream {
 impl Upstream {
     /// Starts it on one core.
     pub(crate) async fn start(name: &'static str, core: usize, directory: &Path) -> anyhow::Result<Self> {
-        let [address] = free_addresses()?;
+        let [address] = free_addresses();
         let arguments = ["upstream".to_owned(), core.to_string(), address.to_string()];
         let mut child = Child::own(name, directory, &arguments)?;
         child.listening(address).await?;

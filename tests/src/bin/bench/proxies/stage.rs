@@ -6,11 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use coalmine_tests::process::free_addresses;
+
 use crate::{
     Plan,
     agent::Agent,
     aggregator::Aggregator,
-    child::{Child, free_addresses, installed},
+    child::{Child, installed},
     cpu::Usage,
     report::Report,
     upstream::Upstream,
@@ -74,7 +76,7 @@ impl Stage {
             aggregator,
             children: Vec::new(),
         };
-        let [relay, nginx, haproxy, haproxy_http2] = free_addresses()?;
+        let [relay, nginx, haproxy, haproxy_http2] = free_addresses();
         let application = stage.upstream.address;
         let child = start_relay(core, directory, relay, application)?;
         stage.add("relay", relay, Some(relay), child).await?;
