@@ -2,6 +2,7 @@
 //! a place among others, and the time for a head. Each service bounds what it reads by itself.
 
 use std::{
+    future,
     net::SocketAddr,
     sync::{
         Arc,
@@ -23,14 +24,19 @@ use hyper_util::{
 };
 use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
 };
 
 use crate::{access::Access, ingest::drained, metrics::Metrics};
 
-/// How long a head may take, and how long a connection may be silent between two requests.
+/// How long the first head of a connection may take.
 pub(crate) const HEAD_WITHIN: Duration = Duration::from_secs(10);
+
+/// A connection on which no request has come for so long is closed. Clients of Go close theirs after 90 s; if the server
+/// were first, a poll could be sent into the close, and a POST is not sent again.
+pub(crate) const IDLE: Duration = Duration::from_secs(120);
 
 /// Connections of tools and people at a time; another one is closed.
 const MAX_CONNECTIONS: u32 = 4_096;
@@ -146,6 +152,10 @@ pub(crate) async fn api(
             let (router, metrics, draining) = (router.clone(), Arc::clone(&metrics), draining.clone());
             let held = access.connection(peer.ip());
             async move {
+                // What is sent and never taken holds its place no longer than that.
+                if let Err(error) = set_tcp_user_timeout(&stream, TAKEN_WITHIN_MS) {
+                    tracing::debug!(%error, "a connection has no limit for what is not taken");
+                }
                 match held {
                     Some(_held) => connection(stream, peer, router, metrics, draining).await,
                     None => metrics.connection_closed("caller"),
@@ -158,16 +168,12 @@ pub(crate) async fn api(
 
 /// Answers one connection until either side ends it.
 async fn connection(
-    stream: TcpStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     peer: SocketAddr,
     router: Router,
     metrics: Arc<Metrics>,
     mut draining: watch::Receiver<bool>,
 ) {
-    // What is sent and never taken holds its place no longer than that.
-    if let Err(error) = set_tcp_user_timeout(&stream, TAKEN_WITHIN_MS) {
-        tracing::debug!(%error, "a connection has no limit for what is not taken");
-    }
     let router = TowerToHyperService::new(router);
     let has_asked = Arc::new(AtomicBool::new(false));
     let asks = Arc::clone(&has_asked);
@@ -177,22 +183,84 @@ async fn connection(
         router.call(request)
     });
     let mut protocol = http1::Builder::new();
-    protocol.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN);
+    // It counts from the end of the answer before.
+    protocol.timer(TokioTimer::new()).header_read_timeout(IDLE);
     let connection = protocol.serve_connection(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => Some(ended),
-        () = drained(&mut draining) => None,
-    };
-    let ended = match ended {
-        Some(ended) => ended,
-        None => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let silent = async {
+        tokio::time::sleep(HEAD_WITHIN).await;
+        if has_asked.load(Ordering::Relaxed) {
+            future::pending::<()>().await;
         }
     };
-    // Why else it ended is of no use here: most are closed by the other side, or were idle between two requests.
-    if !has_asked.load(Ordering::Relaxed) && ended.is_err_and(|error| error.is_timeout()) {
-        metrics.connection_closed("silent");
+    tokio::pin!(connection, silent);
+    tokio::select! {
+        // Why it ended is of no use here: most are closed by the other side, or were idle.
+        _ = connection.as_mut() => return,
+        () = silent => return metrics.connection_closed("silent"),
+        () = drained(&mut draining) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    drop(connection.await);
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex},
+        task::JoinHandle,
+        time::{Instant, sleep},
+    };
+
+    use super::*;
+
+    /// A connection to a server that goes on for as long as `draining`.
+    fn connected(draining: watch::Receiver<bool>) -> (DuplexStream, JoinHandle<()>, Arc<Metrics>) {
+        let (client, server) = duplex(4_096);
+        let metrics = Arc::new(Metrics::new());
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        let router = Router::new().route("/", get(|| async { "here" }));
+        let serving = connection(server, peer, router, Arc::clone(&metrics), draining);
+        (client, tokio::spawn(serving), metrics)
+    }
+
+    async fn ask(client: &mut DuplexStream) -> String {
+        client
+            .write_all(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+            .await
+            .unwrap();
+        let mut answer = vec![0; 4_096];
+        let read = client.read(&mut answer).await.unwrap();
+        String::from_utf8_lossy(&answer[..read]).into_owned()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_has_asked_is_kept_for_longer_than_clients_keep_theirs() {
+        let (_goes_on, draining) = watch::channel(false);
+        let (mut client, serving, _) = connected(draining);
+        for _ in 0..3 {
+            assert!(ask(&mut client).await.ends_with("here"));
+            sleep(Duration::from_secs(91)).await;
+            assert!(!serving.is_finished());
+        }
+        assert!(ask(&mut client).await.ends_with("here"));
+        let answered = Instant::now();
+        serving.await.unwrap();
+        assert_eq!(answered.elapsed().as_secs(), IDLE.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_never_asks_is_closed_soon_and_counted() {
+        let (_goes_on, draining) = watch::channel(false);
+        let (mut client, serving, metrics) = connected(draining);
+        client.write_all(b"GET / HTTP/1.1\r\nhost: ").await.unwrap();
+        let begun = Instant::now();
+        serving.await.unwrap();
+        assert_eq!(begun.elapsed().as_secs(), HEAD_WITHIN.as_secs());
+        let text = metrics.render().unwrap();
+        assert!(
+            text.contains("coalmine_connections_closed_total{reason=\"silent\"} 1"),
+            "{text}"
+        );
     }
 }

@@ -41,7 +41,7 @@ use super::{
     certificate::{Certificate, Files},
 };
 use crate::{
-    connections::{HEAD_WITHIN, Places, accept},
+    connections::{HEAD_WITHIN, IDLE, Places, accept},
     ingest::drained,
     metrics::Metrics,
 };
@@ -73,9 +73,6 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// How often the other side of HTTP/2 must give a sign, and how long it may take for it.
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_WITHIN: Duration = Duration::from_secs(10);
-
-/// A connection that has asked nothing for so long is closed; API servers close theirs after 90 s.
-const IDLE: Duration = Duration::from_secs(120);
 
 /// How long a connection that is to be closed may take for its last answers.
 const CLOSE_WITHIN: Duration = Duration::from_secs(10);
@@ -204,10 +201,7 @@ async fn connection(
 
 fn protocol(is_http2: bool) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_WITHIN);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE);
     builder
         .http2()
         .timer(TokioTimer::new())

@@ -172,8 +172,11 @@ fn run(plan: Plan, http: SocketAddr, admin: SocketAddr, log: &Path) -> anyhow::R
     let before = records(log)?.len();
     for _ in 0..plan.rounds {
         for lane in &mut lanes {
-            lane.rates.push(lane.client.flat_out(plan.slice)?);
-            lane.took_us.extend(lane.client.paced(RATE, plan.slice)?);
+            let went_wrong = || format!("{} is not answered any more", lane.name);
+            let rate = lane.client.flat_out(plan.slice).with_context(went_wrong)?;
+            lane.rates.push(rate);
+            let took_us = lane.client.paced(RATE, plan.slice).with_context(went_wrong)?;
+            lane.took_us.extend(took_us);
         }
     }
     for lane in &mut lanes {
