@@ -32,7 +32,10 @@ use coalmine_proto::{
     v1::{Config, TenantLimit},
 };
 use futures_util::{Stream, stream};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::{
+    runtime,
+    sync::{Notify, mpsc, oneshot, watch},
+};
 
 use self::{
     kept::{Handle, Kept},
@@ -93,6 +96,8 @@ struct Inner {
     kept: RwLock<Kept>,
     /// Starting is done one at a time.
     starting: tokio::sync::Mutex<()>,
+    /// Where owners run, whoever starts a rollout.
+    runtime: runtime::Handle,
 }
 
 /// What every owner needs.
@@ -124,6 +129,7 @@ impl Rollouts {
             shared,
             kept: RwLock::default(),
             starting: tokio::sync::Mutex::default(),
+            runtime: runtime::Handle::current(),
         }));
         let mut rollouts = logbook.rollouts;
         for id in logbook.order {
@@ -170,7 +176,7 @@ impl Rollouts {
         self.act_on(&start, &publish, actuations);
         let (this, shared, shown) = (self.clone(), self.0.shared.clone(), Arc::clone(&publish));
         // The last decision is known; that it takes a while until the judge knows as much keeps nobody waiting.
-        watch_over(start.rollout.clone(), publish, async move {
+        self.watch_over(start.rollout.clone(), publish, async move {
             let again = tokio::task::spawn_blocking(move || this.judge_again(&start));
             match again.await {
                 Ok(Ok(judged)) => {
@@ -226,17 +232,34 @@ impl Rollouts {
         let (commands, inbox) = mpsc::channel(8);
         let publish = self.keep(start, Some(commands), (*owner.view()).clone());
         self.act_on(start, &publish, Vec::new());
-        watch_over(
+        self.watch_over(
             start.rollout.clone(),
             Arc::clone(&publish),
             owner.run(inbox, publish),
         );
     }
 
+    /// Runs what owns a rollout. A verdict that nobody stands behind any more must not stay up.
+    fn watch_over(
+        &self,
+        rollout: String,
+        publish: Arc<watch::Sender<Arc<View>>>,
+        owner: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let running = self.0.runtime.spawn(owner);
+        self.0.runtime.spawn(async move {
+            if running.await.is_err_and(|error| error.is_panic()) {
+                tracing::error!(rollout, "the rollout's owner has failed");
+                give_up(&publish, "its owner has failed");
+            }
+        });
+    }
+
     /// Has done outside what is shown of a rollout. `done` is what the log has of that.
     fn act_on(&self, start: &RolloutStart, publish: &watch::Sender<Arc<View>>, done: Vec<Actuation>) {
         let effects = self.0.shared.effects.clone();
-        tokio::spawn(effects.follow(start.clone(), publish.subscribe(), done));
+        let following = effects.follow(start.clone(), publish.subscribe(), done);
+        self.0.runtime.spawn(following);
     }
 
     /// Keeps a rollout; one without commands has no owner.
@@ -540,21 +563,6 @@ async fn ask(handle: &Handle, command: impl FnOnce(Reply) -> Command) -> Option<
     let (reply, answer) = oneshot::channel();
     handle.commands.as_ref()?.send(command(reply)).await.ok()?;
     answer.await.ok()
-}
-
-/// Runs what owns a rollout. A verdict that nobody stands behind any more must not stay up.
-fn watch_over(
-    rollout: String,
-    publish: Arc<watch::Sender<Arc<View>>>,
-    owner: impl Future<Output = ()> + Send + 'static,
-) {
-    let running = tokio::spawn(owner);
-    tokio::spawn(async move {
-        if running.await.is_err_and(|error| error.is_panic()) {
-            tracing::error!(rollout, "the rollout's owner has failed");
-            give_up(&publish, "its owner has failed");
-        }
-    });
 }
 
 /// Shows that a rollout cannot go on.

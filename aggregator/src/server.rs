@@ -10,12 +10,14 @@ use std::{
     time::Duration,
 };
 
+use axum::Router;
 use clap::{Args, Parser, Subcommand};
 use coalmine_judge::{history::History, note, policy::Policy, record::Record};
 use coalmine_proto::v1::telemetry_server::TelemetryServer;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, TcpSocket},
+    runtime::Handle,
     sync::watch,
 };
 use tokio_stream::wrappers::TcpListenerStream;
@@ -375,8 +377,13 @@ fn read_policies(paths: &[PathBuf]) -> Result<BTreeMap<String, Policy>, StartErr
     Ok(policies)
 }
 
-/// Runs until `stop` resolves, which it may while the start is still under way.
-pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), StartError> {
+/// Runs until `stop` resolves, which it may while the start is still under way. Tools and people are answered on a
+/// runtime of its own, so that nobody waits behind ten thousand tenants that are counted or judged.
+pub async fn serve(
+    settings: Settings,
+    answering: Handle,
+    stop: impl Future<Output = ()>,
+) -> Result<(), StartError> {
     tokio::pin!(stop);
     let started = tokio::select! {
         started = start(&settings) => started?,
@@ -385,7 +392,7 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
             return Ok(());
         }
     };
-    serve_until(started, settings.kubernetes, stop).await
+    serve_until(started, settings.kubernetes, answering, stop).await
 }
 
 /// All that is ready before anybody is answered.
@@ -597,6 +604,7 @@ impl From<DatabaseError> for StartError {
 async fn serve_until(
     started: Started,
     settings: kubernetes::Settings,
+    answering: Handle,
     stop: impl Future<Output = ()>,
 ) -> Result<(), StartError> {
     let Started {
@@ -610,7 +618,7 @@ async fn serve_until(
     let beside = kubernetes::run(settings, cluster, webhook, faces.clone(), drain.subscribe());
     let mut beside = tokio::spawn(beside);
     let result = tokio::select! {
-        result = listen(listeners, faces, drain, stop) => result,
+        result = listen(listeners, faces, drain, &answering, stop) => result,
         Err(error) = &mut beside => {
             return Err(StartError::Failed(format!("what a cluster is needed for has failed: {error}")));
         }
@@ -627,6 +635,7 @@ async fn listen(
     listeners: Listeners,
     faces: Faces,
     drain: watch::Sender<bool>,
+    answering: &Handle,
     stop: impl Future<Output = ()>,
 ) -> Result<(), StartError> {
     let stopping = || {
@@ -636,11 +645,24 @@ async fn listen(
             drop(draining.wait_for(|draining| *draining).await);
         }
     };
-    let open = |port: Port| {
-        port.open()
-            .map_err(|error| StartError::Failed(format!("cannot listen: {error}")))
+    let failed = |error: io::Error| StartError::Failed(format!("cannot listen: {error}"));
+    let grpc_port = listeners.grpc.open().map_err(failed)?;
+    let answer = |listener: TcpListener, router: Router| -> io::Result<_> {
+        // Whoever waits for connections has to be that runtime, too.
+        let _entered = answering.enter();
+        let listener = TcpListener::from_std(listener.into_std()?)?;
+        let (metrics, access) = (Arc::clone(&faces.metrics), Arc::clone(&faces.access));
+        Ok(answering.spawn(connections::api(
+            listener,
+            router,
+            metrics,
+            access,
+            drain.subscribe(),
+        )))
     };
-    let (grpc_port, http_port) = (open(listeners.grpc)?, open(listeners.http)?);
+    let http_port = listeners.http.open().map_err(failed)?;
+    let http = answer(http_port, faces::api(faces.clone())).map_err(failed)?;
+    let admin = answer(listeners.admin, faces::admin(faces.clone())).map_err(failed)?;
     let telemetry = TelemetryServer::new(faces.ingest.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let grpc = tonic::transport::Server::builder()
         .tcp_nodelay(true)
@@ -650,23 +672,11 @@ async fn listen(
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(telemetry)
         .serve_with_incoming_shutdown(TcpListenerStream::new(grpc_port), stopping());
-    let http = connections::api(
-        http_port,
-        faces::api(faces.clone()),
-        Arc::clone(&faces.metrics),
-        Arc::clone(&faces.access),
-        drain.subscribe(),
-    );
-    let admin = connections::api(
-        listeners.admin,
-        faces::admin(faces.clone()),
-        Arc::clone(&faces.metrics),
-        Arc::clone(&faces.access),
-        drain.subscribe(),
-    );
     let servers = async {
-        let (grpc, (), ()) = tokio::join!(grpc, http, admin);
-        grpc.map_err(|error| StartError::Failed(error.to_string()))
+        let (grpc, http, admin) = tokio::join!(grpc, http, admin);
+        grpc.map_err(|error| StartError::Failed(error.to_string()))?;
+        http.and(admin)
+            .map_err(|error| StartError::Failed(format!("what answers has failed: {error}")))
     };
     tokio::pin!(servers, stop);
     let mut evict = tokio::time::interval(TIDY_EVERY);

@@ -7,10 +7,15 @@ use coalmine_aggregator::{
     ledger,
     server::{Action, Command, LogForm, StartError, migrate, serve, stop_signal},
 };
+use rustix::process::setpriority_process;
+use tokio::runtime::Builder;
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// The priority of all that is not an answer, setpriority(2).
+const NICE: i32 = 10;
 
 /// Exit code of a wrong command line or policy.
 const USAGE: u8 = 64;
@@ -68,15 +73,32 @@ fn run(action: Action) -> Result<(), StartError> {
         }
         Action::Serve(_) | Action::Migrate(_) => {}
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| failed(&format_args!("cannot start: {error}")))?;
+    let runtime = |name: &str| {
+        let runtime = Builder::new_multi_thread().thread_name(name).enable_all().build();
+        runtime.map_err(|error| failed(&format_args!("cannot start: {error}")))
+    };
+    let answering = runtime("answering")?;
+    give_way();
+    let runtime = runtime("working")?;
     let result = match action {
-        Action::Serve(settings) => runtime.block_on(async { serve(*settings, stop_signal()).await }),
+        Action::Serve(settings) => {
+            let answering = answering.handle().clone();
+            runtime.block_on(async { serve(*settings, answering, stop_signal()).await })
+        }
         Action::Migrate(database) => runtime.block_on(migrate(&database)),
         Action::RotateKey { .. } | Action::NewLog { .. } => Ok(()),
     };
     runtime.shutdown_background();
+    answering.shutdown_background();
     result
+}
+
+/// Lowers the priority of this thread and of those that it starts from now on: whoever asks is answered first, and what
+/// is counted and judged still gets a tenth of a core that is never free.
+fn give_way() {
+    if let Err(error) = setpriority_process(None, NICE) {
+        tracing::debug!(%error, "judging has the priority of answering");
+    }
 }
 
 fn log(form: LogForm) {

@@ -2,8 +2,9 @@
 //!
 //! A real aggregator process is pinned to one core; two agents made by hand send it a window of all tenants each second,
 //! from a thread of this process. One keep-alive connection asks each face: as fast as answers come, and at a constant
-//! rate whether they come or not, where each latency counts from when the poll should have been sent. The floor is
-//! `/livez` on the admin port: the same server and client, and no verdict. That polls write nothing is looked up in the
+//! rate whether they come or not, where each latency counts from when the poll should have been sent, unless only this
+//! process was late. The floor is `/livez` on the admin port: the same server and client, and no verdict; asked before
+//! anything is judged it shows what the machine itself does to latencies. That polls write nothing is looked up in the
 //! decision log.
 
 use std::{
@@ -106,14 +107,19 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
     fs::create_dir(&directory)?;
     let [grpc, http, admin] = free_addresses();
     let _aggregator = start(plan.cores.proxy, &directory, [grpc, http, admin]).await?;
-    let agents = Agents::start(grpc);
     let log = directory.join("data/decisions.jsonl");
-    let asked = spawn_blocking(move || run(plan, http, admin, &log));
+    let asked = spawn_blocking(move || {
+        let quiet = quiet(plan, admin)?;
+        let _agents = Agents::start(grpc);
+        let mut lanes = vec![quiet];
+        lanes.extend(run(plan, http, admin, &log)?);
+        anyhow::Ok(lanes)
+    });
     let lanes = asked.await??;
-    drop(agents);
     report.note(&format!(
         "The aggregator on core {}, one connection of HTTP/1.1 for each face; {} rounds of {} ms, as fast as answers come \
-         and at {RATE}/s.\nOpen loop: each latency from when the poll should have been sent. No poll wrote a record.",
+         and at {RATE}/s.\nOpen loop: each latency from when the poll should have been sent, but for what this process was late by itself. No \
+         poll wrote a record.",
         plan.cores.proxy,
         plan.rounds,
         plan.slice.as_millis(),
@@ -143,6 +149,25 @@ async fn start(core: usize, directory: &Path, listen: [SocketAddr; 3]) -> anyhow
     Ok(child)
 }
 
+/// Asks for the floor before anything is counted or judged: what the machine itself does to latencies. It blocks the
+/// thread.
+fn quiet(plan: Plan, admin: SocketAddr) -> anyhow::Result<Lane> {
+    let mut lane = Lane::new(floor("/livez, nothing judged", admin))?;
+    for _ in 0..plan.rounds {
+        lane.round(plan.slice)?;
+    }
+    lane.took_us.sort_by(f64::total_cmp);
+    Ok(lane)
+}
+
+fn floor(name: &'static str, admin: SocketAddr) -> Poll {
+    Poll {
+        name,
+        target: admin,
+        request: request("GET", "/livez", ""),
+    }
+}
+
 /// Asks all faces, in turns. It blocks the thread.
 fn run(plan: Plan, http: SocketAddr, admin: SocketAddr, log: &Path) -> anyhow::Result<Vec<Lane>> {
     let rollout = json!({
@@ -160,23 +185,11 @@ fn run(plan: Plan, http: SocketAddr, admin: SocketAddr, log: &Path) -> anyhow::R
     wait_until_judged(http, id)?;
 
     let polls = polls(http, admin, id, execution);
-    let mut lanes = Vec::with_capacity(polls.len());
-    for poll in polls {
-        lanes.push(Lane {
-            name: poll.name,
-            client: Client::connect(poll)?,
-            rates: Vec::new(),
-            took_us: Vec::new(),
-        });
-    }
+    let mut lanes = polls.into_iter().map(Lane::new).collect::<Result<Vec<_>, _>>()?;
     let before = records(log)?.len();
     for _ in 0..plan.rounds {
         for lane in &mut lanes {
-            let went_wrong = || format!("{} is not answered any more", lane.name);
-            let rate = lane.client.flat_out(plan.slice).with_context(went_wrong)?;
-            lane.rates.push(rate);
-            let took_us = lane.client.paced(RATE, plan.slice).with_context(went_wrong)?;
-            lane.took_us.extend(took_us);
+            lane.round(plan.slice)?;
         }
     }
     for lane in &mut lanes {
@@ -203,11 +216,7 @@ fn polls(http: SocketAddr, admin: SocketAddr, rollout: &str, execution: &str) ->
         request: request("GET", path, ""),
     };
     [
-        Poll {
-            name: "floor: /livez",
-            target: admin,
-            request: request("GET", "/livez", ""),
-        },
+        floor("/livez", admin),
         poll("gate of a rollout", &format!("/v1/rollouts/{rollout}/gate")),
         poll("gate of a service", &format!("/v1/gate?service={SERVICE}")),
         Poll {
@@ -288,7 +297,7 @@ fn print(lanes: &[Lane], report: &mut Report) {
             format!("{p99:.0}"),
             format!("{:.2}", p99 / floor.quantile_us(0.99).max(1.0)),
         ];
-        if number > 0 {
+        if number > 1 {
             let what = format!("poll of {}, p99 at {RATE}/s, us", lane.name);
             row.extend(report.held(&what, p99, Budget::AtMost(BUDGET_US), 0));
         }
@@ -300,6 +309,25 @@ fn print(lanes: &[Lane], report: &mut Report) {
 // === impl Lane ===
 
 impl Lane {
+    fn new(poll: Poll) -> anyhow::Result<Self> {
+        Ok(Self {
+            name: poll.name,
+            client: Client::connect(poll)?,
+            rates: Vec::new(),
+            took_us: Vec::new(),
+        })
+    }
+
+    /// Polls as fast as answers come, and then at the constant rate.
+    fn round(&mut self, length: Duration) -> anyhow::Result<()> {
+        let went_wrong = || format!("{} is not answered any more", self.name);
+        self.rates
+            .push(self.client.flat_out(length).with_context(went_wrong)?);
+        self.took_us
+            .extend(self.client.paced(RATE, length).with_context(went_wrong)?);
+        Ok(())
+    }
+
     /// The latency that this share of the polls does not exceed.
     fn quantile_us(&self, share: f64) -> f64 {
         let rank = (self.took_us.len() as f64 * share).ceil() as usize;
@@ -343,12 +371,18 @@ impl Client {
         let apart = Duration::from_secs(1) / rate;
         let count = ((length.as_secs_f64() * f64::from(rate)) as u32).max(1);
         let mut took_us = Vec::with_capacity(count as usize);
-        let begun = Instant::now();
-        for number in 0..count {
-            let due = begun + apart * number;
+        let mut due = Instant::now();
+        let mut answered = due;
+        for _ in 0..count {
             thread::sleep(due.saturating_duration_since(Instant::now()));
+            if answered <= due {
+                // Nothing was waited for but this thread itself: what it is late puts the schedule off.
+                due = Instant::now();
+            }
             self.ask()?;
-            took_us.push(due.elapsed().as_secs_f64() * 1e6);
+            answered = Instant::now();
+            took_us.push((answered - due).as_secs_f64() * 1e6);
+            due += apart;
         }
         set_current_timer_slack(None)?;
         Ok(took_us)
