@@ -13,6 +13,7 @@ use std::{
     collections::BTreeSet,
     fmt::Display,
     net::SocketAddr,
+    panic::resume_unwind,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -23,7 +24,7 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tokio::{net::TcpSocket, sync::watch};
+use tokio::{net::TcpSocket, runtime::Handle, sync::watch};
 
 use crate::{
     book::{Roster, locked},
@@ -286,11 +287,12 @@ impl Cluster {
     }
 }
 
-/// Does what a cluster is needed for, until the server stops.
+/// Does what a cluster is needed for, until the server stops. The webhook answers on `answering`.
 pub(crate) async fn run(
     settings: Settings,
     cluster: Option<Cluster>,
     socket: Option<TcpSocket>,
+    answering: Handle,
     faces: Faces,
     draining: watch::Receiver<bool>,
 ) {
@@ -309,6 +311,7 @@ pub(crate) async fn run(
                 settings.clone(),
                 cluster.clone(),
                 socket,
+                &answering,
                 metrics,
                 draining.clone(),
             )
@@ -378,6 +381,7 @@ async fn webhook(
     settings: Settings,
     cluster: Option<Cluster>,
     socket: TcpSocket,
+    answering: &Handle,
     metrics: Arc<Metrics>,
     draining: watch::Receiver<bool>,
 ) {
@@ -391,7 +395,12 @@ async fn webhook(
     let Some(injection) = settings.injection(native_sidecar) else {
         return;
     };
-    let listener = match socket.listen(BACKLOG) {
+    let listener = {
+        // Whoever waits for connections has to be that runtime, too.
+        let _entered = answering.enter();
+        socket.listen(BACKLOG)
+    };
+    let listener = match listener {
         Ok(listener) => listener,
         Err(error) => {
             tracing::error!(%error, "the webhook cannot listen, so no pod gets an agent");
@@ -399,13 +408,13 @@ async fn webhook(
         }
     };
     let certificate = Certificate::new();
-    let served = inject::server::serve(
+    let served = answering.spawn(inject::server::serve(
         listener,
         injection,
         Arc::clone(&certificate),
         Arc::clone(&metrics),
         draining,
-    );
+    ));
     let kept = async {
         match (
             settings.webhook_certificate,
@@ -430,7 +439,9 @@ async fn webhook(
         }
     };
     tokio::select! {
-        () = served => {}
+        served = served => if let Err(error) = served && error.is_panic() {
+            resume_unwind(error.into_panic());
+        },
         () = kept => {}
     }
 }

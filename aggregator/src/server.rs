@@ -615,7 +615,14 @@ async fn serve_until(
         cluster,
     } = started;
     let webhook = listeners.webhook.take();
-    let beside = kubernetes::run(settings, cluster, webhook, faces.clone(), drain.subscribe());
+    let beside = kubernetes::run(
+        settings,
+        cluster,
+        webhook,
+        answering.clone(),
+        faces.clone(),
+        drain.subscribe(),
+    );
     let mut beside = tokio::spawn(beside);
     let result = tokio::select! {
         result = listen(listeners, faces, drain, &answering, stop) => result,
