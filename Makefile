@@ -43,8 +43,8 @@ fuzz: deps ## Feed every parser with mutated input; SECONDS=60 for longer than 2
 	@tests/fuzz/run.sh $(SECONDS)
 	@tests/fuzz/openapi.sh
 
-image: ## Build both container images and run each
-	@deploy/image.sh
+image: ## Build both container images and run each; TWICE=1 shows that two builds are the same
+	@deploy/image.sh $(if $(TWICE),--twice)
 
 .PHONY: deps
 deps:

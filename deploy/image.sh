@@ -4,6 +4,9 @@
 # once, fails if one has grown over its limit, and writes what each binary is made of to
 # target/sbom (CycloneDX). Needs no container daemon.
 #
+# With --twice it builds both from nothing, two times, in two places and in another order, says whether the digests are the
+# same, and leaves nothing behind. Takes as long as four builds without a cache, and some GB in /var/tmp.
+#
 # Where the base image of the Dockerfiles can be neither found nor pulled, an equal one is made
 # from Debian packages and the Rust toolchain of this machine, and tagged with the same name.
 
@@ -22,13 +25,14 @@ tag=${base##*:}
 readonly base rust_version=${tag%%-*} suite=${tag#*-}
 
 work=$(mktemp -d)
+rounds=
 containers=()
 
 clean_up() {
     if ((${#containers[@]})); then
         buildah rm "${containers[@]}" >/dev/null || true
     fi
-    rm -rf "$work"
+    rm -rf "$work" ${rounds:+"$rounds"}
 }
 trap clean_up EXIT
 
@@ -135,11 +139,14 @@ build_base() {
     buildah commit --quiet "$container" "$base" >/dev/null
 }
 
-# build NAME: builds Dockerfile.NAME.
+# build NAME TAG CONTEXT [OPTION...]: builds Dockerfile.NAME of a context. What is in the image depends on the source and
+# on the base image: no time is in it, and no version of buildah.
 build() {
-    say "building localhost/coalmine-$1:dev"
-    buildah build --isolation chroot --layers --pull-never --timestamp 0 \
-        --file "Dockerfile.$1" --tag "localhost/coalmine-$1:dev" .
+    local name=$1 tag=$2 context=$3
+    shift 3
+    say "building $tag"
+    buildah build --isolation chroot --layers --pull-never --format oci --timestamp 0 --identity-label=false \
+        --file "$context/Dockerfile.$name" --tag "$tag" "$@" "$context"
 }
 
 # smoke IMAGE BINARY...: each binary starts on the image's empty root, as the image's user.
@@ -177,26 +184,90 @@ sbom() {
     say "$file: $(grep -c '"bom-ref"' "$file") packages"
 }
 
-# digest IMAGE: the same source on the same base image gives the same one, since all times in it are 0.
+# digest IMAGE: prints it. The same source on the same base image gives the same one.
 digest() {
-    say "$1: $(buildah images --no-trunc --format '{{.Digest}}' "$1")"
+    buildah images --no-trunc --format '{{.Digest}}' "$1"
 }
 
-main() {
-    [[ $(uname -m) == x86_64 ]] || die "the images are built on x86_64 only, and this is $(uname -m)"
-    need buildah python3
+# Prints the images that there are, each once.
+all_images() {
+    buildah images --all --quiet | sort -u
+}
+
+# Removes all images that are not in a file. One goes only after those that were made of it.
+remove_others() {
+    local left count=0
+    while left=$(comm -13 "$1" <(all_images)) && [[ -n $left ]] && (($(wc -l <<<"$left") != count)); do
+        count=$(wc -l <<<"$left")
+        xargs buildah rmi --force <<<"$left" >/dev/null 2>&1 || true
+    done
+}
+
+# round NUMBER CONTEXT SOURCE_DIR TARGET_DIR NAME...: builds from the copy of the source, without anything of an earlier build.
+# Below TMPDIR buildah keeps what the build mounts as a cache.
+round() {
+    local number=$1 context=$2 source=$3 target=$4 cache=$rounds/cache-$1 name
+    shift 4
+    mkdir -p "$context" "$cache"
+    (umask 027 && tar --no-same-permissions -xf "$rounds/source.tar" -C "$context")
+    for name in "$@"; do
+        TMPDIR=$cache build "$name" "localhost/coalmine-$name:twice-$number" "$context" --no-cache \
+            --build-arg "SOURCE_DIR=$source" --build-arg "TARGET_DIR=$target"
+    done
+    compgen -G "$cache/buildah-cache*" >/dev/null ||
+        die "buildah keeps its cache elsewhere than in $cache, so the builds may have shared it and prove nothing"
+    rm -rf "$context" "$cache"
+}
+
+# Builds twice and compares.
+twice() {
+    rounds=$(mktemp -d -p /var/tmp coalmine-twice.XXXXXX)
+    all_images >"$rounds/before"
+    tar --exclude=./target --exclude=./.git -cf "$rounds/source.tar" .
+    round 1 "$rounds/one" /src /target agent aggregator
+    round 2 "$rounds/some/other/place" /home/builder/coalmine /target/elsewhere aggregator agent
+
+    local name first second other=()
+    for name in agent aggregator; do
+        first=$(digest "localhost/coalmine-$name:twice-1")
+        second=$(digest "localhost/coalmine-$name:twice-2")
+        say "coalmine-$name: $first"
+        [[ -n $first && $first == "$second" ]] || {
+            say "coalmine-$name: $second, the second time"
+            other+=("localhost/coalmine-$name:twice-1" "localhost/coalmine-$name:twice-2")
+        }
+    done
+    ((${#other[@]} == 0)) || die "two builds of one source differ; they are left to be looked at: ${other[*]}"
+    remove_others "$rounds/before"
+    say "two builds of one source are the same"
+}
+
+# The images that are used.
+images() {
     command -v cargo >/dev/null || die "cargo is missing, which says what the binaries are made of"
-    have_base || pull_base || build_base
-    build agent
-    build aggregator
+    build agent localhost/coalmine-agent:dev .
+    build aggregator localhost/coalmine-aggregator:dev .
     smoke localhost/coalmine-agent:dev coalmine-agent
     smoke localhost/coalmine-aggregator:dev coalmine-aggregator coalmine
     check_size localhost/coalmine-agent:dev "$AGENT_LIMIT_MB"
     check_size localhost/coalmine-aggregator:dev "$AGGREGATOR_LIMIT_MB"
-    digest localhost/coalmine-agent:dev
-    digest localhost/coalmine-aggregator:dev
+    say "localhost/coalmine-agent:dev: $(digest localhost/coalmine-agent:dev)"
+    say "localhost/coalmine-aggregator:dev: $(digest localhost/coalmine-aggregator:dev)"
     sbom agent
     sbom aggregator
+}
+
+main() {
+    local what=images
+    case ${1:-} in
+    '') ;;
+    --twice) what=twice ;;
+    *) die "$1 is no option; there is --twice" ;;
+    esac
+    [[ $(uname -m) == x86_64 ]] || die "the images are built on x86_64 only, and this is $(uname -m)"
+    need buildah python3
+    have_base || pull_base || build_base
+    "$what"
 }
 
 main "$@"
