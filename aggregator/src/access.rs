@@ -279,7 +279,12 @@ impl Access {
         match parsed {
             Ok(known) => {
                 tracing::info!(file = %path.display(), tokens = known.len(), "the tokens were read again");
-                *self.tokens.write().unwrap_or_else(PoisonError::into_inner) = known;
+                let before = std::mem::replace(
+                    &mut *self.tokens.write().unwrap_or_else(PoisonError::into_inner),
+                    known,
+                );
+                // Whoever asks does not wait for that.
+                drop(before);
             }
             Err(unusable) => {
                 tracing::warn!(problem = unusable.problem, "the tokens stay as they were");

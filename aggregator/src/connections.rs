@@ -194,6 +194,8 @@ async fn connection(
     };
     tokio::pin!(connection, silent);
     tokio::select! {
+        // What has come is looked at before it is called late.
+        biased;
         // Why it ended is of no use here: most are closed by the other side, or were idle.
         _ = connection.as_mut() => return,
         () = silent => return metrics.connection_closed("silent"),

@@ -13,15 +13,22 @@ mod problem;
 mod prometheus;
 mod recorded;
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use axum::{Router, extract::DefaultBodyLimit, http::StatusCode, middleware};
-use tokio::sync::watch;
+use tokio::{sync::watch, task::block_in_place};
 use utoipa_axum::router::OpenApiRouter;
 
 pub use self::{admin::admin, flagger::Attempts};
 use self::{admit::admit, problem::Problem};
-use crate::{access::Access, ingest::Ingest, ledger::Ledger, metrics::Metrics, rollouts::Rollouts};
+use crate::{
+    access::Access,
+    book::{Book, locked},
+    ingest::Ingest,
+    ledger::Ledger,
+    metrics::Metrics,
+    rollouts::Rollouts,
+};
 
 /// Largest body of a request, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -43,6 +50,16 @@ pub struct Faces {
     pub flagger: Arc<Attempts>,
     /// Says when the server stops, so that what is endless ends.
     pub stopping: watch::Receiver<bool>,
+}
+
+impl Faces {
+    /// The book. Whoever waits for it, as for ten thousand tenants that are counted, keeps nobody else from being answered.
+    fn book(&self) -> MutexGuard<'_, Book> {
+        match self.ingest.book.try_lock() {
+            Ok(book) => book,
+            Err(_) => block_in_place(|| locked(&self.ingest.book)),
+        }
+    }
 }
 
 /// All that tools and people ask.

@@ -19,6 +19,7 @@ use tokio::{
     net::{TcpListener, TcpSocket},
     runtime::Handle,
     sync::watch,
+    task::JoinHandle,
 };
 use tokio_stream::wrappers::TcpListenerStream;
 
@@ -680,10 +681,12 @@ async fn listen(
         .add_service(telemetry)
         .serve_with_incoming_shutdown(TcpListenerStream::new(grpc_port), stopping());
     let servers = async {
-        let (grpc, http, admin) = tokio::join!(grpc, http, admin);
-        grpc.map_err(|error| StartError::Failed(error.to_string()))?;
-        http.and(admin)
-            .map_err(|error| StartError::Failed(format!("what answers has failed: {error}")))
+        let grpc = async { grpc.await.map_err(|error| StartError::Failed(error.to_string())) };
+        let answered = async |face: JoinHandle<()>| {
+            let failed = |error| StartError::Failed(format!("what answers has failed: {error}"));
+            face.await.map_err(failed)
+        };
+        tokio::try_join!(grpc, answered(http), answered(admin)).map(|_| ())
     };
     tokio::pin!(servers, stop);
     let mut evict = tokio::time::interval(TIDY_EVERY);

@@ -177,6 +177,11 @@ impl Aggregator {
 
     /// The number of one of its threads, by name; none while there is no such thread.
     pub fn thread(&self, name: &str) -> Option<u32> {
+        self.threads(name).first().copied()
+    }
+
+    /// The numbers of its threads of a name.
+    pub fn threads(&self, name: &str) -> Vec<u32> {
         let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse::<u32>().ok();
         let is_ours = |pid: &u32| {
             let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -186,16 +191,23 @@ impl Aggregator {
                 .is_some_and(|word| word.ends_with(AGGREGATOR.as_bytes()));
             runs && words.any(|word| word == self.data.as_os_str().as_encoded_bytes())
         };
-        let pid = fs::read_dir("/proc")
-            .ok()?
-            .flatten()
-            .filter_map(number)
-            .find(is_ours)?;
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
-        threads.flatten().filter_map(number).find(|thread| {
-            let found = fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"));
+        let is_called = |thread: &u32| {
+            let found = fs::read_to_string(format!("/proc/{thread}/comm"));
             found.is_ok_and(|found| found.trim_end() == name)
-        })
+        };
+        let numbers = |directory: String| {
+            fs::read_dir(directory)
+                .into_iter()
+                .flatten()
+                .flatten()
+                .filter_map(number)
+        };
+        numbers("/proc".to_owned())
+            .find(is_ours)
+            .into_iter()
+            .flat_map(|pid| numbers(format!("/proc/{pid}/task")))
+            .filter(is_called)
+            .collect()
     }
 
     /// GET of the API, as JSON.

@@ -7,15 +7,15 @@ use coalmine_aggregator::{
     ledger,
     server::{Action, Command, LogForm, StartError, migrate, serve, stop_signal},
 };
-use rustix::process::setpriority_process;
+use rustix::process::nice;
 use tokio::runtime::Builder;
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The priority of all that is not an answer, setpriority(2).
-const NICE: i32 = 10;
+/// By how much the priority of all that is not an answer is lower, nice(2).
+const BEHIND: i32 = 10;
 
 /// Exit code of a wrong command line or policy.
 const USAGE: u8 = 64;
@@ -88,16 +88,17 @@ fn run(action: Action) -> Result<(), StartError> {
         Action::Migrate(database) => runtime.block_on(migrate(&database)),
         Action::RotateKey { .. } | Action::NewLog { .. } => Ok(()),
     };
-    runtime.shutdown_background();
+    // What is still being answered may ask the other one.
     answering.shutdown_background();
+    runtime.shutdown_background();
     result
 }
 
 /// Lowers the priority of this thread and of those that it starts from now on: whoever asks is answered first, and what
 /// is counted and judged still gets a tenth of a core that is never free.
 fn give_way() {
-    if let Err(error) = setpriority_process(None, NICE) {
-        tracing::debug!(%error, "judging has the priority of answering");
+    if let Err(error) = nice(BEHIND) {
+        tracing::warn!(%error, "judging has the priority of answering");
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A port that the kernel chose is free only until it chooses it again, for anybody's connection, and a process that
 //! starts later, or for a second time, finds it taken. So these come from outside the range from which it chooses, and
-//! never twice in a process.
+//! none comes again before all others have.
 
 use std::{
     fs, io,

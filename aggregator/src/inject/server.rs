@@ -190,6 +190,9 @@ async fn connection(
             () = tokio::time::sleep(if before == 0 { HEAD_WITHIN } else { IDLE }) => {}
         }
         let now = asked.load(Ordering::Relaxed);
+        if now == 0 {
+            return;
+        }
         if now == before {
             break;
         }

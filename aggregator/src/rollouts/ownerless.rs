@@ -123,7 +123,7 @@ impl Rollouts {
             decision = change.id,
             "a person's decision is not on record yet"
         );
-        tokio::spawn(async move {
+        self.0.runtime.spawn(async move {
             let is_shown =
                 |handle: &Handle| handle.shown().decision_id.as_deref() == Some(change.id.as_str());
             let appended = loop {

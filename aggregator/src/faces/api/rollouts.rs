@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     access::{Caller, Scope},
-    book::{ArmContext, Comparison, locked},
+    book::{ArmContext, Comparison},
     clock,
     faces::{
         Faces,
@@ -117,7 +117,7 @@ fn actor(caller: &Caller, said: Option<String>) -> Option<String> {
 
 /// A hint where agents of the service are connected, but none of this version.
 fn missing_version(faces: &Faces, service: &str, version: &str) -> Vec<String> {
-    let book = locked(&faces.ingest.book);
+    let book = faces.book();
     if book.get(service).is_none() {
         return vec!["no agent of this service has connected yet".to_owned()];
     }
@@ -250,7 +250,7 @@ async fn actuations(faces: &Faces, rollout: &str) -> Option<Vec<Value>> {
 }
 
 fn agents(faces: &Faces, view: &View) -> Vec<AgentSeen> {
-    let book = locked(&faces.ingest.book);
+    let book = faces.book();
     let agents = book
         .get(&view.service)
         .into_iter()
@@ -272,7 +272,7 @@ fn arms(faces: &Faces, view: &View) -> ArmContexts {
         canary_version: view.canary_version.clone(),
         baseline_version: view.baseline_version.clone(),
     };
-    let [canary, baseline] = locked(&faces.ingest.book).contexts(&comparison, clock::now_ms());
+    let [canary, baseline] = faces.book().contexts(&comparison, clock::now_ms());
     ArmContexts { canary, baseline }
 }
 

@@ -11,7 +11,6 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::input::Named;
 use crate::{
     access::{Caller, Scope},
-    book::locked,
     faces::{Faces, problem::Problem},
 };
 
@@ -77,7 +76,7 @@ async fn show(
 
 /// The counts of a service; its name where there are none.
 fn counted(faces: &Faces, name: String) -> Result<ServiceCounts, String> {
-    let book = locked(&faces.ingest.book);
+    let book = faces.book();
     let Some(service) = book.get(&name) else {
         return Err(name);
     };

@@ -18,7 +18,6 @@ use super::{
 };
 use crate::{
     access::{Caller, Scope},
-    book::locked,
     faces::{
         Faces,
         problem::Problem,
@@ -263,7 +262,7 @@ impl Call {
             return Ok(None);
         }
         let canary = self.payload.canary();
-        let canaries = locked(&self.faces.ingest.book).canaries(&view.service);
+        let canaries = self.faces.book().canaries(&view.service);
         let agents = match self.faces.flagger.is_at_zero(&canary, &view.id) {
             Some(true) if view.worst.is_none() => connected(&canaries, &view.canary_version),
             Some(_) => None,

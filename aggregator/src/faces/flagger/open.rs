@@ -12,7 +12,6 @@ use super::{
 };
 use crate::{
     access::Scope,
-    book::locked,
     faces::{problem::Problem, recorded::recorded},
     rollouts::{Question, RolloutError, StartRequest, State, View},
 };
@@ -149,7 +148,7 @@ impl Call {
     fn version(&self, service: &str) -> Option<String> {
         let given = self.payload.get("version").filter(|version| *version != UNKNOWN);
         given.map(str::to_owned).or_else(|| {
-            let canaries = locked(&self.faces.ingest.book).canaries(service);
+            let canaries = self.faces.book().canaries(service);
             only_version(&canaries).map(str::to_owned)
         })
     }

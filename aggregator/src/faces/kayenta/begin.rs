@@ -24,7 +24,6 @@ use super::{
     scope::{Place, Trial},
 };
 use crate::{
-    book::locked,
     faces::Faces,
     rollouts::{RolloutError, StartRequest, State, View},
 };
@@ -84,7 +83,7 @@ pub(super) async fn settle(faces: Faces, question: Question) -> Result<Arc<View>
             baseline,
         } => (version, place.as_ref(), baseline.as_ref()),
     };
-    let canaries = locked(&faces.ingest.book).canaries(&question.service);
+    let canaries = faces.book().canaries(&question.service);
     let connected = canaries.iter().filter(|canary| canary.connected);
     let reported: BTreeSet<&str> = connected.map(|canary| canary.version.as_str()).collect();
     let views = faces.rollouts.list();

@@ -371,18 +371,22 @@ impl Client {
         let apart = Duration::from_secs(1) / rate;
         let count = ((length.as_secs_f64() * f64::from(rate)) as u32).max(1);
         let mut took_us = Vec::with_capacity(count as usize);
-        let mut due = Instant::now();
-        let mut answered = due;
+        let mut planned = Instant::now();
+        let mut answered = planned;
         for _ in 0..count {
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-            if answered <= due {
-                // Nothing was waited for but this thread itself: what it is late puts the schedule off.
+            thread::sleep(planned.saturating_duration_since(Instant::now()));
+            let mut due = planned;
+            if answered <= planned {
+                // Nothing was waited for but this thread itself, and the polls that it missed are left out.
                 due = Instant::now();
+                while planned + apart <= due {
+                    planned += apart;
+                }
             }
             self.ask()?;
             answered = Instant::now();
             took_us.push((answered - due).as_secs_f64() * 1e6);
-            due += apart;
+            planned += apart;
         }
         set_current_timer_slack(None)?;
         Ok(took_us)
