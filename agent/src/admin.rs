@@ -23,7 +23,7 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Most connections at a time; further ones wait.
-const MAX_CONNECTIONS: usize = 128;
+pub(crate) const MAX_CONNECTIONS: usize = 128;
 
 /// Serves until it is dropped.
 pub(crate) async fn serve(listener: TcpListener, metrics: Metrics, draining: watch::Receiver<bool>) {

@@ -52,6 +52,10 @@ const HEAD_ROOM: usize = 4 * 1024;
 /// How long a client may keep a connection on which the application has said its last answer.
 const LAST_CLOSE: Duration = Duration::from_secs(60);
 
+/// How often it is asked whether a side that has closed its direction is still there. Nothing is read from it any more,
+/// so nothing else tells that it has reset since.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// How long a client's first request is waited for when the agent stops, or when the application accepts no
 /// connection, so that the failure counts for its tenant.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
@@ -79,8 +83,8 @@ struct Relay {
     renewed: Renewed,
     /// The application has closed after its last answer.
     is_last: bool,
-    /// Runs once the application has closed, or has a connection on which nothing is asked, or the agent stops
-    /// before the first request.
+    /// Runs once one side has closed, or the application has a connection on which nothing is asked, or the agent
+    /// stops before the first request.
     last_close: Option<Pin<Box<Sleep>>>,
 }
 
@@ -244,43 +248,61 @@ impl Relay {
             self.last_close
                 .get_or_insert_with(|| Box::pin(sleep(FIRST_REQUEST)));
         }
-        let last_close = self.last_close.as_mut();
-        if last_close.is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready()) {
-            self.last_close = None;
-            if self.may_close(stage) {
-                return Poll::Ready(End::Closed);
-            }
-            // It may need to be asked again.
-            cx.waker().wake_by_ref();
-        }
         if self.down.is_done() && self.watched.observer.pending() > 0 {
             // What the client has asked after the application had closed will have no answer.
             self.watched
                 .observe(|o, now_ns, sink| o.upstream_reset(now_ns, sink));
         }
-        match (self.up.is_done(), self.down.is_done()) {
-            (true, true) => Poll::Ready(End::Closed),
-            _ => Poll::Pending,
+        if self.up.is_done() && self.down.is_done() {
+            return Poll::Ready(End::Closed);
         }
+        let last_close = self.last_close.as_mut();
+        if last_close.is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready()) {
+            self.last_close = None;
+            if let Some(end) = self.ends_in_time(stage) {
+                return Poll::Ready(end);
+            }
+            // It may need to be asked again.
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
     }
 
-    /// Whether the connection may be closed now that its time is over.
-    fn may_close(&mut self, stage: Stage) -> bool {
+    /// How the connection, of which a direction is open, ends now that its time is over; none if it goes on.
+    fn ends_in_time(&mut self, stage: Stage) -> Option<End> {
         if self.down.is_done() {
-            // An application that has closed its direction only, and wants the rest of the request, is still
-            // there; of one that is gone the kernel has learnt by its keep-alive.
-            let is_there = self
-                .upstream
-                .as_ref()
-                .is_some_and(|upstream| upstream.peer_addr().is_ok());
-            if !self.is_last && is_there {
-                self.last_close = Some(Box::pin(sleep(LAST_CLOSE)));
-                return false;
-            }
-            return true;
+            return self.ends_without_answers();
         }
         let is_unused = self.renewed == Renewed::Idle || stage == Stage::Draining;
-        is_unused && self.is_quiet() && !self.has_unread()
+        if is_unused && self.is_quiet() && !self.has_unread() {
+            return Some(End::Closed);
+        }
+        if self.up.is_finished() {
+            if self.client.peer_addr().is_err() {
+                return Some(self.client_lost());
+            }
+            self.last_close = Some(Box::pin(sleep(LOOK)));
+        }
+        None
+    }
+
+    /// How the connection ends when the application has closed its direction.
+    fn ends_without_answers(&mut self) -> Option<End> {
+        if self.is_last {
+            return Some(End::Closed);
+        }
+        let upstream = self.upstream.as_ref();
+        if upstream.is_some_and(|upstream| upstream.peer_addr().is_ok()) {
+            // It may have closed its direction only, and want the rest of the request.
+            self.last_close = Some(Box::pin(sleep(LOOK)));
+            return None;
+        }
+        let silent_ns = self.watched.proxy.now_ns().saturating_sub(self.watched.active_ns);
+        if Duration::from_nanos(silent_ns) < LAST_CLOSE {
+            return Some(self.upstream_lost());
+        }
+        // After so long it may be the kernel's keep-alive that has learnt of an ordinary close.
+        Some(End::Closed)
     }
 
     /// Nothing is under way in either direction.
@@ -353,7 +375,8 @@ impl Relay {
         self.down.finish(cx, &mut self.client);
         self.is_last = is_last;
         // Polled below, in this turn.
-        self.last_close = Some(Box::pin(sleep(LAST_CLOSE)));
+        let time = if is_last { LAST_CLOSE } else { LOOK };
+        self.last_close = Some(Box::pin(sleep(time)));
         None
     }
 
@@ -384,6 +407,8 @@ impl Relay {
             Poll::Ready(Stop::Closed) => {
                 self.watched.observer.client_closed();
                 self.up.finish(cx, self.upstream.as_mut()?);
+                // Polled below, in this turn.
+                self.last_close.get_or_insert_with(|| Box::pin(sleep(LOOK)));
                 None
             }
             Poll::Ready(Stop::SourceLost) => Some(self.client_lost()),

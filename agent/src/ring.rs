@@ -12,6 +12,10 @@
 //! each pair would be longer than [`MAX_MERGED_MS`] is the oldest unsent window dropped, and the next
 //! batch declares the gap.
 //!
+//! What has a number cannot be made smaller any more. So a window gets one only while all that have one stay within
+//! the limit, or when none has, however large it is. The ring takes no more than its limit and one window, or two
+//! windows where one is larger than the limit.
+//!
 //! All that has a number was measured as one [`Build`]. Windows of another wait at the *turn*, until
 //! everything before them is durable; then numbers and totals begin anew. So no two builds are in one
 //! row of numbers, none of their windows become one, and a gap is declared by a batch of the build that
@@ -24,7 +28,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use coalmine_proto::v1;
 
-use crate::window::{Build, Sums, Window};
+use crate::window::{Build, Row, Sums, Window};
 
 /// Windows are not merged into longer ones than this: a longer one would hide when things happened.
 pub const MAX_MERGED_MS: u32 = 60_000;
@@ -61,6 +65,8 @@ struct Unsent {
 pub struct Ring {
     limit_bytes: usize,
     bytes: usize,
+    /// Of these, what the batches take that have a number.
+    sent_bytes: usize,
     /// What everything that has a number was measured as.
     build: Arc<Build>,
     sent: VecDeque<Batch>,
@@ -98,6 +104,7 @@ impl Ring {
         Self {
             limit_bytes,
             bytes: 0,
+            sent_bytes: 0,
             build,
             sent: VecDeque::new(),
             unsent: VecDeque::new(),
@@ -212,14 +219,17 @@ impl Ring {
         }
         while self.sent.front().is_some_and(|batch| batch.seq <= durable) {
             if let Some(batch) = self.sent.pop_front() {
-                self.bytes -= batch.window.bytes();
+                let bytes = batch.window.bytes();
+                self.bytes -= bytes;
+                self.sent_bytes -= bytes;
             }
         }
         self.durable = self.durable.max(durable);
         Ok(())
     }
 
-    /// The next batch to send; numbers the oldest unsent window if all others were sent. None before a turn.
+    /// The next batch to send; numbers the oldest unsent window if all others were sent. None before a turn, and
+    /// while what was sent leaves no room.
     ///
     /// A window of more than `max_bytes` is sent in parts, each a batch of its own; the last reaches to its end.
     pub fn next(&mut self, max_bytes: usize) -> Option<&Batch> {
@@ -234,7 +244,10 @@ impl Ring {
     }
 
     fn number_oldest(&mut self, max_bytes: usize) -> Option<()> {
-        if self.unsent.front()?.build != self.build {
+        let oldest = self.unsent.front().filter(|oldest| oldest.build == self.build)?;
+        let fitting = rows_that_fit(&oldest.window, max_bytes);
+        let together = self.sent_bytes + bytes_before(&oldest.window, fitting);
+        if together > self.limit_bytes && !self.sent.is_empty() {
             return None;
         }
         let Unsent {
@@ -243,7 +256,6 @@ impl Ring {
             gap,
         } = self.unsent.pop_front()?;
         let bytes = window.bytes();
-        let fitting = rows_that_fit(&window, max_bytes);
         if fitting < window.rows.len() {
             let rest = window.split_off(fitting);
             // The remainder is a window of its own, with a frame of its own.
@@ -262,6 +274,7 @@ impl Ring {
             self.totals.errors = self.totals.errors.saturating_add(gap.errors);
             self.totals.gap_requests = self.totals.gap_requests.saturating_add(gap.requests);
         }
+        self.sent_bytes += window.bytes();
         self.sent.push_back(Batch {
             seq: self.next_seq,
             window,
@@ -411,6 +424,12 @@ fn rows_that_fit(window: &Window, max_bytes: usize) -> usize {
         fits
     });
     fits.count().max(1)
+}
+
+/// What the window takes without the rows from this one on.
+fn bytes_before(window: &Window, at: usize) -> usize {
+    let rest = window.rows.iter().skip(at).map(Row::bytes);
+    window.bytes() - rest.sum::<usize>()
 }
 
 #[cfg(test)]

@@ -29,8 +29,12 @@ use crate::{
     system,
 };
 
-/// Closed windows that wait for the control thread; when it takes none, windows become longer.
-const WAITING_WINDOWS: usize = 64;
+/// Closed windows that wait for the control thread; when it takes none, windows become longer. They take memory beside
+/// the ring, one of many tenants some MiB.
+const WAITING_WINDOWS: usize = 3;
+
+/// Look-ups of the application's name at a time, each on a thread of its own; further ones wait.
+const LOOK_UPS: usize = 4;
 
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 4096;
@@ -98,14 +102,15 @@ impl Bound {
     /// Serves until told to stop, and then until everything is delivered or time is up. Told once more,
     /// it does not wait for requests under way.
     pub fn run(self, stop: mpsc::Receiver<()>) -> Result<(), StartError> {
-        self.serve(&data_runtime()?, stop)
+        on_data_runtime(|data| self.serve(data, stop))
     }
 
     /// Serves until SIGTERM or SIGINT.
     pub fn run_until_signal(self) -> Result<(), StartError> {
-        let data = data_runtime()?;
-        let stop = data.block_on(async { signals() })?;
-        self.serve(&data, stop)
+        on_data_runtime(|data| {
+            let stop = data.block_on(async { signals() })?;
+            self.serve(data, stop)
+        })
     }
 
     fn serve(self, data: &LocalRuntime, stop: mpsc::Receiver<()>) -> Result<(), StartError> {
@@ -158,10 +163,16 @@ async fn scrape(scraper: Option<Scraper>) {
     }
 }
 
-fn data_runtime() -> io::Result<LocalRuntime> {
-    Builder::new_current_thread()
+/// Does the data thread's work on a runtime of its own.
+fn on_data_runtime(work: impl FnOnce(&LocalRuntime) -> Result<(), StartError>) -> Result<(), StartError> {
+    let data = Builder::new_current_thread()
         .enable_all()
-        .build_local(LocalOptions::default())
+        .max_blocking_threads(LOOK_UPS)
+        .build_local(LocalOptions::default())?;
+    let done = work(&data);
+    // A look-up of a name that hangs must not keep the process.
+    data.shutdown_background();
+    done
 }
 
 /// Says each time that the process is asked to stop.
@@ -210,4 +221,31 @@ fn bind(address: SocketAddr, flag: &'static str) -> Result<std::net::TcpListener
             flag,
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread, time::Duration};
+
+    use super::on_data_runtime;
+
+    #[test]
+    fn a_look_up_that_hangs_does_not_keep_the_data_thread() {
+        let (answer, hangs) = mpsc::channel::<()>();
+        let (has_begun, begun) = mpsc::channel();
+        let (has_ended, ended) = mpsc::channel();
+        thread::spawn(move || {
+            let done = on_data_runtime(|data| {
+                data.spawn_blocking(move || {
+                    has_begun.send(()).unwrap();
+                    hangs.recv().ok();
+                });
+                begun.recv().unwrap();
+                Ok(())
+            });
+            has_ended.send(done.is_ok()).unwrap();
+        });
+        assert_eq!(ended.recv_timeout(Duration::from_secs(20)), Ok(true));
+        drop(answer);
+    }
 }

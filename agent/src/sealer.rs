@@ -65,7 +65,10 @@ impl Sealer {
         } else {
             border - length_ms
         };
-        // While the other thread takes no windows, the open one simply becomes longer.
+        // While the other thread takes no windows, the open one simply becomes longer. One place is left for the last.
+        if self.windows.capacity() < 2 {
+            return;
+        }
         let Ok(place) = self.windows.try_reserve() else {
             return;
         };
@@ -153,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_window_stays_open_while_nobody_takes_windows() {
-        let (windows, mut sealed) = mpsc::channel(1);
+        let (windows, mut sealed) = mpsc::channel(2);
         let (_push, settings) = watch::channel(Arc::new(Settings::default()));
         let mut sealer = Sealer::new(Duration::from_secs(1), 0, windows, settings);
         let mut recorder = Recorder::new(Vec::new(), 10);
@@ -163,5 +166,20 @@ mod tests {
         sealer.tick(&mut recorder, 3_000);
         let window = sealed.try_recv().unwrap().window;
         assert_eq!((window.start_unix_ms, window.length_ms), (1_000, 2_000));
+    }
+
+    #[test]
+    fn the_last_window_has_a_place_although_nobody_takes_windows() {
+        let (windows, mut sealed) = mpsc::channel(2);
+        let (_push, settings) = watch::channel(Arc::new(Settings::default()));
+        let mut sealer = Sealer::new(Duration::from_secs(1), 0, windows, settings);
+        let mut recorder = Recorder::new(Vec::new(), 10);
+        for now_ms in [1_000, 2_000, 3_000] {
+            sealer.tick(&mut recorder, now_ms);
+        }
+        sealer.finish(&mut recorder, 3_500);
+        assert_eq!(sealed.try_recv().unwrap().window.length_ms, 1_000);
+        let last = sealed.try_recv().unwrap().window;
+        assert_eq!((last.start_unix_ms, last.length_ms), (1_000, 2_500));
     }
 }

@@ -9,13 +9,16 @@ use rustix::{
 };
 use tokio::net::TcpStream;
 
+use crate::admin;
+
 /// A peer that vanished without a close is noticed after about two minutes.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_PROBES: u32 = 4;
 
-/// Open files that are no relayed connections: listeners, the session, scrapes, the runtimes.
-const OTHER_FILES: u64 = 64;
+/// Open files that are no relayed connections: those of the admin server, of which each may be taken; listeners, the
+/// session, scrapes, the runtimes.
+const OTHER_FILES: u64 = admin::MAX_CONNECTIONS as u64 + 64;
 
 /// Small messages are sent at once, and peers that vanish are noticed.
 pub(crate) fn tune(stream: &TcpStream) {
@@ -102,8 +105,13 @@ mod tests {
 
     #[test]
     fn connections_fit_into_the_open_files() {
-        assert_eq!(connections_within(1024), 426);
+        assert_eq!(connections_within(1024), 369);
         assert_eq!(connections_within(10), 1);
+        for open_files in [256, 1024, 65_536] {
+            // Four connections take nine files.
+            let left = open_files - connections_within(open_files) as u64 * 9 / 4;
+            assert!(left >= 128 + 64, "{left} of {open_files} for all others");
+        }
         assert_eq!(max_connections(1), 1);
         let now = getrlimit(Resource::Nofile);
         assert_eq!(now.current, now.maximum, "raised");

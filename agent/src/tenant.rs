@@ -10,21 +10,24 @@
 //! |---|---|---|
 //! | `header` | there is no such header, or it is empty | there are several with different values |
 //! | `host` | no host, or one of another shape | an empty label |
-//! | `path` | a path of another shape | an empty segment, `.` and `..`, a bad `%`, a slash as `%2F` |
+//! | `path` | a path of another shape | an empty segment, a bad `%`, a path that servers read differently |
 //! | `query` | there is no such parameter, or it is empty | different values, a bad `%` |
 //! | `jwt` | no token, or one without the claim, or with an empty one or `null` | several headers, what is no token, a claim twice, one that is neither text nor a whole number |
 //! | `fixed` | never | never |
 //!
 //! Then the rule's options work, and the name is checked: 1 to 128 bytes of the allowed characters, and no name
-//! that Coalmine gives itself. Finding a name in a header, in a host without capital letters, or in a path or a
-//! query without `%` and `+`, allocates nothing unless the rule has a pattern.
+//! that Coalmine gives itself. Finding a name allocates nothing, unless it stands in a token or in coded text (a
+//! `%`, of a query also a `+`), or the rule has a pattern.
 //!
 //! Paths and queries are decoded (RFC 3986, section 2.1), since the application decodes them too: `/t/%61cme/`
-//! is the tenant `acme`. Only a slash stays invalid, because programs differ in whether `%2F` divides segments.
+//! is the tenant `acme`. But a path is invalid, whatever the rule finds in it, where programs differ in what they make
+//! of it: if a segment is `.` or `..`, or if among the segments that the rule compares one is empty, is divided by a
+//! backslash or `%2F`, or becomes what the rule says only when it is decoded or loses its parameters (`;`).
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 mod jwt;
+mod name;
 mod target;
 
 use std::borrow::Cow;
@@ -34,8 +37,9 @@ use coalmine_proto::{
     names::check_name,
     rule::{Place, Shape},
 };
+pub use name::{Made, Name};
 
-/// Longest value that is compared with a pattern, in bytes: the time that it takes grows with both.
+/// Longest value that is compared with a pattern, in bytes: the time that it takes grows with both. No name is longer.
 const MAX_SHAPED_BYTES: usize = 1024;
 
 /// What a rule may look at in a request, whatever the protocol.
@@ -82,8 +86,8 @@ impl<'a> Header<'a> {
 /// What the rules found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found<'a> {
-    /// A name that may be used; borrowed where it stands in the request as it is.
-    Name(Cow<'a, str>),
+    /// A name that may be used.
+    Name(Name<'a>),
     /// No rule applied.
     Missing,
     /// A rule applied, and what it found is no name.
@@ -138,18 +142,29 @@ fn look<'a>(place: &'a Place, head: &'a dyn Head) -> Seen<'a> {
 /// The name that is in a value.
 fn named<'a>(rule: &Rule, value: Cow<'a, [u8]>) -> Found<'a> {
     // Hosts are equal whatever their case; other names are not.
-    let lower = rule.lower || matches!(rule.place, Place::Host(_));
-    let value = if lower && value.iter().any(u8::is_ascii_uppercase) {
-        Cow::Owned(value.to_ascii_lowercase())
-    } else {
-        value
-    };
+    let is_lowered = rule.lower || matches!(rule.place, Place::Host(_));
+    let changes = is_lowered && value.iter().any(u8::is_ascii_uppercase);
     let shape = rule.shape.as_ref();
     let name = match value {
-        Cow::Borrowed(value) => name_in(value, shape).map(Cow::Borrowed),
-        Cow::Owned(value) => name_in(&value, shape).map(|name| Cow::Owned(name.to_owned())),
+        Cow::Borrowed(value) if !changes => name_in(value, shape).map(Name::Borrowed),
+        Cow::Borrowed(value) => lowered_name_in(value, shape),
+        Cow::Owned(mut value) => {
+            if changes {
+                value.make_ascii_lowercase();
+            }
+            name_in(&value, shape).and_then(Name::made)
+        }
     };
     name.map_or(Found::Invalid, Found::Name)
+}
+
+/// The name in a value whose capital letters are made small first, on the stack.
+fn lowered_name_in(value: &[u8], shape: Option<&Shape>) -> Option<Name<'static>> {
+    let mut room = [0_u8; MAX_SHAPED_BYTES];
+    let lowered = room.get_mut(..value.len())?;
+    lowered.copy_from_slice(value);
+    lowered.make_ascii_lowercase();
+    name_in(lowered, shape).and_then(Name::made)
 }
 
 fn name_in<'v>(value: &'v [u8], shape: Option<&Shape>) -> Option<&'v str> {

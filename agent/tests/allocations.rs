@@ -29,10 +29,13 @@ const EXCHANGES: u64 = 50;
 /// From one exchange to the next.
 const STEP_NS: u64 = 1_000_000;
 
+/// The rule by which tenants are found where it does not matter.
+const RULE: &str = "header:x-tenant";
+
 /// Exchanges often with the same latencies, and measures those of the last window.
 #[track_caller]
-fn check(name: &str, requests: u64, mut exchange: impl FnMut(&mut Recorder, u64)) {
-    let mut recorder = Recorder::new(vec!["header:x-tenant".parse().unwrap()], 100);
+fn check(name: &str, rule: &str, requests: u64, mut exchange: impl FnMut(&mut Recorder, u64)) {
+    let mut recorder = Recorder::new(vec![rule.parse().unwrap()], 100);
     let mut now_ns = STEP_NS;
     let mut window = |recorder: &mut Recorder| {
         for _ in 0..EXCHANGES {
@@ -64,8 +67,13 @@ fn what_is_allocated_is_counted() {
 /// Exchanges of HTTP/1 on one connection, each in pieces as they are given.
 #[track_caller]
 fn check_http1(name: &str, requests: u64, sent: &[&[u8]], answered: &[&[u8]]) {
+    check_http1_by(RULE, name, requests, sent, answered);
+}
+
+#[track_caller]
+fn check_http1_by(rule: &str, name: &str, requests: u64, sent: &[&[u8]], answered: &[&[u8]]) {
     let mut observer = Observer::new();
-    check(name, requests, |recorder, now_ns| {
+    check(name, rule, requests, |recorder, now_ns| {
         for piece in sent {
             observer.on_request(piece, now_ns, recorder);
         }
@@ -116,6 +124,25 @@ fn http_1() {
     check_http1("many headers", 1, &[&long], &[OK]);
 }
 
+#[test]
+fn rules() {
+    for (rule, head) in [
+        ("header:x-tenant|lower", "GET / HTTP/1.1\r\nX-Tenant: ACME"),
+        ("host:{tenant}.io", "GET / HTTP/1.1\r\nHost: acme.io"),
+        ("host:{tenant}.io", "GET / HTTP/1.1\r\nHost: Acme.IO:80"),
+        ("host:{tenant}.io", "GET http://Acme.io/ HTTP/1.1"),
+        ("path:/t/{tenant}/", "GET /t/acme/x%20y/z.html?a=%20 HTTP/1.1"),
+        ("path:/t/{tenant}/|lower", "GET /t/Acme HTTP/1.1"),
+        ("query:tenant", "GET /x?a=b%20c&tenant=acme&d HTTP/1.1"),
+        ("query:tenant|lower", "GET /x?tenant=Acme HTTP/1.1"),
+        ("fixed:acme", "GET / HTTP/1.1"),
+    ] {
+        let name = format!("{rule} of {head}");
+        let request = format!("{head}\r\nAccept: */*\r\n\r\n");
+        check_http1_by(rule, &name, 1, &[request.as_bytes()], &[OK]);
+    }
+}
+
 /// Frames of one exchange of HTTP/2; the stream's number is put into each before it is used again.
 struct Frames {
     bytes: Vec<u8>,
@@ -159,7 +186,7 @@ fn check_http2(name: &str, first: [&[Vec<u8>]; 2], again: [&[Vec<u8>]; 2]) {
     let (mut fill, mut fill_answer) = (Frames::new(first[0]), Frames::new(first[1]));
     let (mut sent, mut answered) = (Frames::new(again[0]), Frames::new(again[1]));
     let mut stream = 1;
-    check(name, 1, |recorder, now_ns| {
+    check(name, RULE, 1, |recorder, now_ns| {
         let (up, down) = if stream == 1 {
             observer.on_request(&opening(), now_ns, recorder);
             observer.on_response(&settings(&[]), now_ns, recorder);

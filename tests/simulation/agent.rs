@@ -29,7 +29,7 @@ pub(crate) const EVERYONE: &str = "everyone";
 
 const TENANT_HEADER: &str = "x-tenant-id";
 
-/// Closed windows that may wait for the session, as in the agent.
+/// Closed windows that may wait for the session.
 const WAITING_WINDOWS: usize = 64;
 
 /// What an agent is to do.

@@ -7,7 +7,6 @@ use coalmine_proto::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::window::Row;
 
 fn row(tenant: &str, good: u64, bad: u64, limit_us: u64) -> Row {
     let mut outcomes = Outcomes::default();
@@ -63,6 +62,13 @@ fn conserves(batches: &[Batch]) {
         sums.gap_requests += gap.requests;
         assert_eq!(batch.cumulative, sums, "at batch {}", batch.seq);
     }
+}
+
+/// What is on its way takes no more than the limit, unless it is alone.
+fn keeps_to_its_limit(ring: &Ring) {
+    let sent: usize = ring.sent.iter().map(|batch| batch.window.bytes()).sum();
+    assert_eq!(ring.sent_bytes, sent);
+    assert!(sent <= ring.limit_bytes || ring.sent.len() == 1, "{sent} bytes");
 }
 
 fn drain(ring: &mut Ring) -> Vec<Batch> {
@@ -155,6 +161,59 @@ fn large_windows_are_sent_in_parts() {
     assert!(batches.iter().all(|b| b.window.start_unix_ms == 0));
     ring.acknowledge(7).unwrap();
     assert_eq!(ring.bytes(), 0);
+}
+
+#[test]
+fn many_tenants_take_the_limit_and_one_window_however_long_nothing_is_durable() {
+    const TENANTS: u64 = 200;
+    const SECONDS: u64 = 150;
+    let second = |n| {
+        let rows = (0..TENANTS).map(|tenant| row(&format!("tenant-{tenant}"), 1, 1, 0));
+        window(n, rows.collect())
+    };
+    let one = second(0).bytes();
+    let limit = one * 5 / 2;
+    let mut ring = ring(limit);
+    let mut batches = Vec::new();
+    for n in 0..SECONDS {
+        push(&mut ring, second(n));
+        batches.extend(drain(&mut ring));
+        keeps_to_its_limit(&ring);
+        assert!(ring.bytes() <= limit + one, "{} bytes after {n} s", ring.bytes());
+    }
+    assert_eq!(batches.len(), 2, "a third has no room");
+    while !ring.is_empty() {
+        let last = ring.next_seq() - 1;
+        ring.acknowledge(last).unwrap();
+        batches.extend(drain(&mut ring));
+    }
+    conserves(&batches);
+    let totals = batches.last().unwrap().cumulative;
+    let all = TENANTS * SECONDS;
+    assert_eq!((totals.requests, totals.errors), (2 * all, all));
+    assert!(totals.gap_requests > 0);
+    assert_eq!(totals.gap_requests, ring.stats().gap_requests);
+    assert_eq!(ring.bytes(), 0);
+}
+
+#[test]
+fn what_is_larger_than_the_limit_is_sent_alone() {
+    let rows: Vec<Row> = (0..20).map(|n| row(&format!("t{n}"), 1, 0, 0)).collect();
+    let mut ring = ring(1);
+    let window = window(0, rows);
+    let max_bytes = window.frame_bytes() + 3 * row("t19", 1, 0, 0).wire_bytes();
+    push(&mut ring, window);
+    let mut batches = Vec::new();
+    while let Some(batch) = ring.next(max_bytes).cloned() {
+        assert_eq!(ring.next(max_bytes), None, "nothing beside it");
+        keeps_to_its_limit(&ring);
+        ring.acknowledge(batch.seq).unwrap();
+        batches.push(batch);
+    }
+    assert_eq!(batches.len(), 7);
+    conserves(&batches);
+    assert_eq!(batches[6].cumulative.requests, 20);
+    assert!(ring.is_empty());
 }
 
 /// All that the ring has, build by build, each acknowledged before the next.
@@ -300,15 +359,13 @@ impl Told {
         true
     }
 
-    /// All that was sent is durable; says whether that was a turn.
-    fn settle(&mut self, ring: &mut Ring) -> bool {
+    /// All that was sent is durable; that may be a turn.
+    fn settle(&mut self, ring: &mut Ring) {
         let (arm, last) = (ring.build().arm, ring.next_seq() - 1);
         ring.acknowledge(last).unwrap();
-        let is_turn = ring.turn();
-        if is_turn {
+        if ring.turn() {
             self.close(arm);
         }
-        is_turn
     }
 
     /// No more batches come in this row of numbers.
@@ -340,16 +397,18 @@ proptest! {
         let mut pushed = Sums::default();
         let mut batches: Vec<Batch> = Vec::new();
         let mut take = |ring: &mut Ring| {
-            if let Some(batch) = ring.next(2000).cloned() {
-                let at = usize::try_from(batch.seq).unwrap() - 1;
-                match batches.get(at) {
-                    Some(same) => assert_eq!(*same, batch),
-                    None => {
-                        assert_eq!(at, batches.len());
-                        batches.push(batch);
-                    }
+            let Some(batch) = ring.next(2000).cloned() else {
+                return false;
+            };
+            let at = usize::try_from(batch.seq).unwrap() - 1;
+            match batches.get(at) {
+                Some(same) => assert_eq!(*same, batch),
+                None => {
+                    assert_eq!(at, batches.len());
+                    batches.push(batch);
                 }
             }
+            true
         };
         for (second, (step, good, bad)) in steps.into_iter().enumerate() {
             match step {
@@ -359,7 +418,9 @@ proptest! {
                     pushed = pushed.plus(window.sums());
                     push(&mut ring, window);
                 }
-                3 => take(&mut ring),
+                3 => {
+                    take(&mut ring);
+                }
                 _ => {
                     let sent = ring.durable() + ring.in_flight();
                     ring.acknowledge(sent.saturating_sub(good)).unwrap();
@@ -367,16 +428,17 @@ proptest! {
                     ring.resume(durable).unwrap();
                 }
             }
+            keeps_to_its_limit(&ring);
         }
         push(&mut ring, window(1000, vec![]));
-        while ring.in_flight() + ring.durable() + 1 < ring.next_seq() || !ring.unsent.is_empty() {
-            take(&mut ring);
+        while !ring.is_empty() {
+            while take(&mut ring) {}
+            let sent = ring.durable() + ring.in_flight();
+            ring.acknowledge(sent).unwrap();
         }
         conserves(&batches);
         let last = batches.last().unwrap().cumulative;
         prop_assert_eq!((last.requests, last.errors), (pushed.requests, pushed.errors));
-        let sent = ring.durable() + ring.in_flight();
-        ring.acknowledge(sent).unwrap();
         prop_assert_eq!(ring.bytes(), 0);
     }
 
@@ -399,16 +461,13 @@ proptest! {
                 4 => {
                     told.take(&mut ring);
                 }
-                _ => {
-                    told.settle(&mut ring);
-                }
+                _ => told.settle(&mut ring),
             }
+            keeps_to_its_limit(&ring);
         }
-        loop {
+        while !ring.is_empty() {
             while told.take(&mut ring) {}
-            if !told.settle(&mut ring) {
-                break;
-            }
+            told.settle(&mut ring);
         }
         told.close(ring.build().arm);
         prop_assert_eq!(told.arms, pushed);

@@ -1,6 +1,6 @@
 //! Finds a part of what a request is for: a label of its host, a segment of its path, a parameter of its query.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, iter};
 
 use coalmine_proto::rule::Template;
 
@@ -27,15 +27,68 @@ fn without_port(host: &[u8]) -> &[u8] {
 
 /// The segment of a target's path that stands where the template has `{tenant}`, decoded.
 pub(super) fn segment<'t>(template: &Template, target: &'t [u8]) -> Seen<'t> {
-    let Some(segment) = segment_of(template, path_of(target)) else {
-        return Seen::Missing;
-    };
-    match decoded(segment, b'+') {
-        // A slash that was written as %2F, and what is no name but a way through the path.
-        Some(name) if name.contains(&b'/') || matches!(&*name, b"." | b"..") => Seen::Invalid,
-        Some(name) => Seen::Value(name),
-        None => Seen::Invalid,
+    let path = path_of(target);
+    if is_ambiguous(template, path) {
+        return Seen::Invalid;
     }
+    match segment_of(template, path) {
+        Some(segment) => decoded(segment, b'+').map_or(Seen::Invalid, Seen::Value),
+        None => Seen::Missing,
+    }
+}
+
+/// Whether some servers may find another tenant in the path than is found here, or find one where none is found.
+/// They differ in whether they resolve `.` and `..`, merge slashes, take a backslash or `%2F` for a slash, pass over
+/// what follows a `;`, and decode what they compare.
+fn is_ambiguous(template: &Template, path: &[u8]) -> bool {
+    let before = template.before.split('/').skip(1);
+    let after = template.after.trim_end_matches('/').split('/').skip(1);
+    // Empty where the tenant stands.
+    let mut expected = before.chain(after);
+    let mut may_fit = true;
+    let path = path.strip_suffix(b"/").unwrap_or(path);
+    for segment in path.split(|b| *b == b'/').skip(1) {
+        if has_dots(segment) {
+            return true;
+        }
+        if !may_fit {
+            continue;
+        }
+        match expected.next() {
+            None => may_fit = false,
+            Some(text) if !text.is_empty() && segment == text.as_bytes() => {}
+            Some(_) if segment.is_empty() || has_divider(segment) => return true,
+            Some("") => {}
+            Some(text) if may_be_read_as(text, segment) => return true,
+            Some(_) => may_fit = false,
+        }
+    }
+    false
+}
+
+/// Whether a part of a segment is `.` or `..` to a reader that divides it wherever it can be divided.
+fn has_dots(segment: &[u8]) -> bool {
+    let mut dots = Some(0_usize);
+    for byte in loosely_decoded(segment).chain([b'/']) {
+        match byte {
+            b'/' | b'\\' | b';' if matches!(dots, Some(1 | 2)) => return true,
+            b'/' | b'\\' | b';' => dots = Some(0),
+            b'.' => dots = dots.map(|count| count + 1),
+            _ => dots = None,
+        }
+    }
+    false
+}
+
+/// Whether a segment is several to a reader that decodes it first, or takes a backslash for a slash.
+fn has_divider(segment: &[u8]) -> bool {
+    loosely_decoded(segment).any(|byte| matches!(byte, b'/' | b'\\'))
+}
+
+/// Whether a segment that is not this text is it once it is decoded and its parameters are cut off.
+fn may_be_read_as(text: &str, segment: &[u8]) -> bool {
+    let read = loosely_decoded(segment).take_while(|byte| *byte != b';');
+    read.eq(text.bytes())
 }
 
 /// The slash that ends the template may be missing in the path: `/t/acme` fits `/t/{tenant}/`.
@@ -111,8 +164,8 @@ fn decoded(text: &[u8], plus: u8) -> Option<Cow<'_, [u8]>> {
         rest = after;
         match first {
             b'%' => {
-                let ([high, low], after) = rest.split_first_chunk::<2>()?;
-                bytes.push(digit(*high)? << 4 | digit(*low)?);
+                let (byte, after) = coded(rest)?;
+                bytes.push(byte);
                 rest = after;
             }
             b'+' => bytes.push(plus),
@@ -120,6 +173,23 @@ fn decoded(text: &[u8], plus: u8) -> Option<Cow<'_, [u8]>> {
         }
     }
     Some(Cow::Owned(bytes))
+}
+
+/// The bytes of a text, decoded where two digits follow a `%`.
+fn loosely_decoded(mut text: &[u8]) -> impl Iterator<Item = u8> {
+    iter::from_fn(move || {
+        let (first, after) = text.split_first()?;
+        let found = if *first == b'%' { coded(after) } else { None };
+        let (byte, rest) = found.unwrap_or((*first, after));
+        text = rest;
+        Some(byte)
+    })
+}
+
+/// The byte for which the two digits behind a `%` stand, and what follows them.
+fn coded(text: &[u8]) -> Option<(u8, &[u8])> {
+    let ([high, low], rest) = text.split_first_chunk::<2>()?;
+    Some((digit(*high)? << 4 | digit(*low)?, rest))
 }
 
 fn digit(byte: u8) -> Option<u8> {

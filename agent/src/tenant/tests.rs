@@ -36,7 +36,7 @@ fn check(rules: &[&str], headers: &[(&str, &str)], target: &str, expected: Expec
     let head = Fake { headers, target };
     let found = find(&rules, &head);
     let expected = match expected {
-        Ok(name) => Found::Name(Cow::Borrowed(name)),
+        Ok(name) => Found::Name(Name::Borrowed(name)),
         Err(true) => Found::Invalid,
         Err(false) => Found::Missing,
     };
@@ -132,6 +132,66 @@ fn paths_have_tenants() {
     ] {
         check(rule, &[], target, INVALID);
     }
+}
+
+#[test]
+fn paths_that_servers_read_differently_have_no_tenant() {
+    let rule = &["path:/t/{tenant}/"][..];
+    for target in [
+        "/t/acme/../evil/x",
+        "/t/acme/./x",
+        "/t/acme/x/..",
+        "/t/acme/x/.",
+        "/x/../t/acme/",
+        "/./t/acme/",
+        "/x/y/z/../..",
+        "http://h/x/../t/acme/",
+        "/t/acme/%2e%2E/evil/",
+        "/t/acme/.%2e/evil/",
+        "/t/acme/..;x=y/evil/",
+        "/t/acme/..%2fevil/",
+        "/t/acme/x%2F..%2F..%2Fevil/",
+        "/t/acme/..\\evil/",
+        "/t/acme/x\\..%5cevil",
+        "//t/acme/",
+        "/t//acme/",
+        "//h/t/acme/",
+        "//",
+        "/t\\acme/",
+        "/\\t/acme/",
+        "/t/evil\\acme/",
+        "/t%2facme/",
+        "/t%5Cacme/",
+        "/t/evil%5cacme/",
+        "/%74/acme/",
+        "/t;x=y/acme/",
+    ] {
+        check(rule, &[], target, INVALID);
+    }
+    check(&["path:/t/{tenant}/", "fixed:rest"], &[], "/x/../t/a", INVALID);
+    // What is left can be read in one way, or does not matter to the rule.
+    for target in [
+        "/t/acme/x//y/a%2Fb/c\\d/e;f=g",
+        "/t/acme//",
+        "/t/acme/.../..x/x../.x/x.y",
+        "/t/acme/?x=/../",
+        "/t/acme/%252e%252e/",
+        "/t/acme/%/",
+    ] {
+        check(rule, &[], target, Ok("acme"));
+    }
+    for target in ["/", "/u//acme/", "/u/%2F/", "/%75/acme/", "/u;x/acme/"] {
+        check(rule, &[], target, MISSING);
+    }
+    // What stands behind the tenant is compared too.
+    let version = &["path:/t/{tenant}/v1"][..];
+    check(version, &[], "/t/acme/v1/x//y", Ok("acme"));
+    check(version, &[], "/t/acme/v2//v1", MISSING);
+    for target in ["/t/acme//v1", "/t//acme/v1", "/t/acme/%761/", "/t/acme%2Fv1"] {
+        check(version, &[], target, INVALID);
+    }
+    // A rule may say itself what is coded.
+    check(&["path:/a%2Fb/{tenant}/"], &[], "/a%2Fb/acme/", Ok("acme"));
 }
 
 #[test]
@@ -307,6 +367,11 @@ fn options_work_in_their_order() {
     check(&["header:x|regex=(a).*"], &[("x", &long)], "/", INVALID);
     check(&["query:t|regex=u-(.+)"], &[], "/?t=u%2D7", Ok("7"));
     check(&["path:/{tenant}|lower"], &[], "/%41cme", Ok("acme"));
+    let capitals = "A".repeat(MAX_SHAPED_BYTES + 1);
+    let lower = &["header:x|lower"][..];
+    check(lower, &[("x", &capitals[..128])], "/", Ok(&"a".repeat(128)));
+    check(lower, &[("x", &capitals[..129])], "/", INVALID);
+    check(lower, &[("x", &capitals)], "/", INVALID);
 }
 
 #[test]
@@ -339,7 +404,7 @@ fn a_name_that_stands_as_it_is_is_borrowed() {
         let rules = [rule.parse::<Rule>().unwrap()];
         let found = find(&rules, &head);
         assert!(
-            matches!(found, Found::Name(Cow::Borrowed("acme"))),
+            matches!(found, Found::Name(Name::Borrowed("acme"))),
             "{rule}: {found:?}"
         );
     }

@@ -128,6 +128,35 @@ fn an_aggregator_that_is_slow_to_acknowledge_is_waited_for() {
     ends(agent, &aggregator, &[("a", 20)]);
 }
 
+/// Each window is larger than the whole ring.
+#[test]
+fn what_is_on_its_way_to_a_slow_aggregator_leaves_no_room_for_more() {
+    let address = Aggregator::free_address();
+    let first = Aggregator::on(address);
+    never_durable(&first);
+    let upstream = Upstream::new();
+    let agent = Agent::with(upstream.address(), |config| {
+        config.aggregator = first.url();
+        config.window = Duration::from_millis(50);
+        config.ring_bytes = 1;
+    });
+    answer_all(upstream);
+    eventually("the first is on its way", || first.told().applied.len() == 1);
+    requests(agent.address, "a", 10);
+    let sealed = agent.metric("windows_sealed_total").unwrap();
+    eventually("more windows", || {
+        agent
+            .metric("windows_sealed_total")
+            .is_some_and(|now| now > sealed + 20)
+    });
+    assert_eq!(first.told().applied.len(), 1, "nothing beside it");
+    drop(first);
+    eventually("it is gone", || TcpStream::connect(address).is_err());
+    let second = Aggregator::on(address);
+    eventually("the agent is back", || !second.told().hellos.is_empty());
+    ends(agent, &second, &[("a", 10)]);
+}
+
 /// A request of nobody.
 struct Nobody;
 

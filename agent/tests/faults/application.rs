@@ -4,6 +4,7 @@ use std::{
     io::{ErrorKind, Read, Write},
     iter,
     net::{SocketAddr, TcpListener, TcpStream},
+    sync::mpsc::{self, Receiver},
     thread,
     time::Duration,
 };
@@ -14,7 +15,7 @@ use crate::{
     aggregator::Aggregator,
     program::{Program, SLACK_BYTES},
     stage::{self, OK, Stage, connect, exchange, get, read_head},
-    support::{self, Agent, Upstream, client, patient, read_all, read_exactly},
+    support::{self, Agent, PATIENCE, Upstream, client, patient, read_all, read_exactly},
 };
 
 /// An agent in front of this application, and its aggregator.
@@ -207,20 +208,18 @@ fn an_application_that_accepts_and_closes_at_once_fails() {
 /// How many requests each client sends to the application that closes early.
 const REQUESTS: u64 = 300;
 
+/// Without an agent a client that goes on where the application has closed loses that request, and connects again.
+/// The agent connects again in its place, since the close reaches it before the request does; where the kernel tells
+/// it of both in the other order, the request is on its way to a closed socket, and lost as well.
 #[test]
-fn early_closes_fail_no_more_requests_than_without_an_agent() {
+fn early_closes_fail_every_other_request_without_an_agent_and_hardly_any_through_it() {
     let (direct, behind) = (Upstream::new(), Upstream::new());
     let application = direct.address();
-    close_after_each(direct);
-    let failed_direct = failures(application);
+    assert_eq!(failures(application, &close_after_each(direct)), REQUESTS / 2);
     let aggregator = Aggregator::start();
     let mut agent = Agent::with(behind.address(), |config| config.aggregator = aggregator.url());
-    close_after_each(behind);
-    let failed = failures(agent.address);
-    assert!(
-        failed <= failed_direct,
-        "{failed} of {REQUESTS} requests fail, {failed_direct} without the agent"
-    );
+    let failed = failures(agent.address, &close_after_each(behind));
+    assert!(failed <= REQUESTS / 20, "{failed} of {REQUESTS} requests fail");
     // Each failure that the client saw was counted, and nothing else.
     agent.stop();
     agent.join();
@@ -233,26 +232,36 @@ fn early_closes_fail_no_more_requests_than_without_an_agent() {
     );
 }
 
-/// An application that says that connections stay open, and closes each after its first answer.
-fn close_after_each(upstream: Upstream) {
+/// An application that says that connections stay open, and closes each after its first answer; it tells of each
+/// close.
+fn close_after_each(upstream: Upstream) -> Receiver<()> {
+    let (close, closes) = mpsc::channel();
     thread::spawn(move || {
         for mut stream in iter::repeat_with(|| upstream.accept()) {
-            if let Ok(true) = read_head(&mut stream) {
-                stream.write_all(OK).ok();
+            if let Ok(true) = read_head(&mut stream)
+                && stream.write_all(OK).is_ok()
+            {
+                drop(stream);
+                close.send(()).ok();
             }
         }
     });
+    closes
 }
 
-/// Sends requests one after the other, each connection as long as it lasts; gives how many got no answer.
-fn failures(address: SocketAddr) -> u64 {
+/// Sends requests one after the other, each connection as long as it lasts and each request behind the close that
+/// follows the answer before it; gives how many got no answer.
+fn failures(address: SocketAddr, closes: &Receiver<()>) -> u64 {
     let (mut failed, mut open) = (0, None);
     for _ in 0..REQUESTS {
         let client = open.get_or_insert_with(|| connect(address));
         let mut answer = [0; OK.len()];
         let asked = client.write_all(&get("early"));
         match asked.and_then(|()| client.read_exact(&mut answer)) {
-            Ok(()) => assert_eq!(answer, OK),
+            Ok(()) => {
+                assert_eq!(answer, OK);
+                closes.recv_timeout(PATIENCE).unwrap();
+            }
             Err(_) => {
                 failed += 1;
                 open = None;

@@ -51,7 +51,7 @@ fn bad_usage_ends_with_64_and_one_line() {
 #[test]
 fn connections_are_limited_by_open_files() {
     let mut command = Command::new("sh");
-    let script = "ulimit -n 100 && exec \"$0\" --listen=192.0.2.1:1 --aggregator=http://127.0.0.1:1 \
+    let script = "ulimit -n 300 && exec \"$0\" --listen=192.0.2.1:1 --aggregator=http://127.0.0.1:1 \
                   --service=shop --version=v2 --arm=canary";
     let output = command
         .args(["-c", script, env!("CARGO_BIN_EXE_coalmine-agent")])
@@ -59,7 +59,7 @@ fn connections_are_limited_by_open_files() {
         .unwrap();
     let text = stderr(&output);
     assert!(
-        text.contains("--max-connections is lowered") && text.contains("max_connections=16"),
+        text.contains("--max-connections is lowered") && text.contains("max_connections=48"),
         "{text}"
     );
 }

@@ -1,11 +1,17 @@
 //! How connections end: closes of either direction, resets at every point, and sides that do not read.
 
+use std::{
+    io::Write,
+    net::{Shutdown, TcpStream},
+};
+
 use coalmine_proto::names::Outcome::{ClientAbort, ClientError, Success, UpstreamReset};
 
 use crate::{
     messages::{OK, OK_AND_CLOSE, answer, filling, get, request},
-    script::{Step, read, send_all},
-    stage::Case,
+    script::{Step, accept, connect, read, send_all},
+    stage::{Case, Counted, Stage, listen},
+    support::{eventually, read_all, read_exactly, reset},
 };
 
 const LENGTH: &str = "Content-Length: 10";
@@ -313,6 +319,39 @@ fn the_client_resets() {
         .application([read(get("a").repeat(3)), send_all(OK), Step::ExpectReset])
         .counts(&[("a", Success), ("a", ClientAbort), ("a", ClientAbort)])
         .check();
+}
+
+/// Closes the direction of one side, and then resets: the other reads the close and is told of the reset. Behind a
+/// close no read tells of it, but the connection has no peer any more.
+fn closes_and_resets(side: TcpStream, mut other: TcpStream) {
+    side.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_all(&mut other).unwrap(), b"");
+    assert!(other.peer_addr().is_ok());
+    reset(side);
+    eventually("the other side is reset", || other.peer_addr().is_err());
+}
+
+#[test]
+fn resets_behind_a_close() {
+    let listener = listen();
+    let direct = listener.local_addr().unwrap();
+    let stage = Stage::new(direct);
+    for address in [direct, stage.address()] {
+        let ask = || {
+            let mut client = connect(address).unwrap();
+            client.write_all(&get("a")).unwrap();
+            let mut application = accept(&listener).unwrap();
+            assert_eq!(read_exactly(&mut application, get("a").len()), get("a"));
+            (client, application)
+        };
+        let (client, application) = ask();
+        closes_and_resets(client, application);
+        let (client, application) = ask();
+        closes_and_resets(application, client);
+    }
+    let counts = stage.finish(2).unwrap();
+    let expected = [ClientAbort, UpstreamReset].map(|outcome| (("a".to_owned(), outcome), 1));
+    assert_eq!(counts.counted, Counted::from(expected));
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! Streams whose requests or answers are not complete.
 
+use std::hash::BuildHasher;
+
 use coalmine_proto::names::Outcome;
+use foldhash::quality::RandomState;
 
 use super::{
     super::{Sink, TenantId, Times},
@@ -49,11 +52,13 @@ pub(super) enum Kind {
 }
 
 /// Streams by their number: a table of places, a power of two, of which at most three quarters are taken.
-/// A stream stands in the place that its number says, or the next that was free.
+/// A stream stands in the place that the hash of its number says, or the next that was free.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
     places: Vec<Option<Stream>>,
     count: usize,
+    /// Clients choose the numbers, and must not be able to choose places that are all one after the other.
+    hasher: RandomState,
 }
 
 // === impl Stream ===
@@ -208,7 +213,7 @@ impl Streams {
         // Those after it may stand where they do because it stood here.
         let mut place = hole.wrapping_add(1) & mask;
         while let Some(Some(stream)) = self.places.get(place) {
-            let from_home = place.wrapping_sub(home_of(stream.id)) & mask;
+            let from_home = place.wrapping_sub(self.home_of(stream.id)) & mask;
             let from_hole = place.wrapping_sub(hole) & mask;
             if from_home >= from_hole {
                 self.places.swap(hole, place);
@@ -222,10 +227,13 @@ impl Streams {
         removed
     }
 
-    /// Takes all streams out.
+    /// Takes all streams out, in the order in which they were opened.
     pub(super) fn take_all(&mut self) -> impl Iterator<Item = Stream> + use<> {
         self.count = 0;
-        std::mem::take(&mut self.places).into_iter().flatten()
+        let places = std::mem::take(&mut self.places);
+        let mut streams: Vec<Stream> = places.into_iter().flatten().collect();
+        streams.sort_unstable_by_key(|stream| stream.id);
+        streams.into_iter()
     }
 
     /// Bytes of memory.
@@ -240,7 +248,7 @@ impl Streams {
 
     fn find(&self, id: u32) -> Option<usize> {
         let mask = self.mask()?;
-        let mut place = home_of(id) & mask;
+        let mut place = self.home_of(id) & mask;
         // There is always a free place.
         while let Some(Some(stream)) = self.places.get(place) {
             if stream.id == id {
@@ -253,7 +261,7 @@ impl Streams {
 
     fn put(&mut self, stream: Stream) {
         let Some(mask) = self.mask() else { return };
-        let mut place = home_of(stream.id) & mask;
+        let mut place = self.home_of(stream.id) & mask;
         while let Some(Some(_)) = self.places.get(place) {
             place = place.wrapping_add(1) & mask;
         }
@@ -265,17 +273,18 @@ impl Streams {
 
     fn grow(&mut self) {
         let places = self.places.len().saturating_mul(2).max(FIRST_PLACES);
-        let before = self.take_all();
+        let before = std::mem::take(&mut self.places);
+        self.count = 0;
         self.places.resize_with(places, || None);
-        for stream in before {
+        for stream in before.into_iter().flatten() {
             self.put(stream);
         }
     }
-}
 
-/// The client's streams have odd numbers.
-fn home_of(id: u32) -> usize {
-    usize::try_from(id >> 1).unwrap_or(0)
+    /// Where the stream stands if nobody stood there before it, in a table that is large enough.
+    fn home_of(&self, id: u32) -> usize {
+        usize::try_from(self.hasher.hash_one(id) >> 32).unwrap_or(0)
+    }
 }
 
 #[cfg(test)]
@@ -284,7 +293,34 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{
+        super::{LAST_STREAM, MAX_STREAMS},
+        *,
+    };
+
+    /// The longest way from a stream's home to where it stands.
+    fn longest_way(streams: &Streams) -> usize {
+        let mask = streams.mask().unwrap();
+        let places = streams.places.iter().enumerate();
+        let ways = places.filter_map(|(place, stream)| {
+            let home = streams.home_of(stream.as_ref()?.id);
+            Some(place.wrapping_sub(home) & mask)
+        });
+        ways.max().unwrap()
+    }
+
+    #[test]
+    fn numbers_that_a_client_chooses_do_not_crowd() {
+        for step in (1..=20).map(|power| 1_usize << power) {
+            let mut streams = Streams::default();
+            for id in (1..=LAST_STREAM).step_by(step).take(MAX_STREAMS) {
+                streams.insert(Stream::new(id, 0));
+            }
+            assert!(streams.len() >= MAX_STREAMS / 2, "{step}");
+            let longest = longest_way(&streams);
+            assert!(longest <= 128, "{longest} places in steps of {step}");
+        }
+    }
 
     proptest! {
         /// Whatever is opened and closed, exactly the open streams are found.
@@ -306,7 +342,9 @@ mod tests {
                     prop_assert_eq!(streams.get_mut(*id).map(|stream| stream.id), Some(*id));
                 }
             }
-            let taken: BTreeSet<u32> = streams.take_all().map(|stream| stream.id).collect();
+            let taken: Vec<u32> = streams.take_all().map(|stream| stream.id).collect();
+            // In the order in which a client has opened them.
+            let open: Vec<u32> = open.into_iter().collect();
             prop_assert_eq!(taken, open);
             prop_assert!(streams.is_empty());
         }
