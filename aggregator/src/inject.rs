@@ -19,8 +19,8 @@
 //! The pod is read as JSON and not as a type of its own, so that fields which this version does not know stay.
 //!
 //! Read in this order: `setting` (what can be said), `ports` (whose name the agent takes), `agent` (the container and
-//! its volumes), `patch`, `refusal`, `workload` (where pods are in manifests). API servers ask through `admission` (a
-//! review and its answer), `certificate` and `server`.
+//! its volumes), `resources` (what the pod needs as a whole), `patch`, `refusal`, `workload` (where pods are in
+//! manifests). API servers ask through `admission` (a review and its answer), `certificate` and `server`.
 
 mod admission;
 mod agent;
@@ -29,6 +29,7 @@ mod patch;
 mod ports;
 mod quantity;
 mod refusal;
+mod resources;
 pub(crate) mod server;
 mod setting;
 mod workload;
@@ -167,6 +168,7 @@ fn decide(pod: &Value, settings: &Settings) -> Result<Injected, Refusal> {
     let mut patch = Vec::new();
     port.rename(&mut patch);
     add_volumes(spec, volumes, &mut patch)?;
+    resources::make_room(spec, &containers, &chosen, &mut patch)?;
     patch.push(add_agent(spec, agent, settings));
     patch.push(annotate(annotations, digest));
     Ok(Injected::Patch(patch))

@@ -271,11 +271,7 @@ impl Cluster {
         loop {
             match tokio::time::timeout(ANSWER_WITHIN, self.client.apiserver_version()).await {
                 Ok(Ok(version)) => {
-                    let digits: String = version.minor.chars().take_while(char::is_ascii_digit).collect();
-                    let is_new = digits
-                        .parse::<u32>()
-                        .is_ok_and(|minor| minor >= NATIVE_SIDECAR_MINOR);
-                    let is_new = is_new || version.major != "1";
+                    let is_new = has_native_sidecars(&version.major, &version.minor);
                     tracing::info!(version = version.git_version, native_sidecars = is_new, "cluster");
                     return is_new;
                 }
@@ -285,6 +281,18 @@ impl Cluster {
             tokio::time::sleep(ASK_AGAIN).await;
         }
     }
+}
+
+/// Whether a server of this version has native sidecars that a Service finds by name. Some add a sign to the minor one.
+fn has_native_sidecars(major: &str, minor: &str) -> bool {
+    let digits = minor
+        .split(|character: char| !character.is_ascii_digit())
+        .next()
+        .unwrap_or_default();
+    let is_new = digits
+        .parse::<u32>()
+        .is_ok_and(|minor| minor >= NATIVE_SIDECAR_MINOR);
+    is_new || major != "1"
 }
 
 /// Does what a cluster is needed for, until the server stops. The webhook answers on `answering`.
@@ -443,5 +451,27 @@ async fn webhook(
             resume_unwind(error.into_panic());
         },
         () = kept => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn native_sidecars_are_used_where_a_service_finds_their_ports() {
+        for (major, minor, expected) in [
+            ("1", "28", false),
+            ("1", "32", false),
+            ("1", "32+", false),
+            ("1", "33", true),
+            ("1", "33+", true),
+            ("1", "40", true),
+            ("2", "0", true),
+            ("1", "", false),
+            ("1", "new", false),
+        ] {
+            assert_eq!(has_native_sidecars(major, minor), expected, "{major}.{minor}");
+        }
     }
 }

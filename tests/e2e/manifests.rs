@@ -16,8 +16,9 @@ use std::{
     sync::OnceLock,
 };
 
+use coalmine_proto::names::{ARM_LABEL, Arm};
 use coalmine_tests::process::repository;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What is rendered as it is.
 const KUSTOMIZATIONS: [&str; 5] = [
@@ -127,7 +128,7 @@ fn compose(resource: &Path, components: &[&str]) -> Option<Result<Vec<Value>, St
     let components = components
         .iter()
         .map(|name| relative(&deploy("components").join(name)));
-    let kustomization = serde_json::json!({
+    let kustomization = json!({
         "resources": [relative(resource)],
         "components": components.collect::<Vec<_>>(),
     });
@@ -324,11 +325,21 @@ fn the_policy_and_the_chart_ask_for_the_pods_that_the_webhook_asks_for() {
     );
     let constraints = policy[0].pointer("/spec/matchConstraints").unwrap();
     assert_eq!(constraints["namespaceSelector"], webhook["namespaceSelector"]);
+    assert_eq!(constraints["resourceRules"], webhook["rules"]);
+    // The webhook is asked about labels that mean nothing too, and warns of them; the policy cannot.
+    let label = "coalmine.dev/inject";
+    let has_label_but_disabled = json!([
+        { "key": label, "operator": "Exists" },
+        { "key": label, "operator": "NotIn", "values": ["disabled"] },
+    ]);
+    assert_eq!(
+        webhook["objectSelector"],
+        json!({ "matchExpressions": has_label_but_disabled })
+    );
     assert_eq!(
         constraints["objectSelector"]["matchLabels"],
-        webhook["objectSelector"]["matchLabels"]
+        json!({ label: "enabled" })
     );
-    assert_eq!(constraints["resourceRules"], webhook["rules"]);
 
     let values = documents("values", &read(&deploy("helm/coalmine/values.yaml")));
     let schema: Value = serde_json::from_str(&read(&deploy("helm/coalmine/values.schema.json"))).unwrap();
@@ -340,6 +351,51 @@ fn the_policy_and_the_chart_ask_for_the_pods_that_the_webhook_asks_for() {
         env!("CARGO_PKG_VERSION"),
         "the chart is of another version"
     );
+}
+
+/// The arms that pods are selected by, in each of the places that do.
+#[test]
+fn pods_of_the_same_arms_are_selected_everywhere() {
+    let selectors = [
+        (
+            "network-policy/network-policy.yaml",
+            "NetworkPolicy",
+            "/spec/ingress/0/from/0/podSelector",
+        ),
+        ("prometheus/monitors.yaml", "PodMonitor", "/spec/selector"),
+        (
+            "admission-policy/policy.yaml",
+            "MutatingAdmissionPolicy",
+            "/spec/matchConstraints/objectSelector",
+        ),
+    ];
+    let selected = selectors.map(|(file, kind, pointer)| {
+        let documents = documents(file, &read(&deploy("components").join(file)));
+        let object = of_kind(&documents, kind).next().unwrap();
+        let rules = items(object.pointer(pointer).unwrap(), "/matchExpressions");
+        let rule = rules.iter().find(|rule| text(rule, "/key") == ARM_LABEL).unwrap();
+        assert_eq!(text(rule, "/operator"), "In", "{file}");
+        strings(rule, "/values")
+    });
+    let [arms, ..] = &selected;
+    assert!(selected.iter().all(|others| others == arms), "{selected:?}");
+    // Each means an arm, and no arm is missing.
+    for arm in Arm::ALL {
+        assert!(arms.contains(&arm.as_str().to_owned()), "{arms:?}");
+    }
+    for arm in arms {
+        let known = Arm::of_labels(|label| (label == ARM_LABEL).then_some(arm.as_str()));
+        assert!(matches!(known, Some(Ok(_))), "{arm}");
+    }
+    // What follows pods, and the templates of the chart, which are no YAML before they are rendered.
+    let follows = repository().join("aggregator/src/kubernetes/pods/follow.rs");
+    let selector = format!("\"{ARM_LABEL} in ({})\"", arms.join(","));
+    assert!(read(&follows).contains(&selector), "{selector}");
+    for template in ["networkpolicy.yaml", "monitoring.yaml"] {
+        let written = read(&deploy("helm/coalmine/templates").join(template));
+        let values = format!("values: [{}]", arms.join(", "));
+        assert!(written.contains(&values), "{template}: {values}");
+    }
 }
 
 /// Each value is in the schema, and the schema has no value that is not there to be changed.

@@ -31,10 +31,13 @@ const NAME: &str = "coalmine.coalmine.svc";
 /// How long a connection may give no sign before a test fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-type Edit = fn(&mut Value);
+pub(crate) type Edit = fn(&mut Value);
 
 /// What is wrong with a pod, a part of the sentence that its author gets, and what is done to a good pod for it.
-const REFUSED: &[(&str, &str, Edit)] = &[
+pub(crate) const REFUSED: &[(&str, &str, Edit)] = &[
+    ("unknown-inject", "say enabled or disabled", |pod| {
+        pod["metadata"]["labels"]["coalmine.dev/inject"] = json!("true");
+    }),
     ("host-network", "pod network", |pod| {
         pod["spec"]["hostNetwork"] = json!(true);
     }),
@@ -101,6 +104,10 @@ const REFUSED: &[(&str, &str, Edit)] = &[
     }),
     ("volume-name", "coalmine-labels", |pod| {
         pod["spec"]["volumes"] = json!([{ "name": "coalmine-labels", "emptyDir": {} }]);
+    }),
+    // As much as the API server can count: the agent's cannot be added.
+    ("pod-resources", "cannot be added", |pod| {
+        pod["spec"]["resources"] = json!({ "limits": { "memory": "9223372036854775807" } });
     }),
 ];
 
@@ -183,6 +190,13 @@ fn who_asks_gets_an_agent_and_nobody_else() {
         json!({ "coalmine.dev/tenant": "header:x-tenant-id" })
     );
     assert_eq!(silent["spec"]["containers"][0]["ports"][0]["name"], "http");
+    let mut disabled = pod("disabled", "canary");
+    disabled["metadata"]["labels"]["coalmine.dev/inject"] = json!("disabled");
+    let answer = scene.cluster.request("POST", PODS, &disabled);
+    assert_eq!(answer.status, 201, "{}", answer.body);
+    assert!(!has_agent(&answer.json()), "{}", answer.body);
+    let said = warnings(&answer).concat();
+    assert!(!said.contains("coalmine"), "{said}");
 
     // Pods of a namespace that is left out are left alone, whatever they ask.
     let mut system = pod("system", "canary");
@@ -203,6 +217,11 @@ fn who_asks_and_cannot_have_one_is_created_and_told_why() {
         edit(&mut refused);
         is_refused(&scene, &refused, part);
     }
+
+    // A pod of more values than are read is a good one to the API server.
+    let mut endless = pod("endless", "canary");
+    endless["spec"]["containers"][0]["args"] = json!(vec![""; 200_001]);
+    is_refused(&scene, &endless, "more than 200000 values");
 
     // As people see it.
     let mut unarmed = pod("for-people", "canary");
@@ -229,6 +248,66 @@ fn who_asks_and_cannot_have_one_is_created_and_told_why() {
     let agent = &ordinary["spec"]["containers"][1];
     assert_eq!(agent["name"], "coalmine-agent", "{ordinary}");
     assert!(!has_account_token(agent), "{agent}");
+}
+
+/// The API server takes no pod that asks for less than its containers do, or has a lower limit than one of them.
+#[test]
+fn a_pod_that_says_what_it_needs_as_a_whole_is_created_with_room_for_its_agent() {
+    let scene = Scene::install(&["webhook"]);
+    let mut aggregator = scene.injecting(&[]);
+    let amounts = |cpu: &str, memory: &str| json!({ "cpu": cpu, "memory": memory });
+    let (sum, with_agent) = (amounts("100m", "32Mi"), amounts("110m", "48Mi"));
+    let limits = amounts("500m", "64Mi");
+    for (name, whole, app, expected) in [
+        // What pods ask for the API server has filled in before it asks the webhook: the sum, or the limits.
+        (
+            "limits-only",
+            json!({ "limits": limits }),
+            json!({ "requests": sum }),
+            json!({ "limits": amounts("510m", "256Mi"), "requests": with_agent }),
+        ),
+        (
+            "limits-alone",
+            json!({ "limits": limits }),
+            json!({}),
+            json!({ "limits": amounts("510m", "256Mi"), "requests": amounts("510m", "80Mi") }),
+        ),
+        (
+            "requests-equal",
+            json!({ "requests": sum }),
+            json!({ "requests": sum }),
+            json!({ "requests": with_agent }),
+        ),
+    ] {
+        let stored = scene.create(&needing(name, whole, app));
+        assert_eq!(agents(&stored), 1, "{name}: {stored}");
+        assert_eq!(stored["spec"]["resources"], expected, "{name}: {stored}");
+        let again = scene.create(&as_written(&stored, &format!("{name}-again")));
+        assert_eq!(agents(&again), 1, "{name}: {again}");
+        assert_eq!(again["spec"]["resources"], expected, "{name}: {again}");
+    }
+
+    // The agent's own limit is higher than the pod's.
+    aggregator.terminate();
+    let _ordinary = scene.injecting(&["--native-sidecar", "false"]);
+    let small = needing("small", json!({ "limits": { "memory": "64Mi" } }), json!({}));
+    let stored = scene.create(&small);
+    assert_eq!(
+        stored["spec"]["containers"][1]["name"], "coalmine-agent",
+        "{stored}"
+    );
+    assert_eq!(
+        stored["spec"]["resources"]["limits"]["memory"], "256Mi",
+        "{stored}"
+    );
+}
+
+/// A pod that needs this as a whole, and whose application needs this.
+fn needing(name: &str, whole: Value, app: Value) -> Value {
+    let mut pod = pod(name, "canary");
+    pod["spec"]["resources"] = whole;
+    pod["spec"]["containers"][0]["resources"] = app;
+    pod
 }
 
 /// Whether the API server has mounted the token of the pod's account into a container.
@@ -424,7 +503,7 @@ fn kubectl_makes_of_a_patch_what_we_make_of_it() {
 }
 
 /// Pods whose patches differ: lists that are there or not, keys with signs that paths must escape, ports by name.
-fn patched_pods() -> [Value; 4] {
+fn patched_pods() -> [Value; 5] {
     let mut bare = pod("bare", "canary");
     bare["metadata"].as_object_mut().unwrap().remove("annotations");
     let mut empty = pod("empty", "baseline");
@@ -446,7 +525,9 @@ fn patched_pods() -> [Value; 4] {
     rich["spec"]["initContainers"] = json!([beside]);
     rich["spec"]["initContainers"][0]["name"] = json!("first");
     rich["spec"]["volumes"] = json!([{ "name": "tmp", "emptyDir": {} }]);
-    [pod("plain", "canary"), bare, empty, rich]
+    let limits = json!({ "limits": { "cpu": "1", "memory": "64Mi" } });
+    let whole = needing("whole", limits, json!({}));
+    [pod("plain", "canary"), bare, empty, rich, whole]
 }
 
 /// The same patch by kubectl, which asks no server for it.

@@ -9,7 +9,10 @@ use coalmine_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::scene::{FOREIGN, PODS, Scene, agents, has_agent, is_foreign, pod, rendered};
+use crate::{
+    injection::{Edit, REFUSED},
+    scene::{FOREIGN, PODS, Scene, agents, has_agent, is_foreign, pod, rendered},
+};
 
 /// What can stand in for one another, and so is not combined.
 const ALONE: [&str; 3] = ["webhook", "cert-manager", "admission-policy"];
@@ -289,6 +292,91 @@ fn the_aggregators_own_pod_passes_the_restricted_standard() {
     }
 }
 
+/// Pods that the policy leaves as they are.
+const LEFT_ALONE: [(&str, Edit); 9] = [
+    ("host network", |pod| pod["spec"]["hostNetwork"] = json!(true)),
+    ("port's name", |pod| {
+        pod["spec"]["containers"][0]["ports"][0]["name"] = json!("web");
+    }),
+    ("our volume", |pod| {
+        pod["spec"]["volumes"] = json!([{ "name": "coalmine-labels", "emptyDir": {} }]);
+    }),
+    ("our port", |pod| {
+        let ports = pod["spec"]["containers"][0]["ports"].as_array_mut().unwrap();
+        ports.push(json!({ "name": "other", "containerPort": 15090 }));
+    }),
+    ("our port, in a container that ends", |pod| {
+        pod["spec"]["initContainers"] = json!([beside(json!({ "containerPort": 15080 }))]);
+    }),
+    ("a probe", |pod| {
+        pod["spec"]["containers"][0]["livenessProbe"] = json!({ "httpGet": { "port": "http" } });
+    }),
+    ("the name twice", |pod| {
+        push_beside(pod, json!({ "name": "http", "containerPort": 81 }));
+    }),
+    ("the name twice, in a native sidecar", |pod| {
+        let mut sidecar = beside(json!({ "name": "http", "containerPort": 81 }));
+        sidecar["restartPolicy"] = json!("Always");
+        pod["spec"]["initContainers"] = json!([sidecar]);
+    }),
+    ("what the pod needs as a whole", |pod| {
+        pod["spec"]["resources"] = json!({ "requests": { "cpu": "100m" } });
+    }),
+];
+
+/// Pods like these, which get an agent.
+const GIVEN_AN_AGENT: [(&str, Edit); 3] = [
+    ("the name for UDP", |pod| {
+        push_beside(
+            pod,
+            json!({ "name": "http", "containerPort": 81, "protocol": "UDP" }),
+        );
+    }),
+    ("the name in a container that ends", |pod| {
+        pod["spec"]["initContainers"] = json!([beside(json!({ "name": "http", "containerPort": 81 }))]);
+    }),
+    ("Linux, and a pod from the API", |pod| {
+        pod["spec"]["os"] = json!({ "name": "linux" });
+        pod["metadata"]["annotations"]["kubernetes.io/config.source"] = json!("api");
+    }),
+];
+
+/// A container beside the application's, with this port.
+fn beside(port: Value) -> Value {
+    json!({ "name": "beside", "image": "docker.io/library/nginx:1.27", "ports": [port] })
+}
+
+fn push_beside(pod: &mut Value, port: Value) {
+    let containers = pod["spec"]["containers"].as_array_mut().unwrap();
+    containers.push(beside(port));
+}
+
+/// Pods that the injector refuses and the policy gives an agent all the same, and why.
+const GIVEN_ALL_THE_SAME: [(&str, &str); 4] = [
+    ("unknown-setting", "it reads no settings"),
+    ("bad-setting", "it reads no settings"),
+    ("no-such-port", "it reads no settings"),
+    ("ambiguous-port", "it takes the first port for the application's"),
+];
+
+/// Whatever the injector refuses, the API server makes a pod of with the policy too, and most of it without an agent.
+fn takes_what_is_refused(cluster: &Cluster, path: &str) {
+    let mut given = Vec::new();
+    for (name, _, edit) in REFUSED {
+        let mut refused = pod(name, "canary");
+        edit(&mut refused);
+        let answer = cluster.request("POST", path, &refused);
+        assert_eq!(answer.status, 201, "{name}: {}", answer.body);
+        if agents(&answer.json()) != agents(&refused) {
+            given.push(*name);
+        }
+    }
+    let mut allowed = GIVEN_ALL_THE_SAME.map(|(name, _)| name);
+    allowed.sort_unstable();
+    given.sort_unstable();
+    assert_eq!(given, allowed);
+}
+
 #[test]
 fn the_admission_policy_injects_without_the_aggregator() {
     let scene = Scene::install(&["admission-policy"]);
@@ -310,28 +398,14 @@ fn the_admission_policy_injects_without_the_aggregator() {
         other["metadata"]["labels"][label] = json!(value);
         assert!(!has_agent(&create(&other)), "{label}: {value:?}");
     }
-    type Edit = fn(&mut Value);
-    let edits: [(&str, Edit); 5] = [
-        ("host network", |pod| pod["spec"]["hostNetwork"] = json!(true)),
-        ("port's name", |pod| {
-            pod["spec"]["containers"][0]["ports"][0]["name"] = json!("web");
-        }),
-        ("our volume", |pod| {
-            pod["spec"]["volumes"] = json!([{ "name": "coalmine-labels", "emptyDir": {} }]);
-        }),
-        ("our port", |pod| {
-            let ports = pod["spec"]["containers"][0]["ports"].as_array_mut().unwrap();
-            ports.push(json!({ "name": "other", "containerPort": 15090 }));
-        }),
-        ("a probe", |pod| {
-            pod["spec"]["containers"][0]["livenessProbe"] = json!({ "httpGet": { "port": "http" } });
-        }),
-    ];
-    for (what, edit) in edits {
+    let edits = LEFT_ALONE.iter().map(|(what, edit)| (what, edit, 0));
+    let edits = edits.chain(GIVEN_AN_AGENT.iter().map(|(what, edit)| (what, edit, 1)));
+    for (what, edit, expected) in edits {
         let mut other = asking.clone();
         edit(&mut other);
-        assert!(!has_agent(&create(&other)), "{what}");
+        assert_eq!(agents(&create(&other)), expected, "{what}");
     }
+    takes_what_is_refused(&scene.cluster, &path);
 
     // The token of the pod's account is for the application only.
     let mounted = |container: &Value| {

@@ -198,6 +198,14 @@ impl<'p> Container<'p> {
         self.name == AGENT
     }
 
+    /// Whether it asks for some of `cpu` or `memory`. Where it has a limit alone, API servers take that.
+    pub(super) fn asks_for(&self, resource: &str) -> bool {
+        ["requests", "limits"].iter().any(|group| {
+            let amounts = self.value.get("resources").and_then(|all| all.get(group));
+            amounts.is_some_and(|amounts| amounts.get(resource).is_some())
+        })
+    }
+
     fn add_ports(&self, ports: &mut Vec<Port<'p>>) -> Result<(), Refusal> {
         let place = || format!("the container {}", shown(self.name));
         for (index, port) in list_of(self.value, "ports", &place())?.iter().enumerate() {

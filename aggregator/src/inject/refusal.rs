@@ -143,6 +143,17 @@ pub enum Refusal {
     /// The name of one of the agent's volumes is taken.
     #[error("the pod has a volume {}, whose name is kept for what is injected; give it another", shown(.0))]
     VolumeName(String),
+    /// The pod says what it needs as a whole, and the agent's part cannot be added.
+    #[error(
+        "the pod's resources.{place} is {}, to which the agent's own cannot be added; give an amount as in 500m, 1.5 or 512Mi",
+        shown(.amount)
+    )]
+    PodResources {
+        /// Which amount, as in `requests.cpu`.
+        place: String,
+        /// What it is.
+        amount: String,
+    },
     /// As an ordinary container the agent would keep the pod from ever ending.
     #[error(
         "the pod is to end by itself (restartPolicy {}), and would not while an ordinary container runs; use native sidecars",
@@ -194,6 +205,7 @@ impl Refusal {
             Self::PortName { .. } => "port_name_conflict",
             Self::ContainerName => "container_name_conflict",
             Self::VolumeName(_) => "volume_name_conflict",
+            Self::PodResources { .. } => "pod_resources",
             Self::NeverEnds(_) => "needs_native_sidecar",
         }
     }

@@ -191,13 +191,17 @@ impl Chosen {
         given.or(setting.by_default())
     }
 
+    /// An amount of CPU or memory, in billionths.
+    pub(super) fn amount(&self, setting: Setting) -> Option<u128> {
+        self.get(setting).and_then(|text| quantity::parse(text).ok())
+    }
+
     /// The API server takes no pod that asks for more than its own limit.
     fn fits(&self, request: Setting, limit: Setting) -> Result<(), Refusal> {
         let (Some(wanted), Some(most)) = (self.get(request), self.get(limit)) else {
             return Ok(());
         };
-        let amount = |text: &str| quantity::parse(text).unwrap_or_default();
-        if amount(wanted) <= amount(most) {
+        if self.amount(request) <= self.amount(limit) {
             return Ok(());
         }
         let (limit, most) = (limit.as_str(), shown(most));

@@ -3,6 +3,7 @@
 mod placement;
 mod properties;
 mod refusals;
+mod resources;
 mod reviews;
 mod roundtrip;
 mod webhook;

@@ -5,7 +5,7 @@ use proptest::{collection, prelude::*, sample, strategy::ValueTree as _, test_ru
 use super::*;
 
 /// Keys that mean something to the injector, and one that does not.
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 21] = [
     "containers",
     "volumes",
     "initContainers",
@@ -18,6 +18,10 @@ const KEYS: [&str; 17] = [
     "httpGet",
     "port",
     "restartPolicy",
+    "resources",
+    "requests",
+    "limits",
+    "cpu",
     "hostNetwork",
     "labels",
     "annotations",
@@ -59,6 +63,24 @@ pub(super) fn any_json() -> BoxedStrategy<Value> {
     .boxed()
 }
 
+/// What a pod needs as a whole, where it says so.
+fn any_resources() -> impl Strategy<Value = Value> {
+    let amount = sample::select(vec![
+        json!("500m"),
+        json!("64Mi"),
+        json!("1.5Gi"),
+        json!(2),
+        json!("1e9"),
+    ]);
+    let name = sample::select(vec!["cpu", "memory", "hugepages-2Mi"]).prop_map(str::to_owned);
+    let amounts =
+        collection::btree_map(name, amount, 0..3).prop_map(|all| Value::Object(all.into_iter().collect()));
+    let group = prop_oneof![Just(Value::Null), amounts];
+    let both = (group.clone(), group)
+        .prop_map(|(requests, limits)| json!({ "requests": requests, "limits": limits }));
+    prop_oneof![Just(Value::Null), both]
+}
+
 /// A pod with up to three containers, most of them good.
 pub(super) fn any_pod() -> impl Strategy<Value = Value> {
     let port = (
@@ -85,25 +107,30 @@ pub(super) fn any_pod() -> impl Strategy<Value = Value> {
         Just(Some(Value::Null)),
         collection::vec(volume, 0..3).prop_map(|volumes| Some(Value::Array(volumes))),
     ];
-    let pods = (lists, volumes, any_json(), any::<bool>());
-    pods.prop_map(|((containers, init), volumes, unknown, has_annotations)| {
-        let mut pod = pod();
-        pod["status"] = unknown;
-        if let Some(volumes) = volumes {
-            pod["spec"]["volumes"] = volumes;
-        }
-        for (list, containers) in [("containers", containers), ("initContainers", init)] {
-            let named = containers.into_iter().enumerate().map(|(index, mut container)| {
-                container["name"] = json!(format!("{list}-{index}").to_lowercase());
-                container
-            });
-            pod["spec"][list] = named.collect();
-        }
-        if has_annotations {
-            pod["metadata"]["annotations"] = json!({ "a/~b": "c" });
-        }
-        pod
-    })
+    let pods = (lists, volumes, any_resources(), any_json(), any::<bool>());
+    pods.prop_map(
+        |((containers, init), volumes, resources, unknown, has_annotations)| {
+            let mut pod = pod();
+            pod["status"] = unknown;
+            if !resources.is_null() {
+                pod["spec"]["resources"] = resources;
+            }
+            if let Some(volumes) = volumes {
+                pod["spec"]["volumes"] = volumes;
+            }
+            for (list, containers) in [("containers", containers), ("initContainers", init)] {
+                let named = containers.into_iter().enumerate().map(|(index, mut container)| {
+                    container["name"] = json!(format!("{list}-{index}").to_lowercase());
+                    container
+                });
+                pod["spec"][list] = named.collect();
+            }
+            if has_annotations {
+                pod["metadata"]["annotations"] = json!({ "a/~b": "c" });
+            }
+            pod
+        },
+    )
 }
 
 /// Every place in a document.
@@ -152,6 +179,7 @@ fn is_ours(operation: &Operation) -> bool {
     match operation.op {
         Op::Add => {
             path.starts_with("/metadata/annotations")
+                || path.starts_with("/spec/resources/requests")
                 || [
                     "/spec/volumes",
                     "/spec/volumes/-",
@@ -162,8 +190,15 @@ fn is_ours(operation: &Operation) -> bool {
                 .contains(&path)
         }
         Op::Replace => {
-            (path.starts_with("/spec/containers/") || path.starts_with("/spec/initContainers/"))
-                && (path.ends_with("/port") || path.ends_with("/name"))
+            let is_of = |places: [&str; 2], ends: [&str; 2]| {
+                places.iter().any(|place| path.starts_with(place))
+                    && ends.iter().any(|end| path.ends_with(end))
+            };
+            is_of(["/spec/containers/", "/spec/initContainers/"], ["/port", "/name"])
+                || is_of(
+                    ["/spec/resources/requests/", "/spec/resources/limits/"],
+                    ["/cpu", "/memory"],
+                )
         }
     }
 }

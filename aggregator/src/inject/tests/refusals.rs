@@ -201,6 +201,34 @@ const REFUSED: &[(&str, &str, Edit)] = &[
         "volumes of the pod's spec is no list",
         |pod, _| spec(pod)["volumes"] = json!({ "name": "tmp" }),
     ),
+    ("pod_resources", "limits.memory is \"much\"", |pod, _| {
+        spec(pod)["resources"] = json!({ "limits": { "memory": "much" } })
+    }),
+    ("pod_resources", "requests.cpu is \"-1\"", |pod, _| {
+        spec(pod)["resources"] = json!({ "requests": { "cpu": "-1" } })
+    }),
+    ("pod_resources", "requests.cpu is \"null\"", |pod, _| {
+        spec(pod)["resources"] = json!({ "requests": { "cpu": null } })
+    }),
+    // No more can be added to it: API servers have 64 bits.
+    (
+        "pod_resources",
+        "limits.memory is \"9223372036854775807\"",
+        |pod, _| spec(pod)["resources"] = json!({ "limits": { "memory": "9223372036854775807" } }),
+    ),
+    ("pod_resources", "limits.cpu is \"0\"", |pod, _| {
+        spec(pod)["resources"] = json!({ "limits": { "cpu": 0 } })
+    }),
+    (
+        "malformed_pod",
+        "resources of the pod's spec is no map",
+        |pod, _| spec(pod)["resources"] = json!("1"),
+    ),
+    (
+        "malformed_pod",
+        "limits of the pod's resources is no map",
+        |pod, _| spec(pod)["resources"] = json!({ "limits": [] }),
+    ),
     (
         "needs_native_sidecar",
         "restartPolicy \"Never\"",
@@ -220,7 +248,7 @@ const REFUSED: &[(&str, &str, Edit)] = &[
 ];
 
 /// All names, so that none is without a pod that gets it.
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 25] = [
     "ambiguous_port",
     "bad_label",
     "bad_setting",
@@ -237,6 +265,7 @@ const NAMES: [&str; 24] = [
     "no_such_port",
     "no_version",
     "not_tcp",
+    "pod_resources",
     "port_name_conflict",
     "reserved_port",
     "static_pod",
@@ -273,7 +302,7 @@ fn every_refusal_has_a_name_and_says_what_to_do() {
 
 #[test]
 fn what_looks_like_a_refusal_and_is_none() {
-    let edits: [Edit; 11] = [
+    let edits: [Edit; 13] = [
         |pod, _| spec(pod)["hostNetwork"] = json!(false),
         |pod, _| annotate(pod, "kubernetes.io/config.source", json!("api")),
         |pod, _| spec(pod)["os"] = json!({ "name": "linux" }),
@@ -288,6 +317,9 @@ fn what_looks_like_a_refusal_and_is_none() {
         // Without an audience there is no volume with a token.
         |pod, _| spec(pod)["volumes"] = json!([{ "name": "coalmine-token", "emptyDir": {} }]),
         |pod, _| spec(pod)["volumes"] = json!([{ "emptyDir": {} }]),
+        |pod, _| spec(pod)["resources"] = json!({ "requests": null, "limits": {} }),
+        // What the agent has none of.
+        |pod, _| spec(pod)["resources"] = json!({ "limits": { "hugepages-2Mi": "much" } }),
         |pod, settings| {
             spec(pod)["restartPolicy"] = json!("Always");
             settings.native_sidecar = false;

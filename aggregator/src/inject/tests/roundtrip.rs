@@ -451,9 +451,12 @@ fn a_pod_with_the_agent_has_no_field_that_there_is_not() {
     let mut with_volumes = pod();
     with_volumes["spec"]["volumes"] = json!([{ "name": "tmp", "emptyDir": {} }]);
     with_volumes["spec"]["initContainers"] = json!([]);
+    let mut with_resources = pod();
+    with_resources["spec"]["resources"] = json!({ "limits": { "cpu": "1", "memory": "64Mi" } });
     let pods = [
         ("plain", pod()),
         ("with volumes", with_volumes),
+        ("with resources", with_resources),
         ("with settings", with_every_setting()),
         ("with many containers", with_many_containers()),
         ("rich", rich()),
