@@ -15,6 +15,10 @@
 //! is looked up at its target: an annotation with the decision there, and an Idempotency-Key at the webhook, make the second
 //! try of an act nothing but a look. So a decision acts once, wherever the process ends in between.
 //!
+//! A HOLD that goes on is told again on a Rollout and a Canary: when a person's HOLD begins or ends, at most each ten minutes
+//! when its reason has changed, and before the API server forgets the Event. That changes nothing but what people read, so it
+//! is no act: the decision has acted once, and no record is made of an Event more.
+//!
 //! When a rollout ends, the pause that it has left on a Deployment is lifted (`release`), since nobody else would, unless
 //! the version on trial is there still and was never approved.
 //!
@@ -258,6 +262,15 @@ impl Effects {
             return Err(Problem::new("there is no cluster", Again::Never));
         };
         despite_conflicts(move || deployment::release(client, order, holds, was_approved)).await
+    }
+
+    /// Tells a HOLD again, where it is only told.
+    async fn tell_again(&self, target: Target, order: &Order<'_>) -> Result<(), Problem> {
+        match (target, &self.0.cluster) {
+            (Target::Argo, Some(client)) => event::tell_only(client, &cluster::ROLLOUT, order).await,
+            (Target::Flagger, Some(client)) => event::tell_only(client, &cluster::CANARY, order).await,
+            _ => Err(Problem::new("it is not configured", Again::Never)),
+        }
     }
 
     async fn try_to_act(

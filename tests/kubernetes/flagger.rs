@@ -163,6 +163,13 @@ fn a_held_canary_waits_until_it_is_approved(stage: &Stage) {
         rollout["bootstrapped"] == true
     });
     stage.decide(&rollout, Some("hold"));
+    // Flagger does not say why it waits, and a HOLD after a HOLD is no other verdict: it is told all the same.
+    let held = stage.wait_for_rollout(&HELD, "is held by a person", |rollout| {
+        rollout["overridden"]["verdict"] == "HOLD"
+    });
+    let decision = held["decision_id"].as_str().unwrap();
+    let parts = ["CoalmineHold", decision, "has decided: a rehearsal"];
+    stage.wait_for_description(&HELD, "canary", &parts);
     stage.wait_for_rollout(&HELD, "would be approved", |rollout| {
         rollout["overridden"]["judged"] == "APPROVE"
     });
@@ -180,7 +187,8 @@ fn a_hold_ends_at_its_deadline(stage: &Stage) {
     let _nodes = begin(stage, &EXPIRED, "v2");
     wait_for_phase(stage, &EXPIRED, "Failed");
     assert_eq!(primary_version(stage, &EXPIRED), "v1");
-    let parts = ["CoalmineRollback", "hold_deadline"];
+    // Why it was held stands there still.
+    let parts = ["CoalmineHold", "CoalmineRollback", "hold_deadline"];
     stage.wait_for_description(&EXPIRED, "canary", &parts);
 }
 

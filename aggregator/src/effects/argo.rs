@@ -17,12 +17,12 @@ use super::{
 
 /// Acts on a Rollout. Says what was done.
 pub(super) async fn act(client: &Client, order: &Order<'_>) -> Result<String, Problem> {
-    let objects = Objects::new(client, &ROLLOUT, &order.workload.namespace);
-    let rollout = objects.get(&order.workload.name).await?;
     if order.notice.verdict != Verdict::Rollback {
-        event::tell(client, &ROLLOUT, &rollout, order, "").await?;
+        event::tell_only(client, &ROLLOUT, order).await?;
         return Ok("told by an Event".to_owned());
     }
+    let objects = Objects::new(client, &ROLLOUT, &order.workload.namespace);
+    let rollout = objects.get(&order.workload.name).await?;
     let done = abort(client, &objects, &rollout, order).await?;
     Ok(event::told(client, &ROLLOUT, &rollout, order, done).await)
 }

@@ -1,5 +1,5 @@
 //! Events on an object, for whoever asks why its rollout stands still. One act makes one Event, whatever happens: its name
-//! follows from the decision.
+//! follows from the key of what is told.
 
 use coalmine_judge::{chain::Hash, v1::Verdict};
 use k8s_openapi::{
@@ -13,7 +13,7 @@ use kube::{
 
 use super::{
     Order,
-    cluster::{self, FIELD_MANAGER, Kind},
+    cluster::{self, FIELD_MANAGER, Kind, Objects},
     notice::Notice,
     plan::{Problem, act},
 };
@@ -21,6 +21,17 @@ use crate::clock;
 
 /// Longest part of an Event's name that is the object's; the whole may have 253 characters.
 const MAX_NAME: usize = 200;
+
+/// Writes an Event on a workload to which nothing else is done.
+pub(super) async fn tell_only(
+    client: &Client,
+    kind: &'static Kind,
+    order: &Order<'_>,
+) -> Result<(), Problem> {
+    let objects = Objects::new(client, kind, &order.workload.namespace);
+    let object = objects.get(&order.workload.name).await?;
+    tell(client, kind, &object, order, "").await
+}
 
 /// Writes an Event on an object.
 pub(super) async fn tell(
@@ -75,7 +86,7 @@ fn event(
         Verdict::Hold => ("Normal", "CoalmineHold"),
         Verdict::Rollback => ("Warning", "CoalmineRollback"),
     };
-    let digest = Hash::of(format!("{} {}", notice.decision, act(notice.verdict)).as_bytes()).to_string();
+    let digest = Hash::of(format!("{} {}", notice.key, act(notice.verdict)).as_bytes()).to_string();
     let stem: String = name.chars().take(MAX_NAME).collect();
     let stem = stem.trim_end_matches(['-', '.']);
     let now = i64::try_from(now_ms).ok();
@@ -120,6 +131,10 @@ mod tests {
     use crate::effects::{cluster::ROLLOUT, notice::tests::notice};
 
     fn made(name: &str, decision: &str, verdict: Verdict) -> Event {
+        made_of(name, &notice(decision, verdict))
+    }
+
+    fn made_of(name: &str, notice: &Notice) -> Event {
         let object = DynamicObject {
             types: None,
             metadata: ObjectMeta {
@@ -129,8 +144,7 @@ mod tests {
             },
             data: Value::Null,
         };
-        let notice = notice(decision, verdict);
-        event(&ROLLOUT, &object, "shop", &notice, "aborted", 1_700_000_000_000)
+        event(&ROLLOUT, &object, "shop", notice, "aborted", 1_700_000_000_000)
     }
 
     #[test]
@@ -168,6 +182,9 @@ mod tests {
         assert_eq!(first, name(made("checkout", "r-7", Verdict::Rollback)));
         assert_ne!(first, name(made("checkout", "r-8", Verdict::Rollback)));
         assert_ne!(first, name(made("checkout", "r-7", Verdict::Hold)));
+        let mut again = notice("r-7", Verdict::Rollback);
+        again.key.push_str("/1700000000000");
+        assert_ne!(first, name(made_of("checkout", &again)));
         let long = format!("{}-{}", "a".repeat(199), "b".repeat(50));
         let long = name(made(&long, "r-7", Verdict::Rollback));
         assert!(

@@ -1,4 +1,5 @@
-//! Follows one rollout for one target: acts when the verdict changes, and takes what has begun to its end.
+//! Follows one rollout for one target: acts when the verdict changes, takes what has begun to its end, and tells a HOLD that
+//! goes on again.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -12,9 +13,12 @@ use super::{
     Effects, Order,
     journal::{Journal, RECORD_WITHIN},
     notice::{Notice, cut},
-    plan::{self, Again, Next, Problem, Stage, Step, Target, act},
+    plan::{self, Again, Next, Problem, Stage, Step, Target, Told, act},
 };
-use crate::rollouts::{State, View};
+use crate::{
+    clock,
+    rollouts::{State, View},
+};
 
 /// So many different failures of one act are recorded; more say nothing new.
 const MAX_FAILURES: usize = 20;
@@ -32,9 +36,37 @@ const UNRECORDED: &str = "; done before its beginning was on record";
 struct Trial {
     step: Step,
     notice: Notice,
+    told: Told,
     /// How often it has failed.
     tries: u32,
     due: Instant,
+}
+
+/// What was told last.
+struct Reminder {
+    told: Told,
+    at: Instant,
+    /// How often it has failed to tell it again, and until when that is not tried.
+    tries: u32,
+    not_before: Instant,
+}
+
+impl Reminder {
+    /// Was told right now.
+    fn of(told: Told) -> Self {
+        let at = Instant::now();
+        Self {
+            told,
+            at,
+            tries: 0,
+            not_before: at,
+        }
+    }
+
+    /// When it is to be told again, with `standing` as what would be told.
+    fn due(&self, standing: &Told) -> Instant {
+        self.not_before.max(self.at + self.told.lasts(standing))
+    }
 }
 
 /// Who acts on a target.
@@ -49,6 +81,8 @@ pub(super) struct Follower {
     restored: usize,
     journal: Journal,
     given_up: Option<Step>,
+    /// None as long as this process has told nothing.
+    reminder: Option<Reminder>,
 }
 
 impl Follower {
@@ -68,6 +102,7 @@ impl Follower {
             view,
             records,
             given_up: None,
+            reminder: None,
         }
     }
 
@@ -99,7 +134,10 @@ impl Follower {
                     let due = trial.as_ref().filter(|_| may_act).map(|trial| trial.due);
                     // Nobody tells when the log takes records again.
                     let is_barred = trial.is_some() && !may_act && self.journal.is_settled();
-                    let due = due.or_else(|| is_barred.then(|| Instant::now() + LOOK_AGAIN));
+                    let mut due = due.or_else(|| is_barred.then(|| Instant::now() + LOOK_AGAIN));
+                    if trial.is_none() {
+                        due = self.remind(&view).await;
+                    }
                     if !self.wait(due).await {
                         return;
                     }
@@ -175,6 +213,67 @@ impl Follower {
         self.effects.release(&order, &holds, was_approved).await
     }
 
+    /// Tells a HOLD that goes on again, if that is due. Says when it is due next.
+    async fn remind(&mut self, view: &View) -> Option<Instant> {
+        let step = Step::of(view).filter(|step| plan::goes_on(step, &self.records))?;
+        let workload = self
+            .start
+            .workload
+            .as_ref()
+            .filter(|_| self.target.is_reminded())?;
+        let standing = Told::of(&step, &view.reason, view);
+        // What an earlier process has told last is not on record. It counts as told now, but for a person's HOLD: that is
+        // told under its own name, and so not twice.
+        let reminder = self.reminder.get_or_insert_with(|| Reminder::of(Told::default()));
+        let due = reminder.due(&standing);
+        if due > Instant::now() {
+            return Some(due);
+        }
+        let mut notice = Notice::of_view(view, &self.start, &step);
+        if reminder.told.order == standing.order {
+            // Its own name, since the Event before may be there still.
+            notice.key = format!("{}/{}", step.decision, clock::now_ms());
+        }
+        let order = Order {
+            workload,
+            canary_version: &self.start.canary_version,
+            notice: &notice,
+            is_resumed: false,
+        };
+        let mut news = self.view.clone();
+        let is_news = |newer: &Arc<View>| newer.verdict != view.verdict || newer.state != view.state;
+        let overtaken = async { drop(news.wait_for(is_news).await) };
+        let result = tokio::select! {
+            result = self.effects.tell_again(self.target, &order) => result,
+            // Nothing that is to be done waits for this.
+            () = overtaken => return None,
+        };
+        let rollout = &self.start.rollout;
+        let target_kind = self.target.as_str();
+        if let Err(problem) = result {
+            reminder.tries = reminder.tries.saturating_add(1);
+            let pause = plan::pause(self.target, problem.again, reminder.tries)?;
+            if reminder.tries == 1 {
+                tracing::warn!(
+                    target_kind,
+                    rollout,
+                    problem = cut(&problem.text),
+                    "cannot tell a HOLD again"
+                );
+            }
+            reminder.not_before = Instant::now() + pause;
+        } else {
+            tracing::info!(
+                target_kind,
+                rollout,
+                decision = step.decision,
+                "told a HOLD again"
+            );
+            *reminder = Reminder::of(standing.clone());
+        }
+        Some(reminder.due(&standing))
+    }
+
     /// Waits for something to do: news, the next try, or the log. False if there will be no news.
     async fn wait(&mut self, due: Option<Instant>) -> bool {
         let Self { view, journal, .. } = self;
@@ -224,6 +323,7 @@ impl Follower {
             self.journal.wait().await;
         }
         Some(Trial {
+            told: Told::of(&step, &notice.reason, view),
             step,
             notice,
             tries: 0,
@@ -287,6 +387,7 @@ impl Follower {
                     "acted on a verdict"
                 );
                 self.record(&trial.step, Stage::Done, done);
+                self.reminder = Some(Reminder::of(trial.told));
                 None
             }
             Err(problem) => self.failed(trial, problem),

@@ -22,7 +22,7 @@ pub(super) struct Notice {
     rollout: String,
     service: String,
     canary_version: String,
-    reason: String,
+    pub(super) reason: String,
     score_ppm: u32,
     worst_tenant: Option<String>,
     /// The hash of the decision's record, if it is on record.

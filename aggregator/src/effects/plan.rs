@@ -15,6 +15,12 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// So often a webhook is tried again: after 1, 2, 4, 8, 16 and 32 seconds, and then each minute for an hour.
 const WEBHOOK_RETRIES: u32 = 6 + 60;
 
+/// How far apart a HOLD is told when nothing but its reason changes: its numbers do so by the second.
+const NEWS_APART: Duration = Duration::from_secs(10 * 60);
+
+/// After so long a HOLD that is the same is told again: an API server forgets an Event after an hour.
+const LASTS: Duration = Duration::from_secs(50 * 60);
+
 /// Who stops a rollout in a cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Halt {
@@ -44,6 +50,11 @@ impl Target {
             Self::Deployment => "deployment",
             Self::Webhook => "webhook",
         }
+    }
+
+    /// Whether a HOLD that goes on is told again: nothing else is done about one there, and an Event does not last.
+    pub(super) const fn is_reminded(self) -> bool {
+        matches!(self, Self::Argo | Self::Flagger)
     }
 
     /// The name in records.
@@ -127,6 +138,36 @@ impl Step {
     /// Whether a record is about this step.
     pub(super) fn is_told_by(&self, record: &Actuation) -> bool {
         record.decision == self.decision && record.act == act(self.verdict)
+    }
+}
+
+/// What was told of a HOLD, or would be now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Told {
+    /// The decision, if it is a person's that is in force.
+    pub(super) order: Option<String>,
+    pub(super) reason: String,
+}
+
+impl Told {
+    /// What is told of a step, while this is shown.
+    pub(super) fn of(step: &Step, reason: &str, view: &View) -> Self {
+        let is_ordered = view.overridden.is_some() && view.decision_id.as_ref() == Some(&step.decision);
+        Self {
+            order: is_ordered.then(|| step.decision.clone()),
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// For how long this is enough where `standing` would be told now: not at all once a person's HOLD begins or ends.
+    pub(super) fn lasts(&self, standing: &Self) -> Duration {
+        if self.order != standing.order {
+            Duration::ZERO
+        } else if self.reason != standing.reason {
+            NEWS_APART
+        } else {
+            LASTS
+        }
     }
 }
 
@@ -227,6 +268,12 @@ pub(super) fn held<'r>(records: impl IntoIterator<Item = &'r Actuation>) -> Opti
     held
 }
 
+/// Whether a step is a HOLD that goes on: one was done on the target, and nothing was begun there since.
+pub(super) fn goes_on(step: &Step, records: &[Actuation]) -> bool {
+    let is_told = |(last, stage): (Step, Stage)| last.verdict == Verdict::Hold && stage == Stage::Done;
+    step.verdict == Verdict::Hold && last_step(records).is_some_and(is_told)
+}
+
 /// The step that was begun last, and how far it has come.
 fn last_step(records: &[Actuation]) -> Option<(Step, Stage)> {
     let begun = |record: &&Actuation| record.stage == Stage::Begun.as_str();
@@ -277,8 +324,8 @@ impl Problem {
 pub(super) fn pause(target: Target, again: Again, tries: u32) -> Option<Duration> {
     match again {
         Again::Never => None,
+        _ if target == Target::Webhook && tries > WEBHOOK_RETRIES => None,
         Again::Slowly => Some(LONGEST_PAUSE),
-        Again::Soon if target == Target::Webhook && tries > WEBHOOK_RETRIES => None,
         // At once was not soon enough.
         Again::Soon | Again::AtOnce => {
             let doubled = Duration::from_secs(1_u64 << tries.saturating_sub(1).min(6));
@@ -478,6 +525,66 @@ mod tests {
         }
         records.push(record("4", Rollback, Begun));
         assert_eq!(held(&records), None);
+    }
+
+    #[test]
+    fn a_hold_goes_on_when_it_was_done_and_nothing_was_begun_since() {
+        use Stage::{Begun, Done, Failed};
+        use Verdict::{Approve, Hold, Rollback};
+        let held = [record("1", Hold, Begun), record("1", Hold, Done)];
+        for (standing, since, expected) in [
+            (step("1", Hold), vec![], true),
+            (step("2", Hold), vec![], true),
+            (step("r-override-1", Hold), vec![], true),
+            (step("2", Approve), vec![], false),
+            (step("2", Rollback), vec![], false),
+            (step("3", Hold), vec![record("2", Approve, Begun)], false),
+            (
+                step("3", Hold),
+                vec![record("2", Rollback, Begun), record("2", Rollback, Done)],
+                false,
+            ),
+            // Told by the act itself, once that succeeds.
+            (
+                step("4", Hold),
+                vec![
+                    record("2", Approve, Begun),
+                    record("2", Approve, Done),
+                    record("3", Hold, Begun),
+                    record("3", Hold, Failed),
+                ],
+                false,
+            ),
+        ] {
+            let records = [&held[..], &since[..]].concat();
+            assert_eq!(goes_on(&standing, &records), expected, "{standing:?} {since:?}");
+        }
+        assert!(!goes_on(&step("1", Hold), &[]));
+    }
+
+    #[test]
+    fn a_hold_is_told_again_when_a_person_decides_or_its_reason_changes_and_before_it_is_forgotten() {
+        let told = |order: Option<&str>, reason: &str| Told {
+            order: order.map(str::to_owned),
+            reason: reason.to_owned(),
+        };
+        let judges = told(None, "100 requests so far");
+        let persons = told(Some("r-override-1"), "alice has decided");
+        let minutes = |was: &Told, is: &Told| was.lasts(is).as_secs() / 60;
+        assert_eq!(minutes(&judges, &judges), 50);
+        assert_eq!(minutes(&judges, &told(None, "200 requests so far")), 10);
+        // A person's HOLD begins, another one follows it, and it ends.
+        assert_eq!(minutes(&judges, &persons), 0);
+        assert_eq!(
+            minutes(&persons, &told(Some("r-override-2"), "alice has decided")),
+            0
+        );
+        assert_eq!(minutes(&persons, &judges), 0);
+        assert_eq!(
+            minutes(&persons, &told(Some("r-override-1"), "and the judge")),
+            10
+        );
+        assert_eq!(minutes(&persons, &persons), 50);
     }
 
     /// Lets every act be cut off before and after it, and the process start again from its records.

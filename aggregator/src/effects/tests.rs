@@ -20,13 +20,13 @@ use tokio::{sync::watch, task::JoinHandle};
 use super::{
     Effects, despite_conflicts,
     journal::Journal,
-    plan::{Again, Problem, Step},
+    plan::{Again, Problem, Step, Told},
     webhook::tests::{Post, receiver, webhook},
 };
 use crate::{
     ledger::{Ledger, Options},
     metrics::Metrics,
-    rollouts::{State, View},
+    rollouts::{Overridden, State, View},
 };
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -400,6 +400,56 @@ async fn a_beginning_is_on_record_when_the_log_has_answered() {
     // What else is on its way is not waited for.
     journal.push(begun("r-2", "rollback"));
     assert!(journal.has_begun(&step("r-1")) && !journal.has_begun(&step("r-2")));
+}
+
+/// What is shown while somebody holds the rollout.
+fn held(decision: &str) -> View {
+    let mut view = View::clone(&view(Some(decision), "HOLD", true, State::Running));
+    view.overridden = Some(Overridden {
+        verdict: "HOLD".to_owned(),
+        actor: "alice".to_owned(),
+        reason: "I say so".to_owned(),
+        judged: "HOLD".to_owned(),
+    });
+    view
+}
+
+#[test]
+fn only_a_decision_of_a_person_that_is_in_force_is_told_as_one() {
+    let order = |decision: &str, view: &View| {
+        let step = Step {
+            decision: decision.to_owned(),
+            verdict: Verdict::Hold,
+        };
+        Told::of(&step, "because", view).order
+    };
+    let persons = held("r-override-1");
+    assert_eq!(order("r-override-1", &persons).as_deref(), Some("r-override-1"));
+    // A step that began before is taken to its end meanwhile.
+    assert_eq!(order("r-1", &persons), None);
+    // One that gives the decision back.
+    let given_back = view(Some("r-override-2"), "HOLD", true, State::Running);
+    assert_eq!(order("r-override-2", &given_back), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_persons_hold_over_a_hold_is_no_act_and_is_not_posted() {
+    let mut followed = Followed::begin(&[], Vec::new()).await;
+    followed.show("r-1", "HOLD", true);
+    followed.told("r-1", "done").await;
+    followed.shown.send_replace(Arc::new(held("r-override-1")));
+    followed.crash().await;
+    followed.show("r-2", "ROLLBACK", true);
+    followed.told("r-2", "done").await;
+    let (posts, told) = followed.end().await;
+    assert_eq!(keys(&posts), ["r-1", "r-2"]);
+    let expected = [
+        ("r-1", "begun"),
+        ("r-1", "done"),
+        ("r-2", "begun"),
+        ("r-2", "done"),
+    ];
+    assert_eq!(pairs(&told), expected);
 }
 
 #[tokio::test]

@@ -116,6 +116,11 @@ fn judge(status: StatusCode) -> Result<String, Problem> {
     match status.as_u16() {
         200..=299 => Ok(format!("answered {status}")),
         408 | 425 | 429 | 500..=599 => Err(Problem::new(format!("it answered {status}"), Again::Soon)),
+        // Whoever receives it may not know the key, or the path, yet.
+        401 | 403 | 404 => Err(Problem::new(
+            format!("it answered {status}; check --halt-webhook and its key"),
+            Again::Slowly,
+        )),
         _ => Err(Problem::new(
             format!("it answered {status}, so it is not asked again; check --halt-webhook and its key"),
             Again::Never,
@@ -259,7 +264,7 @@ pub(super) mod tests {
 
     #[tokio::test]
     async fn what_may_pass_is_tried_again_and_nothing_else() {
-        let statuses: &'static [u16] = &[503, 429, 408, 425, 404, 400, 302, 204];
+        let statuses: &'static [u16] = &[503, 429, 408, 425, 401, 403, 404, 400, 302, 204];
         let (address, _posts) = receiver(statuses).await;
         let webhook = webhook(address);
         let mut said = Vec::new();
@@ -267,8 +272,11 @@ pub(super) mod tests {
             let result = webhook.post(&notice("r-7", Verdict::Hold)).await;
             said.push(result.err().map(|problem| problem.again));
         }
-        let (soon, never) = (Some(Again::Soon), Some(Again::Never));
-        assert_eq!(said, [soon, soon, soon, soon, never, never, never, None]);
+        let [soon, slowly, never] = [Again::Soon, Again::Slowly, Again::Never].map(Some);
+        assert_eq!(
+            said,
+            [soon, soon, soon, soon, slowly, slowly, slowly, never, never, None]
+        );
         // Nobody listens at a port that was just given back.
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let nobody = listener.local_addr().unwrap();
