@@ -11,7 +11,7 @@ demo: deps ## Judge a rollout on this machine, with one tenant failing
 
 test: deps lint ## Run every test; installs nginx, Prometheus, PostgreSQL and others through apt where they are missing
 	@deploy/deps.sh nginx=nginx-light promtool=prometheus prometheus=prometheus pgrep=procps musl-gcc=musl-tools \
-		/usr/lib/postgresql/15/bin/postgres=postgresql-15 openssl=openssl strace=strace python3=python3 mount=mount
+		/usr/lib/postgresql/15/bin/postgres=postgresql-15 openssl=openssl strace=strace python3=python3 mount=mount curl=curl
 	@rustup target add x86_64-unknown-linux-musl >/dev/null 2>&1 || echo "no musl target: the static build is not tested"
 	@cargo test --workspace --locked
 

@@ -118,6 +118,14 @@ pub(crate) enum Denied {
     Forbidden(String),
 }
 
+/// Why a request is not answered, whatever it asks.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Denied(Denied),
+    /// Its caller asks too fast, and has to wait so long.
+    TooFast(Duration),
+}
+
 type Tokens = BTreeMap<Hash, Arc<Grant>>;
 
 /// What was found in the file when it was last looked at, so that it is told once: the hash of its content, or why it
@@ -340,14 +348,19 @@ impl Access {
         Ok(grant)
     }
 
-    /// Counts a request of this caller; else how long it has to wait, since it asks too fast.
-    pub(crate) fn take(&self, caller: &Caller) -> Result<(), Duration> {
-        self.callers.take(&caller.key())
-    }
-
-    /// Counts a request with a token that is not known. Known ones from the same address are not held up by it.
-    pub(crate) fn take_unknown(&self, peer: Option<IpAddr>) -> Result<(), Duration> {
-        self.unknown.take(&Key::of_peer(peer))
+    /// Counts a request of whoever was found to send it. One with a token that is not known counts for its address, and
+    /// apart: known ones from there are not held up by it.
+    pub(crate) fn count(
+        &self,
+        caller: Result<Caller, Denied>,
+        peer: Option<IpAddr>,
+    ) -> Result<Caller, Refusal> {
+        let taken = match &caller {
+            Ok(caller) => self.callers.take(&caller.key()),
+            Err(_) => self.unknown.take(&Key::of_peer(peer)),
+        };
+        taken.map_err(Refusal::TooFast)?;
+        caller.map_err(Refusal::Denied)
     }
 
     /// A place for a connection from an address; none where as many are open as one may have.
@@ -441,12 +454,14 @@ impl Caller {
         )))
     }
 
-    /// The same caller, or who the token in a request's body names, if it names one.
-    pub(crate) fn or_token(&self, token: Option<&str>) -> Result<Self, Denied> {
-        match token {
-            None => Ok(self.clone()),
-            Some(_) => self.access.caller(token, self.sender, clock::now_ms()),
+    /// The same caller, or who the token in a request's body names, if it names one. The request then counts for that one
+    /// too: until its body was read, nobody knew of the token.
+    pub(crate) fn or_token(&self, token: Option<&str>) -> Result<Self, Refusal> {
+        if token.is_none() {
+            return Ok(self.clone());
         }
+        let named = self.access.caller(token, self.sender, clock::now_ms());
+        self.access.count(named, self.sender.peer)
     }
 
     /// Whose requests are counted together: those of a token, whatever they come from, or of an address.

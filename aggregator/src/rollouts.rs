@@ -502,8 +502,9 @@ impl Rollouts {
         views
     }
 
-    /// The open rollouts that are meant, newest first; if none is open, the newest that is. What is over says nothing of what
-    /// comes next: it is on HOLD then, unless it is asked for by its name.
+    /// Of each service that has rollouts that are meant, the open one; if none is open, the newest. Those that are open come
+    /// first, and the newest before the others. What is over says nothing of what comes next: it is on HOLD then, unless it
+    /// is asked for by its name.
     pub fn find(&self, question: &Question) -> Vec<Arc<View>> {
         let views = self.kept().find(question);
         let is_named = question.rollout.is_some();

@@ -38,7 +38,9 @@ use crate::{
 /// is not asked), `overdue` one that has lasted as long as it may and goes on; `approved`, `held` and `failed` have ended
 /// so, which says nothing to whoever asks about the service and not about that rollout.
 /// `unbegun` is a service without any rollout, `unknown` one without a policy. `denied` has no valid token, or one for
-/// something else.
+/// something else. `unnamed` and `claimed` are held until somebody decides: a rollout that does not say what it rolls
+/// out, and one whose Canary is named by the rollout of another service as well, which is to go back. What counts is the
+/// verdict of the service's own rollout.
 const TABLE: &str = "
 state      rollout raise promote back  check undo  metric web    prom   kayenta job   interval last  ci
 
@@ -48,6 +50,8 @@ ROLLBACK   errors  holds holds   stops holds stops errors stops  stops  stops   
 
 first-one  -       goes  holds   goes  holds goes  goes   holds  holds  holds   stops holds    holds holds
 overdue    goes    holds holds   goes  holds goes  goes   holds  holds  holds   stops goes     stops holds
+unnamed    goes    holds holds   goes  holds goes  goes   holds  holds  holds   stops holds    holds holds
+claimed    goes    holds holds   goes  holds goes  goes   holds  holds  holds   stops holds    holds holds
 
 approved   errors  holds holds   goes  holds goes  goes   holds  holds  goes    stops goes     goes  holds
 held       errors  holds holds   goes  holds goes  goes   holds  holds  !goes   stops stops    stops holds
@@ -249,7 +253,7 @@ fn differences(state: &str, asked: &Asked) -> Vec<String> {
 const HOLDS_LONG: &str = "hold_deadline: 1h";
 
 /// Services whose rollouts come to a state and stay there, with the row of that state.
-const STATES: [(Service, &str); 8] = [
+const STATES: [(Service, &str); 10] = [
     (
         Service::new("approved", HOLDS_LONG, 3, Some(Traffic::Healthy)),
         "APPROVE",
@@ -286,12 +290,23 @@ const STATES: [(Service, &str); 8] = [
         ),
         "APPROVE",
     ),
+    (UNNAMED, "unnamed"),
+    (CLAIMED, "claimed"),
 ];
+
+/// A service whose rollout does not say what it rolls out.
+const UNNAMED: Service = Service::new("unnamed", HOLDS_LONG, 3, None);
+
+/// A service whose Canary the rollout of another one names.
+const CLAIMED: Service = Service::new("claimed", HOLDS_LONG, 3, None);
+
+/// That other one.
+const CLAIMANT: Service = Service::new("claimant", HOLDS_LONG, 3, None);
 
 /// The verdict of a state.
 fn verdict(state: &str) -> &str {
     match state {
-        "first-one" | "overdue" => "HOLD",
+        "first-one" | "overdue" | "unnamed" | "claimed" => "HOLD",
         verdict => verdict,
     }
 }
@@ -306,7 +321,8 @@ struct Trial {
 
 impl Trial {
     fn begin(site: &Site, service: &Service, state: &'static str) -> Self {
-        let rollout = site.roll_out(service.name, "1");
+        let canary = (service.name != UNNAMED.name).then_some(service.name);
+        let rollout = site.roll_out_of(service.name, "1", canary);
         Self {
             service: service.name,
             state,
@@ -427,8 +443,10 @@ fn goes_on_while_it_restarts(site: &mut Site, held: &Asked) -> Vec<String> {
 fn every_client_does_what_the_verdict_means_in_every_state() {
     let _stage = stage();
     let mut services = STATES.map(|(service, _)| service).to_vec();
-    services.push(UNBEGUN);
+    services.extend([UNBEGUN, CLAIMANT]);
     let mut site = Site::start(&services);
+    let claim = site.roll_out_of(CLAIMANT.name, "1", Some(CLAIMED.name));
+    site.decide(&claim, Some("rollback"));
     let trials: Vec<Trial> = STATES
         .into_iter()
         .map(|(service, state)| Trial::begin(&site, &service, state))
@@ -447,6 +465,10 @@ fn every_client_does_what_the_verdict_means_in_every_state() {
         ("approved", "hold", "HOLD"),
         ("failing", "approve", "APPROVE"),
         ("held", "rollback", "ROLLBACK"),
+        ("unnamed", "approve", "APPROVE"),
+        ("unnamed", "rollback", "ROLLBACK"),
+        ("claimed", "approve", "APPROVE"),
+        ("claimed", "rollback", "ROLLBACK"),
     ];
     for (service, decision, state) in decisions {
         let trial = trial(service);

@@ -11,7 +11,7 @@ mod verdicts;
 use std::{fs, path::PathBuf};
 
 use coalmine_tests::{
-    components::Aggregator,
+    components::{Aggregator, POLICY},
     http::Answer,
     process::{coalmine, repository},
 };
@@ -83,7 +83,8 @@ fn list<'v>(value: &'v Value, pointer: &str) -> &'v [Value] {
     found.unwrap_or_else(|| panic!("{pointer} is no list in {value}"))
 }
 
-/// An aggregator that knows two tokens, one of the scopes that the examples ask for, and one of the test itself.
+/// An aggregator with a policy for each service in the examples. It knows two tokens: one of the scopes that they ask
+/// for, and one of the test itself.
 struct Stand {
     directory: TempDir,
     aggregator: Aggregator,
@@ -104,14 +105,17 @@ fn create_token(file: &str, wanted: &str) -> String {
 impl Stand {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let tokens = directory.path().join("tokens").display().to_string();
-        let of_examples = "--name examples --scope gate --scope rollout --service checkout";
+        let place = |name: &str| directory.path().join(name).display().to_string();
+        let [tokens, search] = ["tokens", "search.yaml"].map(place);
+        fs::write(&search, POLICY.replace("service: checkout", "service: search")).unwrap();
+        let of_examples = "--name examples --scope gate --scope rollout --service checkout --service search";
         let token = create_token(&tokens, of_examples);
         let own_token = create_token(
             &tokens,
             "--name test --scope gate,rollout,override,audit --service *",
         );
-        let mut aggregator = Aggregator::prepare(directory.path()).with_arguments(&["--tokens", &tokens]);
+        let arguments: [&str; 4] = ["--tokens", &tokens, "--policy", &search];
+        let mut aggregator = Aggregator::prepare(directory.path()).with_arguments(&arguments);
         aggregator.launch();
         Self {
             directory,

@@ -48,6 +48,13 @@ impl Revision {
         self.call(&format!("/v1/flagger/{hook}"), &self.body(phase))
     }
 
+    /// The same with a token, which Flagger presents among the metadata.
+    fn call_with(self, token: &str, path: &str) -> Answer {
+        let mut body = self.body("Progressing");
+        body["metadata"]["token"] = json!(token);
+        self.call(path, &body)
+    }
+
     /// Whether Flagger takes the answer for a success: it goes by the status alone, and 202 is the last that passes.
     fn passes(self, hook: &str) -> bool {
         let answer = self.hook(hook, "Progressing");
@@ -195,27 +202,33 @@ fn a_healthy_canary_gets_its_first_traffic_and_then_all_of_it() {
     assert_eq!(rollouts(&aggregator).len(), 1);
 }
 
+/// Makes a token for checkout in this file.
+fn create_token(file: &Path, name: &str, scopes: &str) -> String {
+    let wanted = format!("token create --name {name} --scope {scopes} --service checkout --file");
+    let created = coalmine(wanted.split(' ').chain([file.to_str().unwrap()]));
+    assert!(created.status.success(), "{created:?}");
+    String::from_utf8(created.stdout).unwrap().trim().to_owned()
+}
+
+/// An aggregator with this file of tokens, which everybody may ask.
+fn with_tokens(directory: &Path, file: &Path) -> Aggregator {
+    let arguments = ["--tokens", file.to_str().unwrap(), "--anonymous", "gate"];
+    let mut aggregator = Aggregator::prepare(directory).with_arguments(&arguments);
+    aggregator.launch();
+    aggregator
+}
+
 /// Otherwise whoever may only ask could keep its first traffic from a canary.
 #[test]
 fn what_is_remembered_of_the_traffic_is_from_whoever_may_change_something() {
     let _stage = stage();
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("tokens");
-    let file = path.to_str().unwrap();
-    let wanted = "token create --name flagger --scope gate,rollout --service checkout --file";
-    let created = coalmine(wanted.split(' ').chain([file]));
-    assert!(created.status.success(), "{created:?}");
-    let token = String::from_utf8(created.stdout).unwrap();
-    let arguments = ["--tokens", file, "--anonymous", "gate"];
-    let mut aggregator = Aggregator::prepare(directory.path()).with_arguments(&arguments);
-    aggregator.launch();
+    let file = directory.path().join("tokens");
+    let token = create_token(&file, "flagger", "gate,rollout");
+    let aggregator = with_tokens(directory.path(), &file);
     let _scene = connected(directory.path(), &aggregator, None);
     let run = revision(&aggregator, "5d7f9c");
-    let by_flagger = |hook: &str| {
-        let mut body = run.body("Progressing");
-        body["metadata"]["token"] = json!(token.trim());
-        run.call(&format!("/v1/flagger/{hook}"), &body)
-    };
+    let by_flagger = |hook: &str| run.call_with(&token, &format!("/v1/flagger/{hook}"));
     let begun = by_flagger("pre-rollout");
     assert_eq!(begun.status, 200, "{}", begun.body);
     // Nobody in particular says that traffic is led to the canary.
@@ -226,6 +239,35 @@ fn what_is_remembered_of_the_traffic_is_from_whoever_may_change_something() {
     assert_eq!(by_flagger("rollout").status, 200);
     let refused = by_flagger("confirm-traffic-increase");
     assert_eq!(refused.status, 403, "{}", refused.body);
+}
+
+#[test]
+fn a_verdict_on_one_revision_is_none_on_the_next_for_whoever_may_only_ask() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("tokens");
+    let deploys = create_token(&file, "flagger", "gate,rollout,override");
+    let asks = create_token(&file, "reader", "gate");
+    let aggregator = with_tokens(directory.path(), &file);
+    let (first, next) = (revision(&aggregator, "aaaa"), revision(&aggregator, "bbbb"));
+    let promotes = "/v1/flagger/confirm-promotion";
+    assert_eq!(first.call_with(&deploys, "/v1/flagger/pre-rollout").status, 200);
+    assert_eq!(first.call_with(&deploys, "/gate/open").status, 202);
+    let approved = first.call_with(&asks, promotes);
+    assert_eq!(approved.status, 200, "{}", approved.body);
+    // That the first is over was never told, so it is open still.
+    for path in [promotes, "/gate/check", "/rollback/check", "/v1/flagger/rollout"] {
+        let held = next.call_with(&asks, path);
+        assert_eq!(held.status, 503, "{path}: {}", held.body);
+        assert!(held.body.contains("is of another revision"), "{}", held.body);
+    }
+    assert_eq!(keys(&aggregator), ["flagger/shop/checkout/aaaa/1/unknown"]);
+    // Whoever may begin another does, and then there is a verdict on it for everybody.
+    for token in [&deploys, &asks] {
+        let answer = next.call_with(token, promotes);
+        assert_eq!(answer.status, 403, "{}", answer.body);
+        assert!(answer.body.starts_with("HOLD ("), "{}", answer.body);
+    }
+    assert_eq!(open(&aggregator)["key"], "flagger/shop/checkout/bbbb/1/unknown");
 }
 
 #[test]

@@ -451,6 +451,60 @@ fn whoever_is_not_let_in_is_told_where_callers_of_kayenta_look() {
     assert!(elsewhere.get("message").is_none(), "{elsewhere}");
 }
 
+/// Sends a request that is refused with this status and with something like this, said where callers of Kayenta look.
+fn refuses(aggregator: &Aggregator, (method, path, body): (&str, &str, &str), status: u16, message: &str) {
+    let answer = send(aggregator, method, path, body);
+    assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
+    assert!(
+        answer
+            .head
+            .to_ascii_lowercase()
+            .contains("application/problem+json"),
+        "{}",
+        answer.head
+    );
+    let fields = answer.json();
+    let said = fields["message"].as_str().unwrap();
+    assert!(said.contains(message), "{method} {path}: {said}");
+    assert_eq!(fields["message"], fields["detail"]);
+}
+
+#[test]
+fn what_else_there_is_of_kayenta_is_not_offered_and_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = Aggregator::start(directory.path());
+    let execution = argo_begins(&aggregator, "v2");
+    let canary = format!("/kayenta/canary/{execution}");
+    let standalone = format!("/kayenta/standalone_canary_analysis/{execution}");
+    let cancel = format!("/kayenta/pipelines/{execution}/cancel");
+    for (method, path) in [
+        ("GET", "/kayenta/canary/executions?application=checkout"),
+        ("POST", "/kayenta/canary"),
+        ("PUT", &canary),
+        ("DELETE", &canary),
+        ("DELETE", &standalone),
+        ("POST", "/kayenta/standalone_canary_analysis"),
+        ("GET", &cancel),
+        ("POST", "/kayenta/canaryConfig"),
+        ("PUT", "/kayenta/canaryConfig/checkout"),
+        ("DELETE", "/kayenta/canaryConfig/checkout"),
+        ("POST", "/kayenta/credentials"),
+        ("POST", "/kayenta/judges"),
+        ("POST", "/kayenta/judges/judge"),
+        ("DELETE", "/kayenta/health"),
+        ("GET", "/kayenta/metadata/metricsService"),
+        ("GET", "/kayenta/metricSetPairList/1"),
+        ("POST", "/kayenta/fetch/prometheus/query"),
+    ] {
+        refuses(&aggregator, (method, path, "{}"), 501, "not offered");
+    }
+    assert_eq!(poll(&aggregator, &execution)["status"], "running");
+    // A service may have that name: what is begun is begun by a config.
+    let asked = body("v2").to_string();
+    let begins = ("POST", "/kayenta/canary/executions", asked.as_str());
+    refuses(&aggregator, begins, 404, "no canary config");
+}
+
 #[test]
 fn what_makes_no_sense_is_refused_and_says_why() {
     let directory = tempfile::tempdir().unwrap();
@@ -578,43 +632,8 @@ fn what_makes_no_sense_is_refused_and_says_why() {
             404,
             "no execution",
         ),
-        (
-            "POST",
-            "/kayenta/canaryConfig",
-            "{}".to_owned(),
-            501,
-            "not offered",
-        ),
-        (
-            "DELETE",
-            "/kayenta/canaryConfig/checkout",
-            String::new(),
-            501,
-            "not offered",
-        ),
-        ("POST", "/kayenta/canary", "{}".to_owned(), 501, "not offered"),
-        (
-            "GET",
-            "/kayenta/metadata/metricsService",
-            String::new(),
-            501,
-            "not offered",
-        ),
     ] {
-        let answer = send(&aggregator, method, path, &body);
-        assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
-        assert!(
-            answer
-                .head
-                .to_ascii_lowercase()
-                .contains("application/problem+json"),
-            "{}",
-            answer.head
-        );
-        let fields = answer.json();
-        let said = fields["message"].as_str().unwrap();
-        assert!(said.contains(message), "{method} {path}: {said}");
-        assert_eq!(fields["message"], fields["detail"]);
+        refuses(&aggregator, (method, path, &body), status, message);
     }
     let text = request(
         aggregator.http,

@@ -10,6 +10,7 @@ mod deadline;
 mod demo;
 mod examples;
 mod flagger_face;
+mod gate;
 mod halts;
 mod house;
 mod identity;

@@ -17,6 +17,17 @@ use coalmine_tests::{
 };
 use serde_json::{Value, json};
 
+/// The policy of another service than the one that all tests have.
+const CART: &str = "apiVersion: coalmine.dev/v1
+kind: SlaBaseline
+service: cart
+defaults:
+  errors: { max_rate: 1% }
+  judge_window: 1s
+  hold_deadline: 5m
+  required: [errors]
+";
+
 /// Tokens that tests write into files themselves; the form counts, not what is in it.
 fn token(letter: &str) -> String {
     format!("cmt_{}", letter.repeat(43))
@@ -207,6 +218,12 @@ fn flagger_presents_its_token_among_the_metadata() {
         + &line(&flagger, "flagger gate *");
     let (aggregator, _) = start(directory.path(), &tokens, &[]);
     start_rollout(&aggregator, &deploy);
+    let check = |metadata: &Value| {
+        let body = json!({
+            "name": "checkout", "namespace": "shop", "phase": "Progressing", "checksum": "1", "metadata": metadata,
+        });
+        post(&aggregator, "/gate/check", None, &body)
+    };
     for (metadata, status, verdict) in [
         (json!({}), 401, false),
         (json!({ "token": "secret" }), 401, false),
@@ -214,17 +231,29 @@ fn flagger_presents_its_token_among_the_metadata() {
         (json!({ "token": cart }), 403, false),
         (json!({ "token": flagger }), 403, true),
     ] {
-        let mut body =
-            json!({ "name": "checkout", "namespace": "shop", "phase": "Progressing", "checksum": "1" });
-        body["metadata"] = metadata;
-        let answer = post(&aggregator, "/gate/check", None, &body);
-        assert_eq!(answer.status, status, "{body}: {}", answer.body);
+        let answer = check(&metadata);
+        assert_eq!(answer.status, status, "{metadata}: {}", answer.body);
         assert_eq!(answer.body.contains("HOLD"), verdict, "{}", answer.body);
     }
+    let unknown = json!({ "token": token("e") });
+    let refused = eventually("tokens that are not known are limited here too", || {
+        let burst: Vec<_> = (0..20).map(|_| check(&unknown)).collect();
+        burst.into_iter().find(|answer| answer.status == 429)
+    });
+    is_problem(&refused);
+    assert!(header(&refused, "retry-after").is_some(), "{}", refused.head);
+    let known = check(&json!({ "token": flagger }));
+    assert_eq!(known.status, 403, "it is not held up: {}", known.body);
+    assert!(known.body.contains("HOLD"), "{}", known.body);
 }
 
 /// A documented route as it is asked: with names that there are, and with what it has to be given.
-fn asked(method: &str, path: &str, rollout: &str, decision: &str) -> (String, &'static str, String) {
+pub(crate) fn asked(
+    method: &str,
+    path: &str,
+    rollout: &str,
+    decision: &str,
+) -> (String, &'static str, String) {
     let execution = format!("{rollout}.95.75");
     let id = match (method, path) {
         ("POST", _) | (_, "/kayenta/canaryConfig/{id}") => "checkout",
@@ -375,6 +404,88 @@ fn whoever_presents_no_token_signs_as_nobody() {
         assert!(log.contains(actor), "{actor}: {log}");
     }
     assert!(!log.contains("\"actor\":\"deploy\""), "{log}");
+}
+
+/// Whoever asks by a label that others' rollouts have too must not find nothing because of them.
+#[test]
+fn a_token_s_own_rollout_is_found_whatever_others_have() {
+    let directory = tempfile::tempdir().unwrap();
+    let [deploy, cart] = ["a", "b"].map(token);
+    let tokens = line(&deploy, "deploy rollout *") + &line(&cart, "cart gate cart");
+    let policy = directory.path().join("cart.yaml");
+    fs::write(&policy, CART).unwrap();
+    let also = ["--policy", policy.to_str().unwrap()];
+    let (aggregator, _) = start(directory.path(), &tokens, &also);
+    let begin = |service: &str| {
+        let body = json!({ "service": service, "canary_version": "v2" });
+        let begun = post(&aggregator, "/v1/rollouts", Some(&bearer(&deploy)), &body);
+        assert_eq!(begun.status, 201, "{}", begun.body);
+        begun.json()["id"].as_str().unwrap().to_owned()
+    };
+    let end = |id: &str| {
+        let end = format!("/v1/rollouts/{id}/end");
+        let ended = post(&aggregator, &end, Some(&bearer(&deploy)), &json!({}));
+        assert_eq!(ended.status, 200, "{}", ended.body);
+    };
+    let own = begin("cart");
+    end(&own);
+    let found = |what: &str| {
+        let query = "/api/v1/query?query=coalmine_verdict%7Bversion%3D%22v2%22%7D";
+        let answer = ask(&aggregator, query, Some(&bearer(&cart)));
+        assert_eq!(answer.status, 200, "{what}: {}", answer.body);
+        let answer = answer.json();
+        let series = &answer["data"]["result"][0];
+        assert_eq!(series["metric"]["rollout"], own, "{what}: {answer}");
+        assert_eq!(series["value"][1], "0", "{what}: {answer}");
+        assert!(!answer.to_string().contains("checkout"), "{what}: {answer}");
+    };
+    found("it is the only one");
+    let other = begin("checkout");
+    found("another is open");
+    end(&other);
+    found("another is the newest");
+}
+
+#[test]
+fn a_token_s_name_leaves_others_as_much_room_as_there_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let deploy = token("a");
+    let name = "n".repeat(110);
+    let tokens = line(&deploy, &format!("{name} rollout *"));
+    let (aggregator, _) = start(directory.path(), &tokens, &[]);
+    let begin = |actor: &str| {
+        let body = json!({ "service": "checkout", "canary_version": "v2", "actor": actor });
+        post(&aggregator, "/v1/rollouts", Some(&bearer(&deploy)), &body)
+    };
+    // What somebody says is looked at before anything is cut off.
+    for (actor, says) in [
+        ("x".repeat(129), "actor is 129 bytes long"),
+        (format!("{}\\", "x".repeat(20)), "actor has the character"),
+        (String::new(), "actor is empty"),
+    ] {
+        let answer = begin(&actor);
+        assert_eq!(answer.status, 400, "{}", answer.body);
+        assert!(answer.body.contains(says), "{}", answer.body);
+    }
+    let answer = begin(&"x".repeat(20));
+    assert_eq!(answer.status, 201, "{}", answer.body);
+    let begun = answer.json();
+    assert_eq!(begun["actor"], format!("{name}:{}", "x".repeat(17)));
+    let end = format!("/v1/rollouts/{}/end", begun["id"].as_str().unwrap());
+    let answer = post(&aggregator, &end, Some(&bearer(&deploy)), &json!({}));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+
+    let server = format!("http://{}", aggregator.http);
+    let mut command = Command::new(program("coalmine"));
+    command
+        .env("COALMINE_TOKEN", &deploy)
+        .env("USER", r"DOMAIN\user")
+        .args("rollout start --service checkout --canary-version v2".split(' '))
+        .args(["--server", &server, "--output", "json"]);
+    let started = command.output().unwrap();
+    assert!(started.status.success(), "{}", text(&started.stderr));
+    let view: Value = serde_json::from_slice(&started.stdout).unwrap();
+    assert_eq!(view["actor"], format!("{name}:DOMAIN-user"));
 }
 
 #[test]

@@ -134,7 +134,10 @@ fn a_token_is_good_for_its_scopes_and_services_until_it_ends() {
     assert!(denied.to_string().len() < 1_000);
 
     let by_body = caller.or_token(Some(&token("c"))).unwrap_err();
-    assert!(matches!(by_body, Denied::Unknown(_)), "{by_body:?}");
+    assert!(
+        matches!(by_body, Refusal::Denied(Denied::Unknown(_))),
+        "{by_body:?}"
+    );
     assert_eq!(caller.or_token(None).unwrap().name(), "ci");
     let anonymous = access.caller(None, NOWHERE, NOW_MS).unwrap();
     assert_eq!(anonymous.or_token(Some(&ci)).unwrap().name(), "ci");
@@ -237,4 +240,25 @@ fn a_token_is_one_caller_wherever_it_comes_from() {
     assert_eq!(key(Some(&ci), "192.0.2.1"), key(Some(&ci), "192.0.2.2"));
     assert_ne!(key(None, "192.0.2.1"), key(None, "192.0.2.2"));
     assert_ne!(key(Some(&ci), "192.0.2.1"), key(None, "192.0.2.1"));
+}
+
+#[test]
+fn a_token_in_a_body_is_counted_like_one_before_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("tokens");
+    let [ci, cd] = ["a", "b"].map(token);
+    std::fs::write(&file, line(&ci, "ci gate *") + &line(&cd, "cd gate *")).unwrap();
+    let one_a_second = Settings {
+        rate_limit: 1,
+        ..settings(Some(&file), &[])
+    };
+    let access = Access::open(&one_a_second).unwrap();
+    let anonymous = access.caller(None, from("192.0.2.1"), NOW_MS).unwrap();
+    let has_to_wait = |token: &str, requests: u32| {
+        (0..requests).any(|_| matches!(anonymous.or_token(Some(token)), Err(Refusal::TooFast(_))))
+    };
+    assert!(has_to_wait(&token("c"), 10 * UNKNOWN_A_SECOND), "nobody knows it");
+    assert!(!has_to_wait(&ci, 1), "it is known, and not held up by that");
+    assert!(has_to_wait(&ci, 10));
+    assert!(!has_to_wait(&cd, 1), "each is counted alone");
 }

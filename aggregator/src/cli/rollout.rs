@@ -5,6 +5,7 @@ mod gate;
 use std::{collections::BTreeMap, time::Duration};
 
 use clap::{Subcommand, ValueEnum};
+use coalmine_proto::names::{MAX_NAME_BYTES, check_name};
 use serde_json::{Value, json};
 
 pub(super) use self::gate::{Gate, gate};
@@ -96,7 +97,15 @@ impl Decision {
 
 /// Who asks, as records have it.
 fn actor() -> String {
-    std::env::var("USER").unwrap_or_else(|_| "cli".to_owned())
+    let user = std::env::var("USER").ok().filter(|user| !user.is_empty());
+    user.map_or_else(|| "cli".to_owned(), |user| as_a_name(&user))
+}
+
+/// What is called so, with a `-` for each character that names cannot have, such as that in `DOMAIN\user`.
+fn as_a_name(user: &str) -> String {
+    let is_allowed = |c: char| check_name(c.encode_utf8(&mut [0; 4]).as_bytes()).is_ok();
+    let characters = user.chars().map(|c| if is_allowed(c) { c } else { '-' });
+    characters.take(MAX_NAME_BYTES).collect()
 }
 
 fn workload(text: &str) -> Result<Value, String> {
@@ -349,6 +358,26 @@ fn show_arms(view: &Value) {
         let context = context.and_then(|context| serde_json::from_value::<ArmContext>(context).ok());
         if let Some(context) = context {
             say(&format_args!("{arm:<10} {context}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_asks_has_a_name_that_can_stand_in_a_record() {
+        let long = "n".repeat(200);
+        for (user, expected) in [
+            ("alice", "alice"),
+            ("alice@example.com", "alice@example.com"),
+            ("DOMAIN\\user", "DOMAIN-user"),
+            ("Jörg Müller", "J-rg-M-ller"),
+            (&*long, &long[..MAX_NAME_BYTES]),
+        ] {
+            assert_eq!(as_a_name(user), expected);
+            assert_eq!(check_name(expected.as_bytes()), Ok(expected));
         }
     }
 }

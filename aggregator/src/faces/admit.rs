@@ -32,7 +32,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 
 use super::problem::Problem;
 use crate::{
-    access::{Access, Caller, Denied, Sender},
+    access::{Access, Caller, Denied, Refusal, Sender},
     clock,
     metrics::Metrics,
 };
@@ -100,7 +100,7 @@ async fn pass(State(door): State<Door>, mut request: Request, next: Next) -> Res
                 request.extensions_mut().insert(caller);
                 next.run(request).await
             }
-            Err(refusal) => refusal.into_response(),
+            Err(refusal) => Problem::from(refusal).into_response(),
         }
     };
     let mut response = REQUEST_ID.scope(id, answer).await;
@@ -139,12 +139,7 @@ impl Door {
             }
             self.access.caller(token.as_deref(), sender, clock::now_ms())
         });
-        let taken = match &caller {
-            Ok(caller) => self.access.take(caller),
-            Err(_) => self.access.take_unknown(peer),
-        };
-        taken.map_err(Refusal::TooFast)?;
-        caller.map_err(Refusal::Denied)
+        self.access.count(caller, peer)
     }
 
     /// Counts a refusal. A verdict of Flagger's face is a 403 too, and no problem document.
@@ -162,21 +157,14 @@ impl Door {
     }
 }
 
-/// Why a request comes to no route.
-enum Refusal {
-    Denied(Denied),
-    /// It has to wait so long.
-    TooFast(Duration),
-}
-
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        match self {
-            Self::Denied(denied) => Problem::from(denied).into_response(),
-            Self::TooFast(wait) => {
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Denied(denied) => denied.into(),
+            Refusal::TooFast(wait) => {
                 let seconds = whole_seconds(wait);
                 let detail = format!("there are too many requests of this caller; ask again in {seconds} s");
-                Problem::too_many(detail, seconds).into_response()
+                Self::too_many(detail, seconds)
             }
         }
     }

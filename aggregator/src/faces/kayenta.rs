@@ -38,7 +38,10 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::{
+    router::{OpenApiRouter, UtoipaMethodRouter},
+    routes,
+};
 
 use self::{
     answer::{CanaryExecution, StandaloneExecution},
@@ -66,14 +69,22 @@ const MAX_ERROR_BYTES: usize = 64 << 10;
 /// Longest name of an account that is answered.
 const MAX_ACCOUNT_BYTES: usize = 256;
 
+/// What Kayenta lists all executions by, in the place of one's id. No id of ours is without dots.
+const ALL_EXECUTIONS: &str = "executions";
+
 /// The routes.
 pub(super) fn routes() -> OpenApiRouter<Faces> {
     OpenApiRouter::new()
         .merge(catalog::routes())
-        .routes(routes!(begin_canary, canary))
-        .routes(routes!(begin_standalone, standalone))
-        .routes(routes!(cancel))
+        .routes(only(routes!(begin_canary, canary)))
+        .routes(only(routes!(begin_standalone, standalone)))
+        .routes(only(routes!(cancel)))
         .route("/kayenta/{*rest}", any(not_offered))
+}
+
+/// What Kayenta has besides under the same path is refused as not offered.
+fn only((schemas, paths, router): UtoipaMethodRouter<Faces>) -> UtoipaMethodRouter<Faces> {
+    (schemas, paths, router.fallback(not_offered))
 }
 
 async fn not_offered() -> Problem {
@@ -201,7 +212,11 @@ async fn canary(
     id: Result<Path<String>, PathRejection>,
     query: Result<Query<PollQuery>, QueryRejection>,
 ) -> Result<impl IntoResponse, Problem> {
-    let (execution, view) = polled(&faces, &caller, Scope::Gate, &id?)?;
+    let Path(id) = id?;
+    if id == ALL_EXECUTIONS {
+        return Err(not_offered().await);
+    }
+    let (execution, view) = polled(&faces, &caller, Scope::Gate, &id)?;
     let answer = CanaryExecution::of(&view, &execution, account(query)?);
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(answer)))
 }
@@ -276,7 +291,6 @@ struct CancelledCanary {
     responses(
         (status = 200, description = "Nothing more is asked for", body = CancelledCanary),
         (status = 404, description = "There is no such execution"),
-        (status = 409, description = "The server stops"),
         (status = 503, description = "The decision log takes no records"),
     )
 )]

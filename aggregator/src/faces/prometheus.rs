@@ -50,7 +50,8 @@ const SUPPORTED: &str = "this server answers one selector such as coalmine_appro
 const OF_A_MESH: &str = "request-success-rate and request-duration are computed from a service mesh's metrics and \
                          cannot be asked here: let --metrics-server name the Prometheus that has them, and ask here \
                          through a MetricTemplate, with a thresholdRange of min 0, for \
-                         coalmine_verdict{canary=\"{{ name }}\",namespace=\"{{ namespace }}\"}: see docs/gates.md";
+                         coalmine_verdict{service=\"{{ variables.service }}\"}, with the service in the metric's \
+                         templateVariables: see docs/gates.md";
 
 /// What Prometheus says where a limit was reached.
 const TRUNCATED: &str = "results truncated due to limit";
@@ -295,11 +296,15 @@ fn find(faces: &Faces, caller: &Caller, selector: &Selector) -> Result<Vec<Arc<V
     Ok(visible(faces, caller, &question))
 }
 
-/// The rollouts that are meant, without those that the caller may not see: of them there is nothing to tell, not even that
-/// they are there.
+/// The open rollouts that are meant; if none is open, the newest. Those that the caller may not see are left out before:
+/// of them there is nothing to tell, not even that they are there.
 fn visible(faces: &Faces, caller: &Caller, question: &Question) -> Vec<Arc<View>> {
     let mut views = faces.rollouts.find(question);
     views.retain(|view| caller.may(Scope::Gate, &view.service).is_ok());
+    // Those that are open come first.
+    let open = views.iter().filter(|view| view.state != RolloutState::Ended);
+    let open = open.count();
+    views.truncate(open.max(1));
     views
 }
 

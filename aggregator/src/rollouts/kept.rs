@@ -1,7 +1,7 @@
 //! The rollouts that are kept in memory, and how one is found without looking at all.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -87,7 +87,8 @@ impl Kept {
         (!handle.is_ended()).then_some(newest.as_str())
     }
 
-    /// The open rollouts that are meant; if none is open, the newest that is. Newest first.
+    /// Of each service that has rollouts that are meant, the open one; if none is open, the newest. Those that are open
+    /// come first, and the newest before the others.
     pub(super) fn find(&self, question: &Question) -> Vec<Arc<View>> {
         let named = question.rollout.as_ref().map(std::slice::from_ref);
         let candidates = named
@@ -102,12 +103,10 @@ impl Kept {
             None => self.all().map(Handle::shown).collect(),
         };
         views.retain(|view| question.means(view));
-        views.sort_by(|a, b| (b.start_ms, &b.id).cmp(&(a.start_ms, &a.id)));
-        if views.iter().any(|view| view.state != State::Ended) {
-            views.retain(|view| view.state != State::Ended);
-        } else {
-            views.truncate(1);
-        }
+        let is_ended = |view: &View| view.state == State::Ended;
+        views.sort_by(|a, b| (is_ended(a), b.start_ms, &b.id).cmp(&(is_ended(b), a.start_ms, &a.id)));
+        let mut services = HashSet::new();
+        views.retain(|view| services.insert(view.service.clone()));
         views
     }
 
@@ -203,12 +202,12 @@ mod tests {
             (question("a", "v1", "", ""), vec!["a1"]),
             (question("a", "v3", "", ""), vec![]),
             (question("x", "", "", ""), vec![]),
-            (question("", "", "one", ""), vec!["b3"]),
-            (question("", "", "one", "shop"), vec!["b3"]),
+            (question("", "", "one", ""), vec!["b3", "a2"]),
+            (question("", "", "one", "shop"), vec!["b3", "a2"]),
             (question("", "", "one", "other"), vec![]),
             (question("a", "", "one", ""), vec!["a2"]),
             (question("a", "", "two", ""), vec![]),
-            (question("", "", "", ""), vec!["c4", "b3"]),
+            (question("", "", "", ""), vec!["c4", "b3", "d5", "a2"]),
             (question("", "v5", "", ""), vec!["d5"]),
         ] {
             let found = kept.find(&question);

@@ -1,4 +1,5 @@
-//! What makes no sense to the JSON API: each gives a problem document with the request's id, and changes nothing.
+//! What makes no sense to the JSON API gives a problem document with the request's id, and changes nothing. What makes no
+//! sense to any route is sent to all that are documented, and answered as the document says.
 
 use std::{
     fs,
@@ -6,38 +7,47 @@ use std::{
     net::SocketAddr,
 };
 
-use coalmine_tests::components::Aggregator;
+use coalmine_tests::{components::Aggregator, eventually, http::Answer, process::coalmine};
 use serde_json::{Value, json};
 
 use super::{connect, records};
+use crate::tokens::asked;
 
-/// Sends bytes that may be no text; gives status, head and body.
-fn send(
-    address: SocketAddr,
-    method: &str,
-    path: &str,
-    content_type: &str,
-    body: &[u8],
-) -> (u16, String, String) {
+/// Sends bytes that may be no text; gives the answer, its head in small letters. Of a stream there is the head alone.
+fn send(address: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
     let mut stream = connect(address);
-    let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\
-         content-type: {content_type}\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
+    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n");
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    head.push_str(&format!("content-length: {}\r\n\r\n", body.len()));
     stream.write_all(head.as_bytes()).unwrap();
     // A body that is too large is not read to its end, so the rest may find nobody, and the end may be a reset.
     stream.write_all(body).ok();
     let (mut answer, mut block) = (Vec::new(), [0; 4_096]);
     while let Ok(read @ 1..) = stream.read(&mut block) {
         answer.extend_from_slice(&block[..read]);
+        if let Some(end) = head_of_stream(&answer) {
+            answer.truncate(end);
+            break;
+        }
     }
     let answer = String::from_utf8(answer).unwrap();
     let (head, body) = answer
         .split_once("\r\n\r\n")
         .unwrap_or_else(|| panic!("{method} {path}: no answer but {answer:?}"));
-    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    (status, head.to_ascii_lowercase(), body.to_owned())
+    Answer {
+        status: head.split(' ').nth(1).unwrap().parse().unwrap(),
+        head: head.to_ascii_lowercase(),
+        body: body.to_owned(),
+    }
+}
+
+/// Where the head of an answer ends that goes on for ever.
+fn head_of_stream(answer: &[u8]) -> Option<usize> {
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
+    let head = String::from_utf8_lossy(&answer[..end]);
+    head.contains("text/event-stream").then_some(end)
 }
 
 /// The value of a header.
@@ -56,27 +66,40 @@ fn refused(address: SocketAddr, row: Row<'_>) {
     let (method, path, content_type, body, statuses, says) = row;
     let shown: String = String::from_utf8_lossy(body).chars().take(60).collect();
     let asked = format!("{method} {path} {content_type} {shown}");
-    let (status, head, body) = send(address, method, path, content_type, body);
-    assert!(statuses.contains(&status), "{asked}: {status} {body}");
+    let answer = send(address, method, path, &[("content-type", content_type)], body);
+    let status = answer.status;
+    assert!(statuses.contains(&status), "{asked}: {status} {}", answer.body);
+    let problem = problem(&asked, &answer);
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains(says), "{asked}: {detail}");
+    if status == 405 {
+        allows_others(method, &asked, &answer);
+    }
+}
+
+/// That an answer is a problem document with the request's id; gives it.
+fn problem(asked: &str, answer: &Answer) -> Value {
+    let Answer { status, head, body } = answer;
     assert_eq!(
-        header(&head, "content-type"),
+        header(head, "content-type"),
         Some("application/problem+json"),
         "{asked}: {head}"
     );
     let problem: Value =
-        serde_json::from_str(&body).unwrap_or_else(|error| panic!("{asked}: {error}: {body}"));
-    assert_eq!(problem["status"], status, "{asked}: {problem}");
+        serde_json::from_str(body).unwrap_or_else(|error| panic!("{asked}: {error}: {body}"));
+    assert_eq!(problem["status"], *status, "{asked}: {problem}");
     let id = problem["request_id"].as_str().unwrap();
-    assert_eq!(header(&head, "x-request-id"), Some(id), "{asked}: {head}");
-    let detail = problem["detail"].as_str().unwrap();
-    assert!(detail.contains(says), "{asked}: {detail}");
-    if status == 405 {
-        let allow = header(&head, "allow").unwrap_or_else(|| panic!("{asked}: {head}"));
-        assert!(
-            !allow.is_empty() && !allow.contains(&method.to_ascii_lowercase()),
-            "{asked}: {allow}"
-        );
-    }
+    assert_eq!(header(head, "x-request-id"), Some(id), "{asked}: {head}");
+    problem
+}
+
+/// That an answer says which methods there are, and that this is none of them.
+fn allows_others(method: &str, asked: &str, answer: &Answer) {
+    let allow = header(&answer.head, "allow").unwrap_or_else(|| panic!("{asked}: {}", answer.head));
+    assert!(
+        !allow.is_empty() && !allow.contains(&method.to_ascii_lowercase()),
+        "{asked}: {allow}"
+    );
 }
 
 #[test]
@@ -362,6 +385,217 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
             "{kind}"
         );
     }
+    let said = fs::read_to_string(directory.path().join("aggregator.log")).unwrap();
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+/// A method that no route has.
+const NO_METHOD: &str = "DELETE";
+
+/// What the judge and the log record by themselves.
+const OF_ITS_OWN: [&str; 3] = ["decision", "heartbeat", "segment_seal"];
+
+/// A documented operation.
+struct Operation<'a> {
+    address: SocketAddr,
+    document: &'a Value,
+    /// What the document says of it.
+    said: &'a Value,
+    method: &'a str,
+    /// With names that there are.
+    path: String,
+    /// What its body is to be.
+    kind: &'static str,
+}
+
+impl Operation<'_> {
+    fn lists(&self, status: u16) -> bool {
+        self.said["responses"][status.to_string()].is_object()
+    }
+
+    fn reads_json(&self) -> bool {
+        self.said["requestBody"]["content"][JSON].is_object()
+    }
+
+    /// A body that gives every field, each as a text that is none.
+    fn no_utf8(&self) -> Vec<u8> {
+        let body = self.said["requestBody"].to_string();
+        let schema = body.split("\"#/components/schemas/").nth(1);
+        let schema = schema.and_then(|rest| rest.split('"').next()).unwrap_or_default();
+        let fields = self.document["components"]["schemas"][schema]["properties"].as_object();
+        let names = fields.into_iter().flat_map(|fields| fields.keys());
+        let text = if self.kind == JSON {
+            let pairs = names.map(|name| format!("\"{name}\":\"?\""));
+            format!("{{{}}}", pairs.collect::<Vec<_>>().join(","))
+        } else {
+            let pairs = names.map(|name| format!("{name}=?"));
+            pairs.collect::<Vec<_>>().join("&")
+        };
+        let spoiled = text.bytes().map(|byte| if byte == b'?' { b'\xff' } else { byte });
+        spoiled.collect()
+    }
+
+    /// Sends a body, and holds the answer against the document.
+    fn ask(&self, what: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        let asked = format!("{what} to {} {}", self.method, self.path);
+        let answer = send(self.address, self.method, &self.path, headers, body);
+        let Answer { status, head, body } = &answer;
+        assert!(self.lists(*status), "{asked}: {status} is not listed: {body}");
+        let kind = header(head, "content-type").unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default();
+        assert!(
+            self.said["responses"][status.to_string()]["content"][kind].is_object(),
+            "{asked}: {status} is not listed as {kind}"
+        );
+        if *status >= 400 {
+            self.is_refusal(&asked, &answer);
+        }
+        answer
+    }
+
+    /// That an answer is an error in the form of its face.
+    fn is_refusal(&self, asked: &str, answer: &Answer) {
+        let id = header(&answer.head, "x-request-id").unwrap_or_default();
+        assert!(!id.is_empty(), "{asked}: {}", answer.head);
+        if self.path.starts_with("/api/v1/") {
+            let envelope = answer.json();
+            assert_eq!(envelope["status"], "error", "{asked}: {envelope}");
+            for field in ["errorType", "error"] {
+                let text = envelope[field].as_str().unwrap_or_default();
+                assert!(!text.is_empty(), "{asked}: {envelope}");
+            }
+            return;
+        }
+        let problem = problem(asked, answer);
+        if self.path.starts_with("/kayenta/") {
+            assert_eq!(problem["message"], problem["detail"], "{asked}");
+        }
+    }
+
+    /// Sends it bodies that make no sense. Where none is read, none matters.
+    fn refuses_bodies(&self) {
+        let deep = "[".repeat(60_000);
+        let huge = format!("{{\"name\":\"{}\"}}", "x".repeat(70_000));
+        let no_utf8 = self.no_utf8();
+        let bodies: [(&str, &str, &[u8]); 4] = [
+            ("text", "text/plain", b"no JSON"),
+            ("brackets", self.kind, deep.as_bytes()),
+            ("70 KB", self.kind, huge.as_bytes()),
+            ("no UTF-8", self.kind, &no_utf8),
+        ];
+        for (what, kind, body) in bodies {
+            let answer = self.ask(what, &[("content-type", kind)], body);
+            let (method, path, status) = (self.method, &self.path, answer.status);
+            if self.reads_json() {
+                assert!(
+                    status >= 400,
+                    "{what} to {method} {path}: {status} {}",
+                    answer.body
+                );
+            }
+            // These two are answered wherever they are listed, and for nothing else.
+            for (other, code) in [("70 KB", 413), ("text", 415)] {
+                assert_eq!(
+                    status == code,
+                    what == other && self.lists(code),
+                    "{what} to {method} {path}: {status} {}",
+                    answer.body
+                );
+            }
+        }
+    }
+
+    fn refuses_another_method(&self) {
+        let asked = format!("{NO_METHOD} {}", self.path);
+        let answer = send(self.address, NO_METHOD, &self.path, &[], b"");
+        // What Kayenta changes by other methods is not offered.
+        let is_kayentas = self.path.starts_with("/kayenta/canaryConfig");
+        let wanted = if is_kayentas { 501 } else { 405 };
+        assert_eq!(answer.status, wanted, "{asked}: {}", answer.body);
+        if !is_kayentas {
+            allows_others(NO_METHOD, &asked, &answer);
+        }
+        if self.path.starts_with("/api/v1/") {
+            // As Prometheus does.
+            assert_eq!(answer.body, "Method Not Allowed\n", "{asked}");
+        } else {
+            self.is_refusal(&asked, &answer);
+        }
+    }
+
+    /// No more than ten a second are answered that present nothing good.
+    fn refuses_a_token_that_is_none(&self) {
+        let headers = [("authorization", "Bearer x")];
+        let answer = eventually("it is not asked too fast", || {
+            let answer = self.ask("a token that is none", &headers, b"");
+            (answer.status != 429).then_some(answer)
+        });
+        assert_eq!(answer.status, 401, "{}: {}", self.path, answer.body);
+    }
+}
+
+#[test]
+fn what_makes_no_sense_to_any_route_is_answered_as_documented_and_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let tokens = directory.path().join("tokens");
+    let file = tokens.to_str().unwrap();
+    let made = coalmine([
+        "token",
+        "create",
+        "--name",
+        "deploy",
+        "--scope",
+        "gate",
+        "--service",
+        "*",
+        "--file",
+        file,
+    ]);
+    assert!(made.status.success(), "{made:?}");
+    let arguments = ["--tokens", file, "--anonymous", "gate,rollout,override,audit"];
+    let mut aggregator = Aggregator::prepare(directory.path()).with_arguments(&arguments);
+    aggregator.launch();
+    let rollout = aggregator.start_rollout();
+    let gate = format!("/v1/rollouts/{rollout}/gate");
+    let decision = eventually("a window is judged", || {
+        aggregator.get(&gate)["decision_id"].as_str().map(str::to_owned)
+    });
+    let recorded = || {
+        let mut kinds = records(&aggregator.data);
+        kinds.retain(|kind| !OF_ITS_OWN.contains(&kind.as_str()));
+        kinds
+    };
+    let before = recorded();
+
+    let document = aggregator.get("/openapi.json");
+    let mut operations = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, said) in methods.as_object().unwrap() {
+            let method = method.to_ascii_uppercase();
+            let (path, kind, _) = asked(&method, path, &rollout, &decision);
+            let operation = Operation {
+                address: aggregator.http,
+                document: &document,
+                said,
+                method: &method,
+                path,
+                kind,
+            };
+            operation.refuses_bodies();
+            operation.refuses_another_method();
+            operation.refuses_a_token_that_is_none();
+            operations += 1;
+        }
+    }
+    assert!(operations > 30, "{operations} operations");
+
+    assert_eq!(recorded(), before);
+    let gate = aggregator.get(&gate);
+    assert_eq!(
+        (&gate["verdict"], &gate["state"], &gate["overridden"]),
+        (&"HOLD".into(), &"running".into(), &Value::Null),
+        "{gate}"
+    );
     let said = fs::read_to_string(directory.path().join("aggregator.log")).unwrap();
     assert!(!said.contains("panicked"), "{said}");
 }

@@ -1,9 +1,9 @@
 //! All faces say the same at every moment, whatever has happened: histories of decisions, traffic, crashes and new
-//! rollouts that follow from a seed.
+//! rollouts that follow from a seed, beside a rollout whose hold passes its deadline meanwhile.
 //!
 //! The gate is asked, then a client, then the gate again. If it said the same both times, what the client does must be what
 //! the table says of that verdict, and if it names a decision it must name that one. `COALMINE_SEED=7` runs
-//! the history of one seed.
+//! the history of one seed, `COALMINE_HISTORIES=50` and `COALMINE_STEPS=40` run more and longer ones.
 
 #![allow(clippy::print_stderr, reason = "a history that fails is told")]
 
@@ -16,18 +16,21 @@ use super::{
     Asked, CLIENTS, Client, fits, row,
     site::{ASKER, DEPLOYER, Service, Site, Traffic},
 };
-use crate::stage;
+use crate::{gate::FACES, stage};
 
-/// The seeds that are run.
-const SEEDS: [u64; 3] = [1, 2, 3];
+/// How many histories are run when nothing else is asked for; their seeds begin with 1.
+const HISTORIES: u64 = 3;
 
-/// How much happens in a history.
-const STEPS: usize = 10;
+/// How much happens in a history when nothing else is asked for.
+const STEPS: u64 = 10;
 
 /// When the aggregator is killed in any case.
-const CRASH: usize = 6;
+const CRASH: u64 = 6;
 
 const SERVICE: Service = Service::new("checkout", "hold_deadline: 1h", 3, Some(Traffic::Healthy));
+
+/// Nothing is heard of it, until its hold has lasted as long as it may.
+const LATE: Service = Service::new("late", "hold_deadline: 3s", 3, None);
 
 /// Numbers that follow from a seed (SplitMix64).
 struct Rng(u64);
@@ -98,11 +101,11 @@ struct Trial {
 }
 
 impl Trial {
-    fn begin(site: &Site, number: usize) -> Self {
-        let rollout = site.roll_out(SERVICE.name, &number.to_string());
+    fn begin(site: &Site, service: &Service, number: u64) -> Self {
+        let rollout = site.roll_out(service.name, &number.to_string());
         Self {
             rollout,
-            asked: Asked::begin(&site.server(DEPLOYER), SERVICE.name).by(site.server(ASKER)),
+            asked: Asked::begin(&site.server(DEPLOYER), service.name).by(site.server(ASKER)),
             overridden: false,
         }
     }
@@ -116,6 +119,13 @@ impl Trial {
             let view = view();
             let goes_on = view["state"] == "running";
             (!goes_on || view["windows_judged"].as_u64() > before).then_some(())
+        });
+    }
+
+    /// Waits until the hold deadline has rolled it back.
+    fn passes_its_deadline(&self, site: &Site) {
+        eventually("the hold deadline is over", || {
+            (site.gate(&self.rollout)["verdict"] == "ROLLBACK").then_some(())
         });
     }
 
@@ -134,6 +144,24 @@ impl Trial {
                 client.name
             );
             names_the_decision(client, &gate, &poll);
+        }
+        self.says_the_same(site);
+    }
+
+    /// The same of every face that is asked for the rollout by its name, and says what the gate does also at the end.
+    fn says_the_same(&self, site: &Site) {
+        for face in &FACES {
+            let (gate, said) = site.while_it_says(&self.rollout, None, &["verdict", "decision_id"], |_| {
+                (face.ask)(&self.asked.server, &self.rollout)
+            });
+            assert_eq!(gate["verdict"], said.verdict, "{}: {said:?}, {gate}", face.name);
+            let decision = gate["decision_id"].as_str();
+            assert!(
+                decision.is_none_or(|decision| said.came.contains(decision)),
+                "{}: {} is of another decision than {gate}",
+                face.name,
+                said.came
+            );
         }
     }
 }
@@ -171,16 +199,18 @@ fn ended(verdict: &str) -> &str {
     }
 }
 
-fn history(seed: u64) {
+fn history(seed: u64, steps: u64) {
     let mut rng = Rng(seed);
     let mut told = Told {
         seed,
         acts: Vec::new(),
     };
-    let mut site = Site::start(&[SERVICE]);
-    let mut trial = Trial::begin(&site, 0);
+    let mut site = Site::start(&[SERVICE, LATE]);
+    let late = Trial::begin(&site, &LATE, 0);
+    late.agrees(&site, open);
+    let mut trial = Trial::begin(&site, &SERVICE, 0);
     trial.agrees(&site, open);
-    for step in 1..=STEPS {
+    for step in 1..=steps {
         let act = if step == CRASH {
             Act::Crash
         } else {
@@ -201,24 +231,37 @@ fn history(seed: u64) {
                 site.serve(SERVICE.name, traffic);
                 trial.judge(&site);
             }
-            Act::Crash => site.restart(|| {}),
+            Act::Crash => {
+                site.restart(|| {});
+                late.agrees(&site, open);
+            }
             Act::Next => {
                 site.end(&trial.rollout);
                 trial.agrees(&site, ended);
-                trial = Trial::begin(&site, step);
+                trial = Trial::begin(&site, &SERVICE, step);
             }
         }
         trial.agrees(&site, open);
     }
+    late.passes_its_deadline(&site);
+    late.agrees(&site, open);
     site.stop();
+}
+
+/// A number that the environment may have.
+fn number(name: &str) -> Option<u64> {
+    let value = env::var(name).ok()?;
+    let number = value.parse();
+    Some(number.unwrap_or_else(|_| panic!("{name}={value} is not a number")))
 }
 
 #[test]
 fn all_faces_say_the_same_at_every_moment() {
     let _stage = stage();
-    let seed = env::var("COALMINE_SEED").ok().and_then(|seed| seed.parse().ok());
-    match seed {
-        Some(seed) => history(seed),
-        None => SEEDS.into_iter().for_each(history),
+    let steps = number("COALMINE_STEPS").unwrap_or(STEPS);
+    let histories = number("COALMINE_HISTORIES").unwrap_or(HISTORIES);
+    match number("COALMINE_SEED") {
+        Some(seed) => history(seed, steps),
+        None => (1..=histories).for_each(|seed| history(seed, steps)),
     }
 }

@@ -251,11 +251,17 @@ impl Site {
 
     /// Starts a rollout of a service, whose Canary has the same name.
     pub(super) fn roll_out(&self, service: &str, key: &str) -> String {
+        self.roll_out_of(service, key, Some(service))
+    }
+
+    /// The same with a Canary of another name, or without a word of what is rolled out.
+    pub(super) fn roll_out_of(&self, service: &str, key: &str, canary: Option<&str>) -> String {
+        let workload = canary.map(|name| json!({ "kind": "Canary", "namespace": "shop", "name": name }));
         let request = json!({
             "service": service,
             "canary_version": "v2",
             "key": format!("{service}-{key}"),
-            "workload": { "kind": "Canary", "namespace": "shop", "name": service },
+            "workload": workload,
         });
         let view = self.post("/v1/rollouts", &request);
         view["id"].as_str().unwrap().to_owned()

@@ -22,7 +22,7 @@ use coalmine_tests::{
 use serde_json::Value;
 
 use super::{Agents, POLICY, Traffic, ask, conserves, end_all, lines};
-use crate::stage;
+use crate::{gate::all_hold_back, stage};
 
 const TRAFFIC: Traffic = Traffic {
     tenants: 2,
@@ -114,6 +114,7 @@ fn is_distrusted(aggregator: &Aggregator, rollout: &str, state: &str, says: &str
     assert!(approved.is_none_or(|line| line.ends_with(" 0")), "{approved:?}");
     let line = format!("coalmine_audit_log_state{{state=\"{state}\"}} 1");
     assert!(metrics.lines().any(|metric| metric == line), "{metrics}");
+    all_hold_back(aggregator.http, rollout, || {});
 }
 
 struct Witness {

@@ -22,7 +22,7 @@ use coalmine_tests::{
 use serde_json::{Value, json};
 
 use super::{Agents, POLICY, Promises, Traffic, ask, conserves, end_all, lines};
-use crate::stage;
+use crate::{gate::all_hold_back, stage};
 
 /// Sixteen pages: a few decisions and windows fill it.
 const DISK: &str = "size=64k,mode=0755";
@@ -188,6 +188,10 @@ fn on_a_full_disk_nothing_is_approved_and_harm_is_shown_and_recorded_later() {
         ready.body
     );
     assert!(is_in_state(&aggregator, "full"));
+    all_hold_back(http, &rollout, || {
+        filler.fill();
+        agents.turn(grpc, false);
+    });
 
     // Harm is shown without a record.
     let harm = within(LIMIT, "harm is shown", || {

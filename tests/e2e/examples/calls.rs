@@ -1,6 +1,10 @@
 //! What the examples call: routes that the running aggregator documents, and commands that it has.
 
-use coalmine_tests::{http::request, process::program};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use coalmine_tests::{
+    http::{Answer, request},
+    process::program,
+};
 use serde_json::{Map, Value, json};
 
 use super::{Stand, TOKEN, document, documents, files, list, read, text};
@@ -150,6 +154,83 @@ fn the_hooks_of_the_canary_are_answered_in_their_order() {
         assert_eq!(answer.status, status, "{path}: {}", answer.body);
         // What a token may not do is 403 too, as a problem document.
         assert!(!answer.body.starts_with('{'), "{path}: {}", answer.body);
+    }
+}
+
+/// How a hook without metadata presents its token.
+#[derive(Debug, Clone, Copy)]
+enum Presented {
+    /// As the URL says; Go sends what stands before the host as Basic.
+    InTheUrl,
+    /// In front of the path, for a client that leaves out what stands before the host.
+    InThePath,
+    Nowhere,
+}
+
+/// Calls a hook of a Canary as Flagger does.
+fn call(stand: &Stand, canary: &Value, hook: &Value, phase: &str, presented: Presented) -> Answer {
+    let body = json!({
+        "name": text(canary, "/metadata/name"),
+        "namespace": text(canary, "/metadata/namespace"),
+        "phase": phase,
+        "checksum": "7f6d",
+    });
+    let url = text(hook, "/url").replace(TOKEN, &stand.token);
+    let mut path = path_of(&url).unwrap();
+    let mut headers = vec![("content-type", "application/json".to_owned())];
+    match presented {
+        Presented::InTheUrl => {
+            let (user, _) = url.split_once("://").unwrap().1.split_once('@').unwrap();
+            headers.push(("authorization", format!("Basic {}", STANDARD.encode(user))));
+        }
+        Presented::InThePath => path = format!("/t/{}{path}", stand.token),
+        Presented::Nowhere => {}
+    }
+    let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, &**value)).collect();
+    request(stand.aggregator.http, "POST", &path, &headers, &body.to_string()).unwrap()
+}
+
+/// What the gates of the load tester are told at each verdict: whether it may be promoted, and whether it is to go back.
+const AT_THE_GATES: [(&str, [u16; 2]); 3] = [
+    ("hold", [403, 403]),
+    ("approve", [200, 403]),
+    ("rollback", [403, 200]),
+];
+
+#[test]
+fn the_gates_of_the_load_tester_are_answered_at_their_new_host() {
+    let stand = Stand::start();
+    let canary = document("flagger/loadtester.yaml");
+    let [promotion, rollback, end] = list(&canary, "/spec/analysis/webhooks") else {
+        panic!("other hooks than a promotion, a rollback and an end: {canary}");
+    };
+    let types = [promotion, rollback, end].map(|hook| text(hook, "/type"));
+    assert_eq!(types, ["confirm-promotion", "rollback", "post-rollout"]);
+    for hook in [promotion, rollback, end] {
+        assert!(hook.get("metadata").is_none(), "{hook}");
+        let answer = call(&stand, &canary, hook, "Progressing", Presented::Nowhere);
+        assert_eq!(answer.status, 401, "{hook}: {}", answer.body);
+    }
+    for presented in [Presented::InTheUrl, Presented::InThePath] {
+        let ask = |hook: &Value, phase: &str, status: u16| {
+            let answer = call(&stand, &canary, hook, phase, presented);
+            let told = format!("{presented:?}, {hook}: {}", answer.body);
+            assert_eq!(answer.status, status, "{told}");
+            // What a token may not do is 403 too, as a problem document.
+            assert!(!answer.body.starts_with('{'), "{told}");
+        };
+        // Flagger asks for the way back first, and by that an attempt begins.
+        ask(rollback, "Progressing", 403);
+        let gate = stand.get("/v1/gate?service=search");
+        assert_eq!(gate["state"], "running", "{gate}");
+        let rollout = text(&gate, "/rollout");
+        for (verdict, [promotes, goes_back]) in AT_THE_GATES {
+            stand.decide(rollout, verdict);
+            ask(promotion, "WaitingPromotion", promotes);
+            ask(rollback, "WaitingPromotion", goes_back);
+        }
+        ask(end, "Succeeded", 200);
+        assert_eq!(stand.state(rollout), "ended");
     }
 }
 

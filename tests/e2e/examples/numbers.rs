@@ -4,7 +4,7 @@
 use coalmine_judge::quantity::Span;
 use coalmine_tests::clients::{
     argo::{self, Limits},
-    flagger,
+    flagger, orca,
 };
 use serde_json::Value;
 
@@ -150,8 +150,18 @@ fn the_metrics_are_those_that_the_clients_go_by() {
     let template = document("flagger/metrictemplate.yaml");
     assert_eq!(text(&template, "/spec/query").trim(), flagger::QUERY);
     let canary = document("flagger/canary.yaml");
-    let range = at(&canary, "/spec/analysis/metrics/0/thresholdRange");
-    assert_eq!(range["min"].as_f64(), Some(flagger::LEAST));
+    let metric = at(&canary, "/spec/analysis/metrics/0");
+    assert_eq!(metric["thresholdRange"]["min"].as_f64(), Some(flagger::LEAST));
+    // The metric and the hooks are about the same rollout.
+    let service = text(metric, "/templateVariables/service");
+    for hook in list(&canary, "/spec/analysis/webhooks") {
+        assert_eq!(text(hook, "/metadata/service"), service, "{hook}");
+    }
+
+    let pipeline = document("spinnaker/pipeline.json");
+    let thresholds = at(&pipeline, "/stages/0/canaryConfig/scoreThresholds");
+    let known = serde_json::json!({ "pass": orca::PASS, "marginal": orca::MARGINAL });
+    assert_eq!(*thresholds, known);
 }
 
 #[test]

@@ -10,11 +10,14 @@ use std::{
     thread,
 };
 
-use coalmine_tests::process::{free_addresses, program};
+use coalmine_tests::{
+    process::{free_addresses, program},
+    tools::tool,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use super::{Stand, at, document, example, list, read, text};
+use super::{Stand, at, document, documents, example, list, read, text};
 
 /// What the command is found by.
 fn search_path() -> OsString {
@@ -201,6 +204,37 @@ fn an_aggregator_that_goes_away_in_the_middle_is_no_verdict() {
     assert!(output.stdout.is_empty(), "{output:?}");
 }
 
+#[test]
+fn the_question_by_curl_succeeds_at_an_approval_only() {
+    tool("curl", "curl");
+    let stand = Stand::start();
+    let readme = read("ci/README.md");
+    let (_, script) = readme.split_once("```sh\n").unwrap();
+    let (script, _) = script.split_once("```").unwrap();
+    let asks = |server: &str, token: &str, wanted: i32| {
+        let mut command = shell("sh", server, token);
+        command
+            .args(["-c", script])
+            .env("GATE_SERVICE", "checkout")
+            .env("GATE_VERSION", "v2")
+            // A proxy that this machine may have.
+            .env("no_proxy", "*");
+        let (code, out, err) = run(command);
+        assert_eq!(code, Some(wanted), "{out}{err}");
+    };
+    let server = stand.server();
+    let rollout = stand.begin("curl", None);
+    for (verdict, code) in [("hold", 1), ("rollback", 1), ("approve", 0)] {
+        stand.decide(&rollout, verdict);
+        asks(&server, &stand.token, code);
+    }
+    let [nobody] = free_addresses();
+    asks(&format!("http://{nobody}"), &stand.token, 1);
+    asks(&server, "cmt_wrong", 1);
+    stand.end(&rollout);
+    asks(&server, &stand.token, 1);
+}
+
 /// `${{ inputs.NAME }}` and what else the action's variables are made of.
 fn expanded(template: &str, inputs: &Value) -> String {
     let mut text = template.to_owned();
@@ -341,41 +375,79 @@ fn the_job_for_gitlab_promotes_what_is_approved_and_nothing_else() {
     let directory = stand.directory.path();
     fs::create_dir(directory.join("ci")).unwrap();
     fs::copy(example("ci/gate.sh"), directory.join("ci/gate.sh")).unwrap();
-    let canary = "-n shop patch deployment checkout-canary -p ";
-    let all = "-n shop patch deployment checkout -p ";
-    for (job, verdict, code) in [("42", "approve", 0), ("43", "rollback", 1)] {
+    for (job, verdict, code, patched) in [
+        ("42", "approve", 0, &["canary", "baseline"][..]),
+        ("43", "rollback", 1, &["canary"][..]),
+    ] {
         let rollout = stand.begin(&format!("gitlab/17/{job}"), None);
         stand.decide(&rollout, verdict);
         let (ended, said) = run_job(&jobs, job, &stand);
         assert_eq!(ended, Some(code), "{said}");
         let noted = fs::read_to_string(directory.join("noted")).unwrap();
-        assert!(noted.starts_with(canary), "{noted}");
-        let canary = patch(&noted, canary).unwrap();
-        assert_eq!(canary["spec"]["replicas"], 1, "{noted}");
-        let promotes = patch(&noted, all);
-        assert_eq!(promotes.is_some(), verdict == "approve", "{noted}");
-        for patch in [Some(canary), promotes].into_iter().flatten() {
-            shows_the_version(at(&patch, "/spec/template"));
-        }
+        assert_eq!(patched_arms(&noted), patched, "{noted}");
     }
+    let [away] = list(&jobs, "/coalmine/after_script") else {
+        panic!("more than one command takes the canary away");
+    };
+    takes_the_canary_away(away);
 }
 
-/// What is patched by the only line that begins so, if there is one.
-fn patch(noted: &str, begin: &str) -> Option<Value> {
-    let mut patches = noted.lines().filter_map(|line| line.strip_prefix(begin));
-    let patch = patches.next().map(|patch| serde_json::from_str(patch).unwrap());
-    assert_eq!(patches.next(), None, "{noted}");
-    patch
+/// The arms whose Deployments `kubectl` was told to give version v2, one a line.
+fn patched_arms(noted: &str) -> Vec<String> {
+    let arm = |command: &str| {
+        let (target, patch) = command.split_once(" -p ").unwrap();
+        let deployment = shipped(target);
+        let patch: Value = serde_json::from_str(patch).unwrap();
+        let template = at(&patch, "/spec/template");
+        // An agent reports the version that the pod's label says; the image says nothing to it.
+        let labels = json!({ "app.kubernetes.io/version": "v2" });
+        assert_eq!(at(template, "/metadata/labels"), &labels);
+        let [container] = list(template, "/spec/containers") else {
+            panic!("other containers than that of the application: {template}");
+        };
+        assert_eq!(text(container, "/image"), "registry.example.com/checkout:v2");
+        // One of another name would be added.
+        let mut containers = list(&deployment, "/spec/template/spec/containers").iter();
+        assert!(
+            containers.any(|it| it["name"] == container["name"]),
+            "{container}"
+        );
+        let arm = arm_of(&deployment);
+        // The canary may have been taken away before.
+        let replicas = patch["spec"]["replicas"].as_u64();
+        assert_eq!(replicas, (arm == "canary").then_some(1), "{patch}");
+        arm
+    };
+    noted.lines().map(arm).collect()
 }
 
-/// An agent reports the version that the pod's label says; the image says nothing to it.
-fn shows_the_version(template: &Value) {
-    assert_eq!(
-        at(template, "/metadata/labels"),
-        &json!({ "app.kubernetes.io/version": "v2" })
-    );
-    let containers = json!([{ "name": "app", "image": "registry.example.com/checkout:v2" }]);
-    assert_eq!(at(template, "/spec/containers"), &containers);
+/// Holds a command to scaling the canary's Deployment to nothing.
+fn takes_the_canary_away(command: &Value) {
+    let command = command.as_str().unwrap().strip_prefix("kubectl ").unwrap();
+    let target = command.strip_suffix(" --replicas=0").unwrap();
+    assert_eq!(arm_of(&shipped(target)), "canary");
+}
+
+/// The Deployment that a command of `kubectl` is about, as `deploy/examples/checkout` has it.
+fn shipped(command: &str) -> Value {
+    let words: Vec<_> = command.split(' ').collect();
+    let (namespace, name) = match words[..] {
+        ["-n", namespace, "patch", "deployment", name] => (namespace, name),
+        ["-n", namespace, "scale", object] => (namespace, object.strip_prefix("deployment/").unwrap()),
+        _ => panic!("{command} is about no Deployment"),
+    };
+    let kustomization = document("checkout/kustomization.yaml");
+    assert_eq!(namespace, text(&kustomization, "/namespace"));
+    let resources = list(&kustomization, "/resources").iter();
+    let mut objects = resources.flat_map(|file| documents(&format!("checkout/{}", file.as_str().unwrap())));
+    let found = objects.find(|it| it["kind"] == "Deployment" && it["metadata"]["name"] == name);
+    found.unwrap_or_else(|| panic!("{command}: there is no such Deployment"))
+}
+
+/// The arm of a Deployment's pods, by which their agents know it.
+fn arm_of(deployment: &Value) -> String {
+    let labels = at(deployment, "/spec/template/metadata/labels");
+    labels["coalmine.dev/arm"].as_str().unwrap().to_owned()
 }
 
 /// The steps that deploy and promote, with kubectl only noted.
@@ -383,22 +455,20 @@ fn shows_the_version(template: &Value) {
 fn the_workflow_for_github_labels_what_it_deploys() {
     let workflow = document("github/workflow.yml");
     let directory = tempfile::tempdir().unwrap();
-    for (step, begin) in [
-        (
-            "Deploy the canary",
-            "-n shop patch deployment checkout-canary -p ",
-        ),
-        ("Promote", "-n shop patch deployment checkout -p "),
-    ] {
+    let step = |name: &str| {
         let mut steps = list(&workflow, "/jobs/canary/steps").iter();
-        let step = steps.find(|found| found["name"] == step).unwrap();
+        steps.find(|found| found["name"] == name).unwrap()
+    };
+    for (name, arm) in [("Deploy the canary", "canary"), ("Promote", "baseline")] {
+        let step = step(name);
         let script = format!("kubectl() {{ echo \"$*\"; }}\n{}", text(step, "/run"));
         let mut command = shell("bash", "", "");
         command.args(["-ec", &script]).current_dir(directory.path());
         let (code, out, err) = run_with_version(command, step);
         assert_eq!(code, Some(0), "{out}{err}");
-        shows_the_version(at(&patch(&out, begin).unwrap(), "/spec/template"));
+        assert_eq!(patched_arms(&out), [arm], "{out}");
     }
+    takes_the_canary_away(at(step("Take the canary away"), "/run"));
 }
 
 /// Runs a step of the workflow for version v2.

@@ -1,18 +1,18 @@
 //! How the conditions in the examples read real answers: each verdict means to the tool what it says.
 
+use std::time::Duration;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use coalmine_tests::http::{Answer, request};
+use coalmine_tests::{
+    clients::{
+        Reading, Server,
+        orca::{self, Interval},
+    },
+    http::{Answer, request},
+};
 use serde_json::{Value, json};
 
-use super::{Stand, at, calls::path_of, document, number, text};
-
-/// What a tool makes of an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reading {
-    Goes,
-    Holds,
-    Stops,
-}
+use super::{Stand, TOKEN, at, calls::path_of, document, number, read, text};
 
 /// What is decided in the judge's place, and what each tool has to make of it, in this order.
 const VERDICTS: [(&str, Reading); 3] = [
@@ -96,9 +96,6 @@ impl Stand {
             // No agent is there that would say which version the pods of a hash have.
             ("{{args.canary-hash}}", "v2"),
             ("{{args.token}}", self.token.as_str()),
-            // Flagger's.
-            ("{{ name }}", "checkout"),
-            ("{{ namespace }}", "shop"),
         ];
         let filled = names.iter().fold(template.to_owned(), |text, (name, value)| {
             text.replace(name, value)
@@ -154,10 +151,16 @@ impl Stand {
 
     /// What Flagger reads: the last series has to be in the range.
     fn by_flagger(&self, template: &Value, canary: &Value) -> Reading {
-        let query = self.filled(text(template, "/spec/query"));
+        let metric = at(canary, "/spec/analysis/metrics/0");
+        let mut query = text(template, "/spec/query").to_owned();
+        for (name, value) in at(metric, "/templateVariables").as_object().unwrap() {
+            let variable = format!("{{{{ variables.{name} }}}}");
+            query = query.replace(&variable, value.as_str().unwrap());
+        }
+        assert!(!query.contains("{{"), "{query}");
         let values = self.query(query.trim(), &format!("Bearer {}", self.token));
-        let range = at(canary, "/spec/analysis/metrics/0/thresholdRange");
-        let (value, least) = (values.last().unwrap(), at(range, "/min").as_f64().unwrap());
+        let least = at(metric, "/thresholdRange/min").as_f64().unwrap();
+        let value = values.last().unwrap();
         if *value < least {
             Reading::Stops
         } else {
@@ -252,4 +255,37 @@ fn each_verdict_is_read_as_what_it_is() {
     assert_eq!(stand.by_web(&web), Reading::Holds);
     assert_eq!(stand.by_prometheus(&prometheus), Reading::Holds);
     assert_eq!(stand.by_flagger(&template, &flagger), Reading::Goes);
+}
+
+#[test]
+fn the_stage_of_spinnaker_ends_as_the_verdict_says() {
+    let stand = Stand::start();
+    let pipeline = read("spinnaker/pipeline.json").replace("${parameters.version}", "v2");
+    let pipeline: Value = serde_json::from_str(&pipeline).unwrap();
+    let config = at(&pipeline, "/stages/0/canaryConfig");
+    let base = document("spinnaker/orca-local.yml");
+    let base = text(&base, "/kayenta/base-url");
+    assert!(base.ends_with(&format!("/t/{TOKEN}/kayenta")), "{base}");
+    let server = Server {
+        http: stand.aggregator.http,
+        token: Some(stand.token.clone()),
+        patience: Duration::from_secs(30),
+    };
+    let execution = orca::run(&server, text(&pipeline, "/application"), config).unwrap();
+    let gate = stand.get("/v1/gate?service=checkout&version=v2");
+    let rollout = text(&gate, "/rollout");
+    // It is compared with all of the baseline.
+    let view = stand.get(&format!("/v1/rollouts/{rollout}"));
+    assert!(view["baseline_version"].is_null(), "{view}");
+    // There is one interval, which is the last one.
+    let lifetime = text(config, "/lifetimeDuration");
+    assert_eq!(
+        (lifetime, number(config, "/canaryAnalysisIntervalMins")),
+        ("PT1M", 1)
+    );
+    for (verdict, reading) in VERDICTS {
+        stand.decide(rollout, verdict);
+        let poll = orca::poll(&server, &execution, Interval::Last);
+        assert_eq!(poll.reading, reading, "{verdict}: {}", poll.came);
+    }
 }

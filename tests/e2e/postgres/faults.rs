@@ -16,7 +16,7 @@ use coalmine_tests::{
 use serde_json::{Value, json};
 
 use super::{FAILING, Play, is_ready};
-use crate::stage;
+use crate::{gate::all_hold_back, stage};
 
 /// Shorter than a lease, which another instance would have to wait for.
 const AT_ONCE: Duration = Duration::from_secs(10);
@@ -89,6 +89,7 @@ fn without_the_database_nothing_is_approved_and_afterwards_all_is_recorded_once(
     play.cutter.refuse(true);
     let first = eventually("the approval is held back", || play.view().filter(held_back));
     assert_eq!(gate(), Some(2), "the gate is shut");
+    all_hold_back(aggregator.http, &play.rollout, || {});
     let unready = eventually("the aggregator is not ready", || {
         let answer = get(aggregator.admin, "/readyz").ok()?;
         (answer.status == 503).then_some(answer)

@@ -20,7 +20,7 @@ const QUERY_WITHIN: Duration = Duration::from_secs(5);
 const ATTEMPTS: u32 = 3;
 
 /// What the MetricTemplate that we ship asks for, whatever blanks are around it.
-pub const QUERY: &str = r#"coalmine_verdict{canary="{{ name }}",namespace="{{ namespace }}"}"#;
+pub const QUERY: &str = r#"coalmine_verdict{service="{{ variables.service }}"}"#;
 
 /// The least value that is no failed check: HOLD must not be one.
 pub const LEAST: f64 = 0.0;
@@ -133,11 +133,10 @@ fn query(server: &Server, query: &str) -> Result<(f64, String), String> {
     Ok((value(&answer)?, answer.body))
 }
 
-/// A metric with our MetricTemplate and `thresholdRange: { min: 0 }`: less is a failed check.
+/// A metric with our MetricTemplate, the service in `templateVariables`, and `thresholdRange: { min: 0 }`: less is a
+/// failed check.
 pub fn metric(server: &Server, subject: &Subject) -> Poll {
-    let asked = QUERY
-        .replace("{{ name }}", &subject.service)
-        .replace("{{ namespace }}", &subject.namespace);
+    let asked = QUERY.replace("{{ variables.service }}", &subject.service);
     // The first is what Flagger asks to see whether anybody is there, before an analysis.
     let online = query(server, "vector(1)").and_then(|(value, _)| {
         let is_online = (value - 1.0).abs() < f64::EPSILON;

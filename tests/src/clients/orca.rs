@@ -1,11 +1,12 @@
 //! Spinnaker's Orca: how it runs a canary analysis with a Kayenta. It can send no header.
 //!
 //! Read in `orca-kayenta/src/main/kotlin`: `KayentaService.kt` (what an answer must have, and of which type),
+//! `pipeline/RunCanaryIntervalsStage.kt` (what is asked for),
 //! `tasks/{RunKayentaCanaryTask,MonitorKayentaCanaryTask,AggregateCanaryResultsTask}.kt`.
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Poll, Reading, Server, Subject, escape, json_body, parse};
 use crate::http::Answer;
@@ -13,8 +14,18 @@ use crate::http::Answer;
 /// How long a request may take.
 const WITHIN: Duration = Duration::from_secs(10);
 
-const PASS: i64 = 95;
-const MARGINAL: i64 = 75;
+/// The score from which on an analysis passes, in the pipeline that we ship.
+pub const PASS: i64 = 95;
+
+/// The score up to which an interval ends it.
+pub const MARGINAL: i64 = 75;
+
+/// The accounts that a stage names; Coalmine has none.
+const ACCOUNTS: [&str; 3] = [
+    "metricsAccountName",
+    "configurationAccountName",
+    "storageAccountName",
+];
 
 /// Names of a status that Orca knows; any other is an exception.
 const STATUSES: [&str; 12] = [
@@ -55,25 +66,67 @@ fn whole(answer: Result<Answer, String>) -> Result<Value, String> {
 
 /// Begins an analysis; gives the execution to look at.
 pub fn begin(server: &Server, subject: &Subject) -> Result<String, String> {
-    let scope = |version: &str| {
-        json!({
-            "scope": format!("{}/{}/{version}", subject.namespace, subject.service),
-            "location": null,
-            "start": "2026-11-01T10:00:00Z",
-            "end": "2026-11-01T10:05:00Z",
-            "step": 60,
-            "extendedScopeParams": {},
-        })
-    };
-    let body = json!({
-        "scopes": { "default": { "controlScope": scope("v1"), "experimentScope": scope(&subject.version) } },
-        "thresholds": { "pass": PASS, "marginal": MARGINAL },
-        "siteLocal": {},
+    let scope = |version: &str| format!("{}/{}/{version}", subject.namespace, subject.service);
+    let scopes = json!([{
+        "scopeName": "default",
+        "controlScope": scope("v1"),
+        "experimentScope": scope(&subject.version),
+    }]);
+    let mut config = json!({
+        "canaryConfigId": subject.service,
+        "scopes": scopes,
+        "scoreThresholds": { "pass": PASS, "marginal": MARGINAL },
     });
-    let service = escape(&subject.service);
+    for account in ACCOUNTS {
+        config[account] = json!("coalmine");
+    }
+    run(server, &subject.service, &config)
+}
+
+/// The scopes of a request, by their names: those of a stage's `canaryConfig`, each with the times of the interval.
+fn scopes(config: &Value) -> Map<String, Value> {
+    let named = |scope: &Value| {
+        let side = |side: &str| {
+            json!({
+                "scope": scope[format!("{side}Scope")],
+                "location": scope[format!("{side}Location")],
+                "start": "2026-11-01T10:00:00Z",
+                "end": "2026-11-01T10:05:00Z",
+                "step": scope["step"].as_u64().unwrap_or(60),
+                "extendedScopeParams": scope["extendedScopeParams"].as_object().cloned().unwrap_or_default(),
+            })
+        };
+        let name = scope["scopeName"].as_str().unwrap_or("default");
+        let sides = json!({ "controlScope": side("control"), "experimentScope": side("experiment") });
+        (name.to_owned(), sides)
+    };
+    config["scopes"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(named)
+        .collect()
+}
+
+/// Begins an interval of the stage that has this `canaryConfig`; gives the execution to look at.
+pub fn run(server: &Server, application: &str, config: &Value) -> Result<String, String> {
+    let body = json!({
+        "scopes": scopes(config),
+        "thresholds": config["scoreThresholds"],
+        "siteLocal": config["siteLocal"].as_object().cloned().unwrap_or_default(),
+    });
+    let id = config["canaryConfigId"]
+        .as_str()
+        .ok_or("Invalid canaryConfigId")?;
+    let account = |name: &str| {
+        let account = config[name].as_str()?;
+        Some(format!("&{name}={}", escape(account)))
+    };
+    let accounts: String = ACCOUNTS.into_iter().filter_map(account).collect();
     let path = format!(
-        "/kayenta/canary/{service}?application={service}&parentPipelineExecutionId=01JDPIPELINE\
-         &metricsAccountName=coalmine&configurationAccountName=coalmine&storageAccountName=coalmine"
+        "/kayenta/canary/{}?application={}&parentPipelineExecutionId=01JDPIPELINE{accounts}",
+        escape(id),
+        escape(application)
     );
     let answer = server.ask(
         WITHIN,

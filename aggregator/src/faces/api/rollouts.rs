@@ -9,6 +9,7 @@ use axum::{
     response::IntoResponse,
 };
 use coalmine_judge::{record::Body, v1::Verdict};
+use coalmine_proto::names::{MAX_NAME_BYTES, check_name};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -91,7 +92,11 @@ async fn start(
     caller.may(Scope::Rollout, "")?;
     let Given(mut request) = given?;
     caller.may(Scope::Rollout, &request.service)?;
-    request.actor = actor(&caller, request.actor);
+    if let Some(said) = &request.actor {
+        let checked = check_name(said.as_bytes());
+        checked.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, format!("actor {error}")))?;
+    }
+    request.actor = actor(&caller, request.actor).map(as_a_name);
     let version = request.canary_version.clone();
     let rollouts = faces.rollouts.clone();
     let (view, new) = recorded(NOT_STARTED, async move { rollouts.start(request).await }).await?;
@@ -113,6 +118,12 @@ fn actor(caller: &Caller, said: Option<String>) -> Option<String> {
         Some(said) => Some(format!("{name}:{said}")),
         None => Some(name.to_owned()),
     }
+}
+
+/// As much as a name may have: a token's own may be that long already.
+fn as_a_name(mut actor: String) -> String {
+    actor.truncate(actor.floor_char_boundary(MAX_NAME_BYTES));
+    actor
 }
 
 /// A hint where agents of the service are connected, but none of this version.
@@ -384,7 +395,6 @@ struct EndRequest {
     responses(
         (status = 200, description = "The rollout as it ended", body = View),
         (status = 404, description = "There is no such rollout"),
-        (status = 409, description = "The server stops"),
         (status = 503, description = "The decision log takes no records now; ask again"),
     )
 )]

@@ -102,7 +102,8 @@ pub(super) struct Asked<'a> {
 pub(super) enum Next {
     /// The open rollout is meant.
     Take,
-    /// The open rollout ends for this reason, and another begins; with this number, or the next.
+    /// The open rollout ends for this reason, and another begins: with this number if it is the same attempt, else with
+    /// the next, since it is of another revision.
     Replace { reason: String, number: Option<u64> },
 }
 

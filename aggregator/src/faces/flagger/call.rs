@@ -137,14 +137,21 @@ impl Call {
         let service = self.service(&found).to_owned();
         let is_named = self.payload.get("rollout").is_some();
         self.caller.may(scope, &service)?;
-        let begins = !is_named
-            && hook.begins(self.payload.phase())
-            && self.caller.may(Scope::Rollout, &service).is_ok();
+        let is_tried = !is_named && hook.begins(self.payload.phase());
+        let begins = is_tried && self.caller.may(Scope::Rollout, &service).is_ok();
         let view = match found {
-            Found::Open(view) if !begins || self.next(&view) == Next::Take => view,
+            Found::Open(view) if !is_tried => view,
+            Found::Open(view) => match self.next(&view) {
+                Next::Take => view,
+                Next::Replace { .. } if begins => self.attempt().await?,
+                // It is the same attempt, of a version that nobody knew when it began.
+                Next::Replace { number: Some(_), .. } => view,
+                // The verdict on one revision must not pass for that on another.
+                Next::Replace { number: None, .. } => return Err(self.of_another_revision(&view)),
+            },
             Found::Other { view, version } => return Err(self.conflict(&view, version.as_deref())),
-            _ if begins => self.attempt().await?,
-            _ => return Err(self.nothing_open(&service)),
+            Found::None if begins => self.attempt().await?,
+            Found::None => return Err(self.nothing_open(&service)),
         };
         self.note(hook, &view);
         if hook == Hook::ConfirmTrafficIncrease
@@ -262,10 +269,14 @@ impl Call {
             return Ok(None);
         }
         let canary = self.payload.canary();
+        let shown = self.faces.flagger.is_at_zero(&canary, &view.id);
+        // Most calls end here, and need not wait for the book.
+        if shown.is_some_and(|is_at_zero| !is_at_zero || view.worst.is_some()) {
+            return Ok(None);
+        }
         let canaries = self.faces.book().canaries(&view.service);
-        let agents = match self.faces.flagger.is_at_zero(&canary, &view.id) {
-            Some(true) if view.worst.is_none() => connected(&canaries, &view.canary_version),
-            Some(_) => None,
+        let agents = match shown {
+            Some(_) => connected(&canaries, &view.canary_version),
             None => untouched(&canaries, &view.canary_version),
         };
         let Some(agents) = agents else {

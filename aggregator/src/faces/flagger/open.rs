@@ -241,6 +241,19 @@ impl Call {
         )
     }
 
+    /// Says that what is open is over as soon as somebody calls who may begin another.
+    pub(super) fn of_another_revision(&self, view: &View) -> Problem {
+        Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!(
+                "rollout {} is of another revision of the Canary {}; one of this revision begins with its hooks, if the token \
+                 may begin rollouts",
+                view.id,
+                self.name()
+            ),
+        )
+    }
+
     fn no_policy(&self, service: &str) -> Problem {
         let services = self.faces.rollouts.policies().keys();
         // Those that the caller may not see are none of its business.

@@ -9,15 +9,12 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::{
-    router::{OpenApiRouter, UtoipaMethodRouter},
-    routes,
-};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     answer::JUDGE,
     config::{CanaryConfig, CanaryConfigSummary},
-    no_config, not_offered, visible,
+    no_config, only, visible,
 };
 use crate::{
     access::{Caller, Scope},
@@ -27,16 +24,11 @@ use crate::{
 /// The routes.
 pub(super) fn routes() -> OpenApiRouter<Faces> {
     OpenApiRouter::new()
-        .routes(routes!(health))
-        .routes(routes!(credentials))
-        .routes(routes!(judges))
-        .routes(read_only(routes!(configs)))
-        .routes(read_only(routes!(config)))
-}
-
-/// What Kayenta can change there is refused as not offered.
-fn read_only((schemas, paths, router): UtoipaMethodRouter<Faces>) -> UtoipaMethodRouter<Faces> {
-    (schemas, paths, router.fallback(not_offered))
+        .routes(only(routes!(health)))
+        .routes(only(routes!(credentials)))
+        .routes(only(routes!(judges)))
+        .routes(only(routes!(configs)))
+        .routes(only(routes!(config)))
 }
 
 #[derive(Debug, Serialize, ToSchema)]

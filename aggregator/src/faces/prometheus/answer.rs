@@ -209,8 +209,8 @@ pub(super) struct Failure {
     error: String,
 }
 
-/// When something fails, for those who read the documentation.
-const FAILURES: [(&str, &str); 8] = [
+/// When something fails, for those who read the documentation: `openapi.rs` leaves to each route what it can answer.
+const FAILURES: [(&str, &str); 7] = [
     (
         "400",
         "A parameter or the expression is malformed, or more than is read here",
@@ -227,7 +227,6 @@ const FAILURES: [(&str, &str); 8] = [
         "429",
         "The caller asks too often; Retry-After says when to ask again",
     ),
-    ("503", "Not now; ask again"),
 ];
 
 impl Failure {

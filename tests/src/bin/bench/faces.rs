@@ -3,9 +3,9 @@
 //! A real aggregator process is pinned to one core; two agents made by hand send it a window of all tenants each second,
 //! from a thread of this process. One keep-alive connection asks each face: as fast as answers come, and at a constant
 //! rate whether they come or not, where each latency counts from when the poll should have been sent, unless only this
-//! process was late. The floor is `/livez` on the admin port: the same server and client, and no verdict; asked before
-//! anything is judged it shows what the machine itself does to latencies. That polls write nothing is looked up in the
-//! decision log.
+//! process was late. The floor is `/livez` on the admin port: the same server and client, and no verdict. Afterwards
+//! all are asked again with no tenant to judge, which shows what judging takes from them, and what the machine does. That
+//! polls write nothing is looked up in the decision log.
 
 use std::{
     fs,
@@ -83,8 +83,10 @@ struct Lane {
     client: Client,
     /// Polls a second, by round.
     rates: Vec<f64>,
-    /// All latencies at the constant rate.
-    took_us: Vec<f64>,
+    /// All latencies at the constant rate, while all tenants are judged.
+    judging_us: Vec<f64>,
+    /// The same while there are none.
+    quiet_us: Vec<f64>,
 }
 
 #[derive(Debug)]
@@ -108,18 +110,11 @@ pub(crate) async fn measure(plan: Plan, directory: &Path, report: &mut Report) -
     let [grpc, http, admin] = free_addresses();
     let _aggregator = start(plan.cores.proxy, &directory, [grpc, http, admin]).await?;
     let log = directory.join("data/decisions.jsonl");
-    let asked = spawn_blocking(move || {
-        let quiet = quiet(plan, admin)?;
-        let _agents = Agents::start(grpc);
-        let mut lanes = vec![quiet];
-        lanes.extend(run(plan, http, admin, &log)?);
-        anyhow::Ok(lanes)
-    });
-    let lanes = asked.await??;
+    let lanes = spawn_blocking(move || run(plan, [grpc, http, admin], &log)).await??;
     report.note(&format!(
         "The aggregator on core {}, one connection of HTTP/1.1 for each face; {} rounds of {} ms, as fast as answers come \
-         and at {RATE}/s.\nOpen loop: each latency from when the poll should have been sent, but for what this process was late by itself. No \
-         poll wrote a record.",
+         and at {RATE}/s.\nOpen loop: each latency from when the poll should have been sent, but for what this process was late by \
+         itself. No poll wrote a record.",
         plan.cores.proxy,
         plan.rounds,
         plan.slice.as_millis(),
@@ -149,27 +144,9 @@ async fn start(core: usize, directory: &Path, listen: [SocketAddr; 3]) -> anyhow
     Ok(child)
 }
 
-/// Asks for the floor before anything is counted or judged: what the machine itself does to latencies. It blocks the
-/// thread.
-fn quiet(plan: Plan, admin: SocketAddr) -> anyhow::Result<Lane> {
-    let mut lane = Lane::new(floor("/livez, nothing judged", admin))?;
-    for _ in 0..plan.rounds {
-        lane.round(plan.slice)?;
-    }
-    lane.took_us.sort_by(f64::total_cmp);
-    Ok(lane)
-}
-
-fn floor(name: &'static str, admin: SocketAddr) -> Poll {
-    Poll {
-        name,
-        target: admin,
-        request: request("GET", "/livez", ""),
-    }
-}
-
-/// Asks all faces, in turns. It blocks the thread.
-fn run(plan: Plan, http: SocketAddr, admin: SocketAddr, log: &Path) -> anyhow::Result<Vec<Lane>> {
+/// Asks all faces, in turns: first while all tenants are judged, and then again while there are none. It blocks the thread.
+fn run(plan: Plan, [grpc, http, admin]: [SocketAddr; 3], log: &Path) -> anyhow::Result<Vec<Lane>> {
+    let agents = Agents::start(grpc);
     let rollout = json!({
         "service": SERVICE,
         "canary_version": "v2",
@@ -182,18 +159,26 @@ fn run(plan: Plan, http: SocketAddr, admin: SocketAddr, log: &Path) -> anyhow::R
     let execution = asked(http, &format!("/kayenta/canary/{SERVICE}"), &analysis, 200)?;
     let execution = execution["canaryExecutionId"].as_str();
     let execution = execution.context("the execution has no name")?;
-    wait_until_judged(http, id)?;
+    wait_until_judged(http, id, WARM)?;
 
     let polls = polls(http, admin, id, execution);
     let mut lanes = polls.into_iter().map(Lane::new).collect::<Result<Vec<_>, _>>()?;
     let before = records(log)?.len();
     for _ in 0..plan.rounds {
         for lane in &mut lanes {
-            lane.round(plan.slice)?;
+            let rate = lane.asked(|client| client.flat_out(plan.slice))?;
+            lane.rates.push(rate);
+            let took_us = lane.asked(|client| client.paced(RATE, plan.slice))?;
+            lane.judging_us.extend(took_us);
         }
     }
-    for lane in &mut lanes {
-        lane.took_us.sort_by(f64::total_cmp);
+    drop(agents);
+    wait_until_judged(http, id, wait_until_judged(http, id, 0)? + WARM)?;
+    for _ in 0..plan.rounds {
+        for lane in &mut lanes {
+            let took_us = lane.asked(|client| client.paced(RATE, plan.slice))?;
+            lane.quiet_us.extend(took_us);
+        }
     }
     let written = records(log)?.split_off(before);
     let of_its_own = ["decision", "heartbeat", "segment_seal"].map(|kind| format!(r#""type":"{kind}""#));
@@ -216,7 +201,11 @@ fn polls(http: SocketAddr, admin: SocketAddr, rollout: &str, execution: &str) ->
         request: request("GET", path, ""),
     };
     [
-        floor("/livez", admin),
+        Poll {
+            name: "floor: /livez",
+            target: admin,
+            request: request("GET", "/livez", ""),
+        },
         poll("gate of a rollout", &format!("/v1/rollouts/{rollout}/gate")),
         poll("gate of a service", &format!("/v1/gate?service={SERVICE}")),
         Poll {
@@ -252,15 +241,14 @@ fn asked(http: SocketAddr, path: &str, body: &Value, status: u16) -> anyhow::Res
     Ok(answer.json())
 }
 
-fn wait_until_judged(http: SocketAddr, id: &str) -> anyhow::Result<()> {
+/// Waits until so many windows are judged; gives how many are.
+fn wait_until_judged(http: SocketAddr, id: &str, wanted: u64) -> anyhow::Result<u64> {
     let deadline = Instant::now() + JUDGED_WITHIN;
     loop {
         let view = get(http, &format!("/v1/rollouts/{id}"))?.json();
-        if view["windows_judged"]
-            .as_u64()
-            .is_some_and(|windows| windows >= WARM)
-        {
-            return Ok(());
+        let judged = view["windows_judged"].as_u64();
+        if let Some(judged) = judged.filter(|judged| *judged >= wanted) {
+            return Ok(judged);
         }
         ensure!(Instant::now() < deadline, "nothing is judged: {}", view["reason"]);
         thread::sleep(Duration::from_millis(50));
@@ -284,26 +272,47 @@ fn print(lanes: &[Lane], report: &mut Report) {
         "p99/floor",
         "budget",
         "",
+        "none judged: p99 us",
+        "budget",
+        "",
     ];
     let mut table = Table::new(heads);
     let Some(floor) = lanes.first() else { return };
+    let floor_p99 = quantile(&floor.judging_us, 0.99);
     for (number, lane) in lanes.iter().enumerate() {
-        let p99 = lane.quantile_us(0.99);
+        let [p99, quiet_p99] = [&lane.judging_us, &lane.quiet_us].map(|took_us| quantile(took_us, 0.99));
+        let mut held = |p99: f64, when: &str| {
+            let what = format!("poll of {}, p99 at {RATE}/s{when}, us", lane.name);
+            let budget = if number > 0 {
+                Budget::AtMost(BUDGET_US)
+            } else {
+                Budget::None
+            };
+            report.held(&what, p99, budget, 0)
+        };
         let mut row = vec![
             lane.name.to_owned(),
             Spread::of(lane.rates.iter().copied()).cell(0),
             Spread::of_ratios(&lane.rates, &floor.rates).cell(2),
-            format!("{:.0}", lane.quantile_us(0.5)),
+            format!("{:.0}", quantile(&lane.judging_us, 0.5)),
             format!("{p99:.0}"),
-            format!("{:.2}", p99 / floor.quantile_us(0.99).max(1.0)),
+            format!("{:.2}", p99 / floor_p99.max(1.0)),
         ];
-        if number > 1 {
-            let what = format!("poll of {}, p99 at {RATE}/s, us", lane.name);
-            row.extend(report.held(&what, p99, Budget::AtMost(BUDGET_US), 0));
-        }
+        row.extend(held(p99, ""));
+        row.push(format!("{quiet_p99:.0}"));
+        row.extend(held(quiet_p99, ", none judged"));
         table.row(row);
     }
     table.print();
+}
+
+/// The latency that this share of the polls does not exceed.
+fn quantile(took_us: &[f64], share: f64) -> f64 {
+    let mut sorted = took_us.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (sorted.len() as f64 * share).ceil() as usize;
+    let took = sorted.get(rank.max(1) - 1).or(sorted.last());
+    took.copied().unwrap_or(0.0)
 }
 
 // === impl Lane ===
@@ -314,25 +323,13 @@ impl Lane {
             name: poll.name,
             client: Client::connect(poll)?,
             rates: Vec::new(),
-            took_us: Vec::new(),
+            judging_us: Vec::new(),
+            quiet_us: Vec::new(),
         })
     }
 
-    /// Polls as fast as answers come, and then at the constant rate.
-    fn round(&mut self, length: Duration) -> anyhow::Result<()> {
-        let went_wrong = || format!("{} is not answered any more", self.name);
-        self.rates
-            .push(self.client.flat_out(length).with_context(went_wrong)?);
-        self.took_us
-            .extend(self.client.paced(RATE, length).with_context(went_wrong)?);
-        Ok(())
-    }
-
-    /// The latency that this share of the polls does not exceed.
-    fn quantile_us(&self, share: f64) -> f64 {
-        let rank = (self.took_us.len() as f64 * share).ceil() as usize;
-        let took = self.took_us.get(rank.max(1) - 1).or(self.took_us.last());
-        took.copied().unwrap_or(0.0)
+    fn asked<T>(&mut self, ask: impl FnOnce(&mut Client) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        ask(&mut self.client).with_context(|| format!("{} is not answered any more", self.name))
     }
 }
 
