@@ -15,7 +15,7 @@ use tracing_subscriber::EnvFilter;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// By how much the priority of all that is not an answer is lower, nice(2).
-const BEHIND: i32 = 5;
+const BEHIND: i32 = 3;
 
 /// Exit code of a wrong command line or policy.
 const USAGE: u8 = 64;
@@ -95,7 +95,7 @@ fn run(action: Action) -> Result<(), StartError> {
 }
 
 /// Lowers the priority of this thread and of those that it starts from now on: whoever asks is answered first, and what
-/// is counted and judged still gets a quarter of a core that is never free.
+/// is counted and judged still gets a third of a core that is never free.
 fn give_way() {
     if let Err(error) = nice(BEHIND) {
         tracing::warn!(%error, "judging has the priority of answering");

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{SHORT, records};
 
 /// By how much the others are behind.
-const BEHIND: i64 = 5;
+const BEHIND: i64 = 3;
 
 /// The lowest priority that there is, as `nice` counts it.
 const LOWEST: i64 = 19;
