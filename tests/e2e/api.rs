@@ -1,9 +1,9 @@
 //! The JSON API: watching a rollout, and deciding in the judge's place. What it refuses, and how, is beside it.
 
 mod pages;
-mod priority;
 mod refusals;
 mod streams;
+mod threads;
 
 use std::{
     fs,

@@ -7,15 +7,11 @@ use coalmine_aggregator::{
     ledger,
     server::{Action, Command, LogForm, StartError, migrate, serve, stop_signal},
 };
-use rustix::process::nice;
 use tokio::runtime::Builder;
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// By how much the priority of all that is not an answer is lower, nice(2).
-const BEHIND: i32 = 3;
 
 /// Exit code of a wrong command line or policy.
 const USAGE: u8 = 64;
@@ -78,7 +74,6 @@ fn run(action: Action) -> Result<(), StartError> {
         runtime.map_err(|error| failed(&format_args!("cannot start: {error}")))
     };
     let answering = runtime("answering")?;
-    give_way();
     let runtime = runtime("working")?;
     let result = match action {
         Action::Serve(settings) => {
@@ -92,14 +87,6 @@ fn run(action: Action) -> Result<(), StartError> {
     answering.shutdown_background();
     runtime.shutdown_background();
     result
-}
-
-/// Lowers the priority of this thread and of those that it starts from now on: whoever asks is answered first, and what
-/// is counted and judged still gets a third of a core that is never free.
-fn give_way() {
-    if let Err(error) = nice(BEHIND) {
-        tracing::warn!(%error, "judging has the priority of answering");
-    }
 }
 
 fn log(form: LogForm) {
